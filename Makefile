@@ -1,0 +1,48 @@
+# make demo: install and train the embedded subject. make test: everything a change must pass.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check lint types tests test-slow test-gpu clean
+
+demo: $(VENV)/.installed
+	$(BIN)/lora-booth demo
+
+test: $(VENV)/.installed-dev lint types tests
+
+check: test
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+tests: $(VENV)/.installed-dev
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/pytest -m slow
+
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/pytest -m gpu
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet 'torch>=2.10,<2.14'
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev,optim,tracking,heic]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

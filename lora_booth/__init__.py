@@ -1,0 +1,41 @@
+"""lora_booth: a photo booth for diffusion models.
+
+The Python API has the verbs of the command line:
+
+    import lora_booth
+    config = lora_booth.load_config("configs/sd15_subject_12gb.toml", ["subject.images=./my_dog"])
+    summary = lora_booth.train(config)
+
+Names are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_booth.config import Config
+    from lora_booth.config_file import load as load_config
+    from lora_booth.errors import LoraBoothError
+    from lora_booth.generate import generate
+    from lora_booth.train import Summary, train
+
+__version__ = "0.1.0"
+__all__ = ["Config", "LoraBoothError", "Summary", "__version__", "generate", "load_config", "train"]
+
+_HOMES = {
+    "Config": ("config", "Config"),
+    "LoraBoothError": ("errors", "LoraBoothError"),
+    "Summary": ("train", "Summary"),
+    "generate": ("generate", "generate"),
+    "load_config": ("config_file", "load"),
+    "train": ("train", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(f"{__name__}.{module}"), attribute)

@@ -1,0 +1,1 @@
+"""Low-rank adapters: putting them into modules (PEFT) and taking them out as plain numbers."""

@@ -1,0 +1,163 @@
+"""An adapter as plain numbers, free of PEFT and of any file format: what exporting, merging and inspecting work on.
+
+Words: `down` is what PEFT calls lora_A, `up` what it calls lora_B. A *module path* here never begins with
+`text_model.`: transformers 5.6 dropped that level from `CLIPTextModel` but not from `CLIPTextModelWithProjection`, so
+it says nothing about the layer. `find_module` looks a path up in either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_booth.errors import ModelError, NumericError
+
+_WORST_ROUNDING = 0.01
+"""Relative error of a stored tensor that is worth a word; fp16 has 0.0003 and bf16 0.002 on ordinary weights."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The update of one layer: delta W = scale * up @ down.
+
+    `down`: `[r, in]`, for a convolution `[r, in, k, k]`. `up`: `[out, r]`, for a convolution `[out, r, 1, 1]`.
+    `scale`: alpha / rank, or alpha / sqrt(rank) for rsLoRA; never folded into the factors here.
+    `magnitude`: `[out]`, the row norms of a DoRA layer, else None.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the factors."""
+        return self.down.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor of the update."""
+        return (self.down, self.up) if self.magnitude is None else (self.down, self.up, self.magnitude)
+
+
+AdapterWeights = dict[str, dict[str, LowRank]]
+"""Component ("unet", "text_encoder", "text_encoder_2") to module path in that component to its update."""
+
+
+def plain_path(name: str) -> str:
+    """The module path of a layer that `named_modules()` calls `name`."""
+    return name.removeprefix("text_model.")
+
+
+def find_module(module: nn.Module, path: str) -> nn.Module:
+    """The layer at a module path of an AdapterWeights. Raises ModelError when there is none."""
+    for name in (path, f"text_model.{path}"):
+        try:
+            return module.get_submodule(name)
+        except AttributeError:
+            continue
+    raise ModelError(
+        f"{type(module).__name__} has no layer {path}; the adapter was trained on another model family. "
+        "`lora-booth inspect` tells which."
+    )
+
+
+def delta(low_rank: LowRank) -> Tensor:
+    """scale * up @ down in float32, in the shape of the layer's weight: `[out, in]` or `[out, in, k, k]`.
+
+    For a DoRA layer this is the low-rank part only: the merged weight also rescales each row to `magnitude`.
+    """
+    down, up = low_rank.down.float(), low_rank.up.float()
+    product = up.flatten(1) @ down.flatten(1)
+    return (low_rank.scale * product).reshape(up.shape[0], *down.shape[1:])
+
+
+def num_parameters(weights: AdapterWeights) -> int:
+    """Count of stored numbers."""
+    return sum(t.numel() for layers in weights.values() for low_rank in layers.values() for t in low_rank.tensors)
+
+
+def uses_dora(weights: AdapterWeights) -> bool:
+    """True when any layer has a magnitude."""
+    return any(low_rank.magnitude is not None for layers in weights.values() for low_rank in layers.values())
+
+
+def require_finite(weights: AdapterWeights) -> None:
+    """Raise NumericError when a trained adapter holds a NaN or an infinity."""
+    broken = nonfinite(weights)
+    if broken:
+        raise NumericError(
+            f"{len(broken)} layers of the adapter hold NaN or infinity, first {broken[0]}; use an earlier checkpoint."
+        )
+
+
+def nonfinite(weights: AdapterWeights) -> list[str]:
+    """`component.module` of every update that holds a NaN or an infinity."""
+    return [
+        f"{component}.{path}"
+        for component, layers in weights.items()
+        for path, low_rank in layers.items()
+        if not all(bool(torch.isfinite(t).all()) for t in low_rank.tensors)
+    ]
+
+
+def padded(low_rank: LowRank, rank: int) -> LowRank:
+    """The same update with zero rows in `down` and zero columns in `up` until it has `rank`."""
+    extra = rank - low_rank.rank
+    if extra <= 0:
+        return low_rank
+    down = torch.cat([low_rank.down, low_rank.down.new_zeros(extra, *low_rank.down.shape[1:])])
+    up = torch.cat([low_rank.up, low_rank.up.new_zeros(low_rank.up.shape[0], extra, *low_rank.up.shape[2:])], dim=1)
+    return replace(low_rank, down=down, up=up)
+
+
+def trimmed(low_rank: LowRank) -> LowRank:
+    """The same update without the inner dimensions that are zero in both factors, which only padding makes."""
+    in_down = (low_rank.down.flatten(1) != 0).any(1)
+    in_up = (low_rank.up.transpose(0, 1).flatten(1) != 0).any(1)
+    in_use = in_down | in_up
+    if in_use.all() or not in_use.any():
+        return low_rank
+    return replace(low_rank, down=low_rank.down[in_use], up=low_rank.up[:, in_use])
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """`tensors` as contiguous CPU tensors of `dtype`. Raises ModelError, naming the tensor, when a value is too big."""
+    result = {}
+    for name, tensor in tensors.items():
+        result[name] = tensor.detach().to("cpu", dtype).contiguous()
+        if not torch.isfinite(result[name]).all():
+            raise ModelError(
+                f"{name} reaches {tensor.abs().max().item():.3g}, more than {_short(dtype)} holds "
+                f'({torch.finfo(dtype).max:.5g}); set export.dtype = "fp32".'
+            )
+    return result
+
+
+def rounding_faults(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[str]:
+    """What storing float32 `tensors` as `dtype` would lose beyond ordinary rounding: one sentence, or none.
+
+    Counts a tensor when a non-zero row becomes zero or when its relative error exceeds 1 %: both happen when values
+    fall under fp16's smallest normal number, 6.1e-5.
+    """
+    lossy = []
+    for name, tensor in tensors.items():
+        rows = tensor.float().flatten(1) if tensor.ndim > 1 else tensor.float().reshape(1, -1)
+        stored = rows.to(dtype).float()
+        vanished = bool(((rows != 0).any(1) & (stored == 0).all(1)).any())
+        if vanished or float((stored - rows).norm()) > _WORST_ROUNDING * float(rows.norm()):
+            lossy.append(name)
+    if not lossy:
+        return []
+    return [
+        f"{len(lossy)} of {len(tensors)} tensors lose more than 1 % in {_short(dtype)}, first {lossy[0]}; "
+        'set export.dtype = "fp32".'
+    ]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))

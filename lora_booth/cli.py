@@ -1,0 +1,240 @@
+"""The command line: one command per verb, each a thin door. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from lora_booth.config import Config
+    from lora_booth.train import Summary
+
+EXIT_CODES = """Exit codes: 0 done, 2 wrong command or config, 3 pictures, 4 model or adapter file, 5 device memory,
+6 disk, 7 NaN or infinity, 130/143 stopped by a signal with everything saved."""
+
+app = typer.Typer(
+    name="lora-booth",
+    help="A photo booth for diffusion models: a few pictures in, a small adapter that works everywhere out.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG.toml] [section.key=value …]", help="A config file, and settings on top of it."),
+]
+Subject = Annotated[Path | None, typer.Option(help="Folder with 3 or more pictures (subject.images).")]
+ClassNoun = Annotated[str | None, typer.Option(help='What the subject is, e.g. "dog" (subject.class_noun).')]
+Token = Annotated[str | None, typer.Option(help="The word that will name it (subject.token).")]
+Base = Annotated[str | None, typer.Option(help="sd15, sd21, sdxl, booth-mini, a hub id, folder or .safetensors file.")]
+Vram = Annotated[float | None, typer.Option(help="GiB of device memory to stay within (memory.budget_gib).")]
+Out = Annotated[Path | None, typer.Option(help="Run folder (run.folder).")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")]
+
+
+def main() -> None:
+    """Entry point: every error a user can cause becomes one message and its exit code."""
+    from lora_booth.errors import LoraBoothError
+
+    _speak_plainly()
+    try:
+        app(standalone_mode=False)
+    except LoraBoothError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("stopped before anything was changed.", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's usage errors carry their own message and exit code
+            raise
+        _fail(f"{error.format_message()} See `lora-booth --help`.", getattr(error, "exit_code", 2))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the embedded subject on the embedded miniature base: about two minutes on two CPU cores, no network."""
+    from lora_booth.demo import demo_config, explain
+
+    with _listening(as_json, quiet) as report:
+        explain(report)
+        _train(demo_config(out), report, "lora-booth demo" + ("" if out == Path("runs/demo") else f" --out {out}"))
+
+
+@app.command()
+def train(
+    settings: Settings = None,
+    subject: Subject = None,
+    class_noun: ClassNoun = None,
+    token: Token = None,
+    base: Base = None,
+    vram: Vram = None,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an adapter. The same command again continues an interrupted run.
+
+    lora-booth train configs/sd15_subject_12gb.toml subject.images=./my_dog
+    lora-booth train --subject ./my_dog --class-noun dog --base sdxl --vram 12
+    """
+    config = _config(settings, subject, class_noun, token, base, vram, out)
+    with _listening(as_json, quiet) as report:
+        _train(config, report, shlex.join(["lora-booth", *sys.argv[1:]]))
+
+
+@app.command()
+def plan(
+    settings: Settings = None,
+    subject: Subject = None,
+    class_noun: ClassNoun = None,
+    token: Token = None,
+    base: Base = None,
+    vram: Vram = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Decide and show what `train` would do with the same arguments; run nothing."""
+    from lora_booth import plan as verb
+
+    config = _config(settings, subject, class_noun, token, base, vram, out)
+    with _listening(as_json, False) as report:
+        verb.show(config, report)
+
+
+@app.command()
+def generate(
+    base: Annotated[str, typer.Option(help="The base the adapter was trained on.")],
+    prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several.")],
+    adapter: Annotated[list[str] | None, typer.Option(help="Adapter file, FILE or FILE:STRENGTH; repeatable.")] = None,
+    strengths: Annotated[str, typer.Option(help="Columns of the grid, e.g. 0,0.5,1.")] = "1",
+    negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed; every cell of the grid starts from the same noise.")] = 1,
+    sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or base.")] = "dpm++",
+    steps: Annotated[int, typer.Option(help="Denoiser calls per picture.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.0,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; default: the base's own.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and grid.png.")] = Path("pictures"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw pictures with a base and adapters, as a grid of prompts and strengths."""
+    from lora_booth import generate as verb
+
+    with _listening(as_json, quiet) as report:
+        verb.generate(
+            base=base,
+            prompts=prompt,
+            adapters=[verb.parse_adapter(text) for text in adapter or []],
+            strengths=verb.parse_strengths(strengths),
+            picture=verb.PictureSettings(negative, seed, sampler, steps, guidance, verb.parse_size(size)),
+            folder=out,
+            report=report,
+        )
+
+
+@app.command()
+def config(
+    settings: Settings = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of config files, for editors.")
+    ] = False,
+) -> None:
+    """Print the config that a file and settings make, complete and checked; or the schema of config files."""
+    import json
+
+    from lora_booth import config_file
+    from lora_booth.config import Config
+
+    if schema:
+        print(json.dumps(Config.model_json_schema(), indent=2))
+    else:
+        print(config_file.to_toml(_config(settings, None, None, None, None, None, None)), end="")
+
+
+def _config(
+    settings: list[str] | None,
+    subject: Path | None,
+    class_noun: str | None,
+    token: str | None,
+    base: str | None,
+    vram: float | None,
+    out: Path | None,
+) -> Config:
+    """The config of a command line. Options win over settings, settings over the file."""
+    from lora_booth import config_file, presets
+    from lora_booth.errors import ConfigError
+
+    words = list(settings or [])
+    paths = [word for word in words if "=" not in word]
+    if len(paths) > 1:
+        raise ConfigError(f"{', '.join(paths)}: only one config file can be given; settings are section.key=value.")
+    options = {
+        "subject.images": subject,
+        "subject.class_noun": class_noun,
+        "subject.token": token,
+        "model.base": base,
+        "memory.budget_gib": vram,
+        "run.folder": out,
+    }
+    overrides = [word for word in words if "=" in word]
+    overrides += [f"{key}={value}" for key, value in options.items() if value is not None]
+    path = Path(paths[0]) if paths else presets.for_base(base)
+    return config_file.load(path, overrides)
+
+
+def _train(config: Config, report: Any, command: str) -> None:
+    from lora_booth.train import train as run
+
+    _show_summary(run(config, report=report, continue_command=command), report)
+
+
+def _show_summary(summary: Summary, report: Any) -> None:
+    minutes, seconds = divmod(round(summary.seconds), 60)
+    lines = [
+        f"{summary.steps} steps in {minutes}:{seconds:02d}, peak {summary.peak_gib:.1f} GiB, "
+        f"{summary.num_parameters:,} trained parameters"
+    ]
+    lines += [f"{name} file: {path}" for name, path in summary.files.items()]
+    if summary.before_and_after is not None:
+        lines.append(f"before and after: {summary.before_and_after}")
+    for line in lines:
+        report.event("summary", line)
+
+
+def _listening(as_json: bool, quiet: bool) -> Any:
+    from lora_booth.console import listening
+
+    return listening(as_json=as_json, quiet=quiet)
+
+
+def _speak_plainly() -> None:
+    """Keep libraries' own progress bars and notices out of the user's sight."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    print(f"lora-booth: {message}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)

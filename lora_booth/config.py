@@ -1,0 +1,363 @@
+"""Every setting of a run: one frozen model per TOML section, and every check that needs no file and no model.
+
+What lives here: names, types, ranges, defaults with their reason, contradictions between settings. What does not:
+reading files (`config_file.py`) and values that depend on the base model or the pictures; those are `None` here,
+meaning "chosen for you", and `plan.py` fills them before anything runs.
+
+Words: a *step* is one optimizer update; `images_per_step` says how many instance images it sees, over all processes and
+micro-steps; `batch_size` says how many images go through the denoiser at once. The first changes what is computed, the
+second only how.
+"""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+BASE_ALIASES = {
+    "booth-mini": "the miniature that ships with lora_booth (64-pixel icons)",
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "stabilityai/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+TARGET_PRESETS = (
+    "attention",
+    "attention+conv",
+    "attention+ff",
+    "attention+ff+conv",
+    "all-linear",
+    "all-linear+conv",
+)
+
+FilePath = Annotated[Path, Field(strict=False)]
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Sampler = Literal["dpm++", "ddim", "euler", "base"]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, values are not coerced, instances do not change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """[model] — the frozen base that the adapter is trained on."""
+
+    base: str = Field(
+        min_length=1,
+        description="Hub id, diffusers folder, single-file .safetensors checkpoint, or one of: "
+        + ", ".join(BASE_ALIASES),
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a hub id. Default: the newest.")
+    precision: Precision = Field(
+        "auto", description="Type of the frozen base. auto: bf16 where the card has it, else fp16; fp32 on a CPU."
+    )
+    attention: Literal["sdpa", "xformers"] = Field(
+        "sdpa", description="Memory-efficient attention. PyTorch's own is as fast as xformers on current cards."
+    )
+
+
+class SubjectConfig(Section):
+    """[subject] — the instance images and what they show."""
+
+    images: FilePath = Field(description="Folder of 3 or more pictures of the subject. Never written to.")
+    class_noun: str = Field(
+        min_length=1,
+        description='What the subject is, in one plain noun: "dog". The paper\'s likeness falls from .744 to .303 '
+        "without it (DreamBooth, table 4).",
+    )
+    token: str = Field(
+        "sks", min_length=1, description="Rare word that will name the subject; `lora-booth tokens` lists good ones."
+    )
+    prompt: str = Field(
+        "a photo of {token} {class}",
+        min_length=1,
+        description="Prompt of instance images without a caption file. Slots: {token}, {class}.",
+    )
+    captions: Literal["auto", "off"] = Field(
+        "auto", description="auto: a .txt of the same name beside a picture replaces the prompt. off: prompt always."
+    )
+    held_out: FilePath | None = Field(
+        None, description="Folder of pictures never trained on; their loss chooses the best checkpoint."
+    )
+
+
+class DataConfig(Section):
+    """[data] — how pictures become training crops."""
+
+    resolution: int | None = Field(
+        None, ge=16, le=4096, description="Side in pixels whose square is the area of a crop. Default: the base's own."
+    )
+    bucket_step: int | None = Field(
+        None, ge=8, description="Crop sides are multiples of this many pixels. Default: 64 (16 for booth-mini)."
+    )
+    max_aspect: float = Field(
+        2.0, ge=1.0, le=8.0, description="Longest side over shortest side of a bucket; longer pictures are cropped."
+    )
+    flip: bool = Field(
+        False, description="Also train on mirrored pictures. Off: faces, text and logos are not symmetric."
+    )
+    max_megapixels: float = Field(64.0, gt=0, description="Pictures above this many million pixels are refused.")
+
+
+class PriorConfig(Section):
+    """[prior] — prior preservation: class images keep the base from forgetting the class."""
+
+    loss_weight: float = Field(
+        1.0, ge=0, le=100, description="Weight of the class term; 0 turns it off. 1: DreamBooth paper, section 3.2."
+    )
+    num_images: int = Field(
+        200, ge=0, le=100_000, description="Class images to draw. 200: enough in the reference recipes; more is fine."
+    )
+    prompts: Texts = Field(("a photo of {class}",), description="What class images show, drawn in turn. Slot: {class}.")
+    folder: FilePath | None = Field(None, description="Your own class images; then none are drawn. Never written to.")
+    sampler: Sampler = Field("dpm++", description="Solver that draws class images. base: the base's own scheduler.")
+    sampler_steps: int = Field(20, ge=1, le=1000, description="Denoiser calls per class image.")
+    guidance_scale: float = Field(5.0, ge=0, le=50, description="Classifier-free guidance of class images.")
+
+
+class AdapterConfig(Section):
+    """[adapter] — the low-rank weights that are trained (PEFT LoRA)."""
+
+    targets: str = Field(
+        "attention",
+        description="Which layers of the denoiser: " + ", ".join(TARGET_PRESETS) + ', or "regex:…" matched against '
+        "whole module names.",
+    )
+    rank: int = Field(16, ge=1, le=1024, description="Rank of each adapter.")
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="Scale times rank. Default: equal to rank, so that scale is 1 and learning rates carry over.",
+    )
+    rank_pattern: dict[str, int] = Field({}, description="Module-name regex to rank, for layers that differ.")
+    alpha_pattern: dict[str, float] = Field({}, description="Module-name regex to alpha, for layers that differ.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Chance to drop an adapter's input while training.")
+    rslora: bool = Field(False, description="Scale = alpha / sqrt(rank) (arXiv 2312.03732).")
+    dora: bool = Field(
+        False, description="Weight-decomposed LoRA (arXiv 2402.09353): slower, and no portable file exists."
+    )
+    init: Literal["default", "gaussian", "orthogonal"] = Field(
+        "default", description="How A starts (PEFT init_lora_weights); the adapter changes nothing before step 1."
+    )
+    text_encoder: bool = Field(False, description="Also adapt the text encoders' attention. Needs them in every step.")
+    continue_from: FilePath | None = Field(None, description="Adapter file (diffusers naming) to start from.")
+
+
+class ObjectiveConfig(Section):
+    """[objective] — the denoising loss. Prediction type and noise schedule come from the base's scheduler."""
+
+    min_snr_gamma: float | None = Field(
+        None,
+        gt=0,
+        description="Min-SNR weighting (arXiv 2303.09556), usual value 5. Off: changes the effective learning rate.",
+    )
+    noise_offset: float = Field(
+        0.0, ge=0, le=1, description="Per-channel constant noise, for very dark or bright styles."
+    )
+    zero_terminal_snr: bool = Field(
+        False,
+        description="Rescale the schedule so that the last timestep is pure noise (arXiv 2305.08891); v only.",
+    )
+    loss: Literal["mse", "huber"] = Field("mse", description="Distance between prediction and target.")
+    huber_delta: float = Field(0.1, gt=0, description="Where huber turns from square to linear.")
+
+
+class OptimizerConfig(Section):
+    """[optimizer] — how gradients become updates."""
+
+    name: Literal[
+        "auto", "adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy", "schedulefree"
+    ] = Field("auto", description="auto: adamw8bit on CUDA, adamw elsewhere.")
+    learning_rate: float = Field(
+        1e-4,
+        gt=0,
+        le=10,
+        description="For scale 1. 1e-4 is where four trainers agree for SD 1.5 and SDXL; prodigy wants 1.",
+    )
+    text_encoder_learning_rate: float = Field(
+        1e-5, gt=0, le=10, description="Text encoders overfit first; a tenth of the denoiser's is usual."
+    )
+    weight_decay: float = Field(1e-2, ge=0, le=1, description="Decoupled weight decay of the adapter.")
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="Moment decay of Adam-like optimizers.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Learning rate after warm-up.")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="Steps of linear warm-up. Default: 5 % of the run, at most 100."
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+
+
+class TrainConfig(Section):
+    """[train] — the loop."""
+
+    steps: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Optimizer steps. Default: 100 per picture, from 400 to 1200 (SDXL: 500 to 1500).",
+    )
+    images_per_step: int = Field(
+        1, ge=1, le=4096, description="Instance images per step over all processes; as many class images join them."
+    )
+    batch_size: int = Field(
+        2,
+        ge=1,
+        le=4096,
+        description="Most images in one micro-step per process. Changes memory and time, not the result.",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="The run is a function of the config, and this.")
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Recompute activations: about a third slower, much smaller. Default: decided by the memory budget.",
+    )
+    save_every_steps: int | None = Field(
+        None, ge=1, description="Steps between checkpoints. Default: a fifth of the run."
+    )
+    keep_last: int = Field(2, ge=1, le=1000, description="Checkpoints kept besides the best one.")
+
+
+class PreviewConfig(Section):
+    """[preview] — pictures drawn on the way, always with the same prompts and seeds."""
+
+    prompts: Texts = Field(
+        ("a photo of {token} {class}", "a photo of {token} {class} on the beach", "a photo of {class}"),
+        description="What to draw. Slots: {token}, {class}.",
+    )
+    every_steps: int | None = Field(
+        None, ge=1, description="Steps between previews. Default: only before the first step and after the last."
+    )
+    seed: int = Field(1, ge=0, lt=2**63, description="Seed of the first column.")
+    images_per_prompt: int = Field(2, ge=0, le=16, description="Columns of the grid; 0 draws no previews.")
+    negative_prompt: str = Field("", description="What not to draw.")
+    sampler: Sampler = Field("dpm++", description="Solver. base: the base's own scheduler.")
+    sampler_steps: int = Field(25, ge=1, le=1000, description="Denoiser calls per picture.")
+    guidance_scale: float = Field(7.0, ge=0, le=50, description="Classifier-free guidance.")
+
+
+class ExportConfig(Section):
+    """[export] — the files handed to the user at the end."""
+
+    formats: Annotated[tuple[Literal["diffusers", "kohya"], ...], Field(strict=False)] = Field(
+        ("diffusers", "kohya"), description="diffusers: load_lora_weights. kohya: every Stable Diffusion UI."
+    )
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="Type of the stored weights.")
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}$",
+        description="File name without ending. Default: token_class.",
+    )
+    author: str | None = Field(None, description="Written into the file's metadata if given.")
+    license: str | None = Field(None, description="Written into the file's metadata if given.")
+
+
+class MemoryConfig(Section):
+    """[memory] — what the run may use."""
+
+    budget_gib: float | None = Field(
+        None, gt=0, le=1024, description="Device memory the run may use. Default: what the card has free."
+    )
+
+
+class RunConfig(Section):
+    """[run] — where things are written."""
+
+    folder: FilePath | None = Field(None, description="Run folder. Default: runs/<token>_<class>.")
+    cache: FilePath | None = Field(
+        None, description="Shared latents, embeddings, class images. Default: the user's cache folder."
+    )
+    trackers: Annotated[tuple[Literal["tensorboard"], ...], Field(strict=False)] = Field(
+        (), description="Besides metrics.jsonl. tensorboard needs lora-booth[tracking]."
+    )
+
+
+class Config(Section):
+    """All settings of one run."""
+
+    model: ModelConfig
+    subject: SubjectConfig
+    data: DataConfig = DataConfig()
+    prior: PriorConfig = PriorConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    preview: PreviewConfig = PreviewConfig()
+    export: ExportConfig = ExportConfig()
+    memory: MemoryConfig = MemoryConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> Config:
+        faults = list(_contradictions(self))
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @property
+    def has_prior(self) -> bool:
+        """True when the class term is part of the objective."""
+        return self.prior.loss_weight > 0
+
+    @property
+    def name(self) -> str:
+        """File-name-safe name of the result: `export.name`, else token and class noun."""
+        if self.export.name is not None:
+            return self.export.name
+        words = f"{self.subject.token}_{self.subject.class_noun}"
+        return "".join(c if c.isalnum() or c in "-_" else "_" for c in words)
+
+    def fill(self, template: str) -> str:
+        """`template` with the slots {token} and {class} replaced."""
+        return template.replace("{token}", self.subject.token).replace("{class}", self.subject.class_noun)
+
+    def with_values(self, values: dict[str, dict[str, Any]]) -> Config:
+        """A copy with `values[section][key]` set and every check made again."""
+        data = self.model_dump()
+        for section, pairs in values.items():
+            data[section].update(pairs)
+        return Config.model_validate(data)
+
+
+def _contradictions(config: Config) -> list[str]:
+    """Faults that lie between settings. Each line starts with the key to change."""
+    prior, adapter, faults = config.prior, config.adapter, []
+    if prior.loss_weight > 0 and prior.folder is None:
+        if prior.num_images == 0:
+            faults.append(
+                f"prior.num_images is 0 but prior.loss_weight is {prior.loss_weight:g}; "
+                "set prior.loss_weight = 0, or draw some class images (200 is usual)."
+            )
+        if not prior.prompts or not all(p.strip() for p in prior.prompts):
+            faults.append('prior.prompts has an empty prompt; write the class prompt, e.g. ["a photo of {class}"].')
+    if not adapter.targets.startswith("regex:") and adapter.targets not in TARGET_PRESETS:
+        faults.append(f'adapter.targets is "{adapter.targets}"; use one of {", ".join(TARGET_PRESETS)}, or "regex:…".')
+    if adapter.dora and "kohya" in config.export.formats:
+        faults.append(
+            "adapter.dora is true, but export.formats has kohya, for which no DoRA form works in all programs; "
+            'set export.formats = ["diffusers"].'
+        )
+    if config.objective.loss == "mse" and config.objective.huber_delta != 0.1:
+        faults.append('objective.huber_delta is set but objective.loss is "mse"; set objective.loss = "huber".')
+    if "{class}" not in config.subject.prompt:
+        faults.append(f'subject.prompt "{config.subject.prompt}" lacks the slot {{class}}; add it.')
+    templates = [("subject.prompt", config.subject.prompt, {"token", "class"})]
+    templates += [("prior.prompts", p, {"class"}) for p in prior.prompts]
+    templates += [("preview.prompts", p, {"token", "class"}) for p in config.preview.prompts]
+    for key, template, allowed in templates:
+        faults.extend(_slot_faults(key, template, allowed))
+    return faults
+
+
+def _slot_faults(key: str, template: str, allowed: set[str]) -> list[str]:
+    names = ", ".join("{" + name + "}" for name in sorted(allowed))
+    try:
+        slots = [slot for _, slot, _, _ in string.Formatter().parse(template) if slot is not None]
+    except ValueError as error:
+        return [f'{key} "{template}" has a broken slot ({error}); the slots are {names}.']
+    return [
+        f'{key} "{template}" has the slot {{{slot}}}; the slots are {names}.' for slot in slots if slot not in allowed
+    ]

@@ -1,0 +1,159 @@
+"""A store of tensors on disk under keys that name everything they were computed from.
+
+What lives here: keys, reading, writing, checks. What does not: computing the tensors (`prepare.py`). A cached file is
+never trusted: it carries a digest of its key, metadata and tensors, and one that does not match is as good as absent.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lora_booth.data.buckets import Crop
+from lora_booth.errors import DiskError, NumericError
+
+LATENTS_VERSION = 1
+"""Raise it when the way from a picture's bytes to the pixels that are encoded changes."""
+PROMPT_VERSION = 1
+"""Raise it when the way from a prompt to its conditioning changes."""
+
+_DIGEST = "digest"
+_STALE_SECONDS = 24 * 3600.0
+
+
+def key(*parts: str | int | float | bool) -> str:
+    """SHA-256, 64 hex digits, of `parts`: other values, other types, another order, another split: another key."""
+    return hashlib.sha256(json.dumps(parts, allow_nan=False).encode()).hexdigest()
+
+
+def latent_key(fingerprint: str, picture_sha256: str, crop: Crop, *, dtype: torch.dtype, is_flipped: bool) -> str:
+    """Key of the latents of one picture, cut in one way, under the base with this fingerprint."""
+    window = (*crop.geometry, crop.resized_width_px, crop.resized_height_px)
+    return key("latents", LATENTS_VERSION, fingerprint, picture_sha256, *window, str(dtype), is_flipped)
+
+
+def prompt_key(fingerprint: str, prompt: str, *, dtype: torch.dtype) -> str:
+    """Key of the conditioning that the base with this fingerprint makes of `prompt`."""
+    return key("prompt", PROMPT_VERSION, fingerprint, prompt, str(dtype))
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise NumericError if a tensor holds NaN or infinity. `what` names the source, e.g. "latents of dog1.jpg"."""
+    for name, tensor in tensors.items():
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise NumericError(
+                f"{what}: {bad} of {tensor.numel()} values of {name} are NaN or infinite, so nothing was stored. "
+                "Look at that input first and leave it out if it is odd; if every input fails, the base's weights are "
+                "damaged or the device is at fault."
+            )
+
+
+class TensorCache:
+    """A folder of safetensors files, one for each key. Any number of processes may use the same folder at once.
+
+    `damaged` lists the files that `get` refused, for the caller to report; the next `put` replaces them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.damaged: list[Path] = []
+        self._sweep()
+
+    def path(self, key: str) -> Path:
+        """Where the tensors of `key` are, or would be."""
+        return self.folder / f"{key}.safetensors"
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of `key` on the CPU, or None if they are not there or their file is damaged."""
+        path = self.path(key)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DiskError(
+                f"cannot read the cache file {path} ({error.strerror}); delete it and start again."
+            ) from error
+        tensors = _checked(data, key)
+        if tensors is None:
+            self.damaged.append(path)
+        return tensors
+
+    def put(self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        """Store `tensors` under `key`, all or nothing: a reader sees the old file or the whole new one."""
+        plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        words = dict(metadata or {})
+        assert _DIGEST not in words, f"the metadata word {_DIGEST} is ours"
+        words[_DIGEST] = _digest(key, plain, words)
+        _write(self.path(key), safetensors.torch.save(plain, words))
+
+    def _sweep(self) -> None:
+        """Remove what writers killed more than a day ago have left behind."""
+        for path in self.folder.glob("*.tmp"):
+            try:
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+            except OSError:
+                continue  # Another process was faster, or it is not ours to delete; it costs nothing but space.
+
+
+def _digest(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over the key, the metadata, and name, type, shape and bytes of every tensor."""
+    digest = hashlib.sha256(json.dumps([key, sorted(metadata.items())]).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _checked(data: bytes, key: str) -> dict[str, Tensor] | None:
+    """The tensors in a file's `data`, or None unless it is whole and was written for `key`."""
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        words = dict(header.get("__metadata__", {}))
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
+        return None
+    stored = words.pop(_DIGEST, None)
+    return tensors if stored == _digest(key, tensors, words) else None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write `data` beside `path` and move it there in one step. No promise after a power cut but "whole or absent"."""
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise DiskError(_disk_message(path, len(data), error)) from error
+
+
+def _disk_message(path: Path, needed_bytes: int, error: OSError) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"cannot write the cache file {path} ({error.strerror}); mend that, or set run.cache to another folder."
+    free_bytes = shutil.disk_usage(path.parent).free
+    return (
+        f"no space for the cache file {path}: it needs {needed_bytes} bytes and {free_bytes} are free; "
+        "free some space, or set run.cache to a folder on another disk."
+    )

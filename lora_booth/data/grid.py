@@ -1,0 +1,52 @@
+"""Labelled grids of pictures: rows are prompts, columns are what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from lora_booth.data.sheet import fitted
+
+_GAP, _MARGIN, _LABEL = 10, 24, 30
+_MIN_SIDE = 192
+_PAPER, _INK, _FAINT = "#f7f6f3", "#22211f", "#6f6c66"
+
+
+def labelled_grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: Sequence[str] = (), title: str = ""
+) -> Image.Image:
+    """One picture: each row's label above its pictures, column names above the first row.
+
+    Pictures under 192 pixels are enlarged by a whole factor, so that what is seen is what was drawn.
+    """
+    assert rows and all(len(pictures) == len(rows[0][1]) for _, pictures in rows), (
+        "rows must have equally many pictures"
+    )
+    sample = rows[0][1][0]
+    factor = max(1, -(-_MIN_SIDE // min(sample.size)))
+    width, height = (max(p.size[axis] for _, pictures in rows for p in pictures) * factor for axis in (0, 1))
+    count = len(rows[0][1])
+    head = _MARGIN + (36 if title else 0) + (_LABEL if columns else 0)
+    size = (
+        2 * _MARGIN + count * width + (count - 1) * _GAP,
+        head + len(rows) * (_LABEL + height + _GAP) + _MARGIN - _GAP,
+    )
+    paper = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(paper)
+    if title:
+        _write(pen, (_MARGIN, _MARGIN - 6), title, size[0] - 2 * _MARGIN, font_px=22, fill=_INK)
+    for column, name in enumerate(columns):
+        _write(pen, (_MARGIN + column * (width + _GAP), head - _LABEL + 6), name, width, font_px=16, fill=_FAINT)
+    for row, (label, pictures) in enumerate(rows):
+        top = head + row * (_LABEL + height + _GAP)
+        _write(pen, (_MARGIN, top + 4), label, size[0] - 2 * _MARGIN, font_px=17, fill=_INK)
+        for column, picture in enumerate(pictures):
+            shown = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+            paper.paste(shown, (_MARGIN + column * (width + _GAP), top + _LABEL))
+    return paper
+
+
+def _write(pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int, *, font_px: int, fill: str) -> None:
+    font = ImageFont.load_default(font_px)
+    pen.text(at, fitted(text, font, width), font=font, fill=fill)

@@ -1,0 +1,284 @@
+"""The user's pictures: finding them, telling what is wrong with them, and cutting one to pixels. Nothing is written.
+
+What lives here: folders, captions, faults. What does not: file formats and colours (`decode.py`), which size a picture
+is trained at (`buckets.py`), and torch: a fault in the data is told before anything slow is imported.
+
+Words: a picture's *size* is that of the upright picture, after its EXIF orientation; a *fault* is a file and a reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lora_booth.data.buckets import Crop
+from lora_booth.data.decode import (
+    ENDINGS,
+    MAX_FILE_BYTES,
+    TAKEN,
+    Unusable,
+    file_bytes,
+    opened,
+    orientation,
+    upright_rgb,
+)
+from lora_booth.errors import DataError
+
+MAX_CAPTION_BYTES = 64 * 2**10
+MAX_CAPTION_WORDS = 75
+
+_JUNK = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx")
+_LOOK_SIDE = 9
+_NEAR_BITS = 10
+_NEAR_GREY_LEVELS = 24
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One readable picture. `sha256` is of the file's bytes, the size is the upright one, `caption` is one line."""
+
+    path: Path
+    sha256: str
+    width_px: int
+    height_px: int
+    caption: str | None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A file that was left out or looks suspicious, and why, with what to do about it."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)} {self.reason}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds: pictures sorted by name, files that are not used, and remarks on files that are."""
+
+    pictures: tuple[Picture, ...]
+    left_out: tuple[Fault, ...]
+    warnings: tuple[Fault, ...]
+
+
+@dataclass
+class _Listing:
+    """A folder's entries, sorted into kinds. `captions`: stem to file."""
+
+    candidates: list[Path] = field(default_factory=list)
+    captions: dict[str, Path] = field(default_factory=dict)
+    strangers: list[Fault] = field(default_factory=list)
+    folders: list[Fault] = field(default_factory=list)
+
+
+def find(folder: Path, *, max_megapixels: float, captions: bool = True, min_side_px: int = 0) -> Found:
+    """All pictures directly in `folder`, each decoded once to prove that it can be.
+
+    Left out: what cannot be read, has too many pixels, or has a caption file that cannot be read. Warned about:
+    duplicates, pictures with a side below `min_side_px`, long or empty captions, animations, sub-folders with pictures.
+    Raises DataError if there is no such folder or no usable picture in it.
+    """
+    listing = _list(folder)
+    left_out, remarks = list(listing.strangers), list(listing.folders)
+    pictures: list[Picture] = []
+    looks: list[npt.NDArray[np.uint8]] = []
+    for path in listing.candidates:
+        beside = listing.captions.get(path.stem) if captions else None
+        blamed = path
+        try:
+            data = file_bytes(path, MAX_FILE_BYTES)
+            look, size, noted = _inspect(data, path, max_megapixels)
+            blamed = beside or path
+            caption, caption_notes = (None, []) if beside is None else _caption(beside, path)
+        except Unusable as fault:
+            left_out.append(Fault(blamed, str(fault)))
+            continue
+        pictures.append(Picture(path, hashlib.sha256(data).hexdigest(), *size, caption))
+        looks.append(look)
+        remarks += [Fault(path, note) for note in [*noted, *_too_small(size, min_side_px)]]
+        remarks += [Fault(blamed, note) for note in caption_notes]
+    if not pictures:
+        raise DataError(_nothing(folder, left_out + listing.folders))
+    return Found(tuple(pictures), tuple(left_out), (*remarks, *_duplicates(pictures, looks)))
+
+
+def read(picture_path: Path, *, sha256: str | None = None) -> Image.Image:
+    """The picture: RGB, upright, in sRGB, transparent parts on white, without metadata.
+
+    16-bit values are scaled, CMYK and grey converted, of an animation the first frame is taken. A colour profile that
+    cannot be used is ignored. Raises DataError if the file cannot be read or if its bytes do not have `sha256`; pixels
+    are capped by Pillow alone (179 million), so pass pictures that `find` has seen.
+    """
+    try:
+        data = file_bytes(picture_path, MAX_FILE_BYTES)
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise Unusable("has changed since this run looked at it; run the same command again.")
+        return upright_rgb(opened(data, picture_path))
+    except Unusable as fault:
+        raise DataError(f"{shown(picture_path)} {fault}") from fault
+
+
+def crop(image: Image.Image, window: Crop) -> npt.NDArray[np.uint8]:
+    """The part of `image` that is trained on, uint8 `[H, W, 3]`, resized with an antialiasing filter (Lanczos).
+
+    Equal to resizing the whole picture and cutting, but only what is kept is computed: a picture of 1 × 4000 pixels
+    would otherwise be enlarged to hundreds of megapixels first.
+    """
+    assert image.size == (window.original_width_px, window.original_height_px), "a crop of another picture"
+    across, down = image.width / window.resized_width_px, image.height / window.resized_height_px
+    width, height = window.bucket.width_px, window.bucket.height_px
+    right, bottom = (
+        min((window.left_px + width) * across, image.width),
+        min((window.top_px + height) * down, image.height),
+    )
+    box = (window.left_px * across, window.top_px * down, right, bottom)
+    return np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def to_pixels(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """uint8 `[H, W, 3]` to float32 `[3, H, W]`: 0 becomes -1, 255 becomes 1."""
+    return np.ascontiguousarray(array.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def shown(path: Path) -> str:
+    """The file's name for a message: as it is, or quoted with escapes if it would garble the line."""
+    return path.name if path.name.isprintable() else repr(path.name)
+
+
+def _list(folder: Path) -> _Listing:
+    """What lies in `folder`, hidden files and junk of file managers aside."""
+    try:
+        entries = sorted(Path(entry.path) for entry in os.scandir(folder))
+    except FileNotFoundError:
+        raise DataError(f"there is no folder {folder}; check its spelling, or copy your pictures there.") from None
+    except NotADirectoryError:
+        raise DataError(f"{folder} is a file; give the folder that holds the pictures.") from None
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be listed ({error.strerror}); mend that first.") from error
+    entries = [path for path in entries if not path.name.startswith(".") and path.name.lower() not in _JUNK]
+    listing = _Listing()
+    stems = {path.stem for path in entries if path.suffix.lower() in ENDINGS}
+    for path in entries:
+        ending = path.suffix.lower()
+        if os.path.isdir(path):  # Unlike Path.is_dir, False when the answer is refused.
+            listing.folders += _sub_folder(path)
+        elif ending in ENDINGS:
+            listing.candidates.append(path)
+        elif ending == ".txt" and path.stem in stems:
+            listing.captions[path.stem] = path
+        elif ending == ".txt":
+            reason = "is the caption of no picture; give it the name of its picture with .txt as ending, or remove it."
+            listing.strangers.append(Fault(path, reason))
+        else:
+            listing.strangers.append(
+                Fault(path, f"is not a picture that is read ({TAKEN}); save it as PNG or remove it.")
+            )
+    return listing
+
+
+def _sub_folder(path: Path) -> list[Fault]:
+    """A remark if pictures lie in a sub-folder, or if a folder is named like a picture."""
+    try:
+        names = [name for name in os.listdir(path) if not name.startswith(".")]
+    except OSError:
+        names = []
+    count = sum(Path(name).suffix.lower() in ENDINGS for name in names)
+    if count == 1:
+        return [Fault(path, "is a sub-folder with 1 picture, which is not used; move it up to use it.")]
+    if count:
+        return [Fault(path, f"is a sub-folder with {count} pictures, which are not used; move them up to use them.")]
+    if path.suffix.lower() in ENDINGS:
+        return [Fault(path, "is a folder with the name of a picture; rename or remove it.")]
+    return []
+
+
+def _nothing(folder: Path, faults: Sequence[Fault]) -> str:
+    seen = "it is empty" if not faults else "there is:\n" + "\n".join(f"  {fault}" for fault in faults[:5])
+    more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+    return f"no usable picture in {folder}; {seen}{more}\nPut 3 or more pictures there: {TAKEN}."
+
+
+def _inspect(
+    data: bytes, path: Path, max_megapixels: float
+) -> tuple[npt.NDArray[np.uint8], tuple[int, int], list[str]]:
+    """The picture's look (see `_duplicates`), its upright size, and remarks on it. Decodes all of it, JPEG in small."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image = opened(data, path)
+        width, height = image.size
+        if width * height > max_megapixels * 1e6:
+            raise Unusable(
+                f"has {width * height / 1e6:.1f} megapixels ({width}×{height}), above the limit of {max_megapixels:g}; "
+                "save it smaller, or raise data.max_megapixels."
+            )
+        is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
+        image.draft(None, (64, 64))
+        upright = upright_rgb(image)
+        turned = orientation(image) >= 5
+    notes = ["is animated; its first frame is used."] if is_animated else []
+    said = {str(w.message) for w in caught if not issubclass(w.category, Image.DecompressionBombWarning)}
+    notes += [
+        f"is used, but its file is not quite right ({words}); save it again to be sure." for words in sorted(said)
+    ]
+    look = upright.convert("L").resize((_LOOK_SIDE, _LOOK_SIDE), Image.Resampling.BOX)
+    return np.asarray(look), (height, width) if turned else (width, height), notes
+
+
+def _too_small(size: tuple[int, int], min_side_px: int) -> list[str]:
+    if min(size) >= min_side_px:
+        return []
+    return [f"has {size[0]}×{size[1]} pixels, a side below {min_side_px}: it will be enlarged and look soft."]
+
+
+def _caption(path: Path, picture_path: Path) -> tuple[str | None, list[str]]:
+    """The caption on one line, None if it is blank, and remarks on it."""
+    without = f"its picture {shown(picture_path)} is left out."
+    try:
+        words = file_bytes(path, MAX_CAPTION_BYTES).decode("utf-8-sig").split()
+    except UnicodeDecodeError as error:
+        raise Unusable(f"is not UTF-8 text (byte {error.start}), so {without} Save it as UTF-8.") from error
+    except Unusable as fault:
+        raise Unusable(f"{fault} Until then {without}") from fault
+    if not words:
+        return None, ["is an empty caption; the prompt is used instead."]
+    notes = [f"has {len(words)} words; text encoders read about {MAX_CAPTION_WORDS} and ignore the rest."]
+    return " ".join(words), notes if len(words) > MAX_CAPTION_WORDS else []
+
+
+def _duplicates(pictures: Sequence[Picture], looks: Iterable[npt.NDArray[np.uint8]]) -> list[Fault]:
+    """A remark on each picture that equals an earlier one, in its bytes or nearly in its look.
+
+    The look is the grey picture in 9 × 9 cells. Two are near if, of 128 bits "brighter than its left (upper) neighbour"
+    (difference hash), at most 10 differ, and no cell differs by more than 24 of 255 levels: bits alone say nothing on
+    the flat backgrounds of product shots.
+    """
+    grey = np.stack(list(looks)).astype(np.int16)
+    across, down = grey[:, :8, 1:] > grey[:, :8, :-1], grey[:, 1:, :8] > grey[:, :-1, :8]
+    bits = np.concatenate([across.reshape(len(grey), -1), down.reshape(len(grey), -1)], axis=1)
+    faults: list[Fault] = []
+    first: dict[str, Picture] = {}
+    for i, picture in enumerate(pictures):
+        same = first.setdefault(picture.sha256, picture)
+        if same is not picture:
+            faults.append(
+                Fault(picture.path, f"is the same file as {shown(same.path)}, so it counts twice; remove one.")
+            )
+            continue
+        near_bits = (bits[:i] != bits[i]).sum(axis=1) <= _NEAR_BITS
+        near_grey = np.abs(grey[:i] - grey[i]).max(axis=(1, 2), initial=0) <= _NEAR_GREY_LEVELS
+        similar = np.flatnonzero(near_bits & near_grey)
+        if len(similar):
+            other = shown(pictures[similar[0]].path)
+            faults.append(Fault(picture.path, f"looks almost like {other}; if it is a copy, remove one."))
+    return faults

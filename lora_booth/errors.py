@@ -1,0 +1,57 @@
+"""The errors a user can meet, and the exit code of each.
+
+A message has three parts: what is wrong with which value, where (config key or file name), and what to do about it.
+Anything that is not a `LoraBoothError` is a bug of ours and shows its traceback.
+"""
+
+from __future__ import annotations
+
+
+class LoraBoothError(Exception):
+    """Base of every error that is told to the user in one clear message."""
+
+    exit_code = 1
+
+
+class ConfigError(LoraBoothError):
+    """A setting or command line that cannot be run: unknown key, wrong type, bad range, contradiction."""
+
+    exit_code = 2
+
+
+class DataError(LoraBoothError):
+    """The user's pictures or captions: missing, unreadable, too few."""
+
+    exit_code = 3
+
+
+class ModelError(LoraBoothError):
+    """A base model or adapter file: missing, unreadable, unsafe, of another family, or matching no target."""
+
+    exit_code = 4
+
+
+class DeviceMemoryError(LoraBoothError):
+    """The device ran out of memory, or the plan does not fit it."""
+
+    exit_code = 5
+
+
+class DiskError(LoraBoothError):
+    """A file could not be written: no space, no permission, folder vanished, folder in use."""
+
+    exit_code = 6
+
+
+class NumericError(LoraBoothError):
+    """NaN or infinity in latents, loss, gradients or weights."""
+
+    exit_code = 7
+
+
+class Interrupted(LoraBoothError):
+    """The user or the system asked to stop; everything was saved first. Exit code 128 + signal number."""
+
+    def __init__(self, message: str, *, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,208 @@
+"""The files of an identified base as frozen modules: from a diffusers folder, or from a single-file checkpoint.
+
+Every class is named here; nothing that a config says is imported. Nothing here uses the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_booth.errors import ConfigError, ModelError
+from lora_booth.families.identify import ARCHITECTURES, BaseFacts
+from lora_booth.families.prompts import Tokens
+from lora_booth.families.sources import component_weights, read_json
+from lora_booth.families.vae import Vae
+
+CLIP_MERGES = ARCHITECTURES / "clip_merges.txt.gz"
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of a base, all frozen and in eval mode; `vae` and `text_encoders` only where they were asked for."""
+
+    unet: nn.Module
+    vae: Vae | None
+    text_encoders: dict[str, nn.Module]
+    tokens: dict[str, Tokens]
+    """Component name of the text encoder that reads them, to its tokenizer."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which parts to load, where to, and in which type. The VAE is float32 whatever `dtype` says."""
+
+    device: torch.device
+    dtype: torch.dtype
+    needs_vae: bool = True
+    needs_text_encoders: bool = True
+
+
+def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
+    """Load what is wanted. ModelError, naming the file, when weights are missing, surplus in shape, or unreadable."""
+    encoders = {"text_encoder": "CLIPTextModel"}
+    if facts.family == "sdxl":
+        encoders["text_encoder_2"] = "CLIPTextModelWithProjection"
+    classes = {"unet": "UNet2DConditionModel"}
+    classes |= {"vae": "AutoencoderKL"} if wanted.needs_vae else {}
+    classes |= encoders if wanted.needs_text_encoders else {}
+    load = _from_single_file if facts.path.is_file() else _from_folder
+    with quiet():
+        modules = load(facts, classes, wanted.dtype)
+        tokens = {name: _tokens(facts, name) for name in encoders}
+        for module in modules.values():
+            module.requires_grad_(False).eval().to(wanted.device)
+    return Components(
+        unet=modules["unet"],
+        vae=Vae(modules["vae"]) if "vae" in modules else None,
+        text_encoders={name: modules[name] for name in encoders if name in modules},
+        tokens=tokens,
+    )
+
+
+def prepare_unet_(unet: Any, *, gradient_checkpointing: bool, attention: str) -> None:
+    """Switch the UNet's memory savers. diffusers' checkpointing works in eval mode (it looks at grad mode alone)."""
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    else:
+        unet.disable_gradient_checkpointing()
+    if attention == "sdpa":
+        unet.set_default_attn_processor()
+        return
+    assert attention == "xformers", f"unknown attention {attention}"
+    if find_spec("xformers") is None:
+        raise ConfigError(
+            'model.attention is "xformers", which is not installed; `pip install lora-booth[xformers]`, or set '
+            'model.attention = "sdpa".'
+        )
+    if next(unet.parameters()).device.type != "cuda":
+        raise ConfigError('model.attention is "xformers", which needs a CUDA device; set model.attention = "sdpa".')
+    unet.enable_xformers_memory_efficient_attention()
+
+
+def _from_folder(facts: BaseFacts, classes: dict[str, str], dtype: torch.dtype) -> dict[str, nn.Module]:
+    import diffusers
+    import transformers
+
+    modules: dict[str, nn.Module] = {}
+    for name, class_name in classes.items():
+        folder = facts.path / name
+        settings: dict[str, Any] = {"variant": component_weights(folder).variant, "local_files_only": True}
+        settings |= {"use_safetensors": True, "output_loading_info": True}
+        is_text = name.startswith("text_encoder")
+        settings |= {"dtype": dtype} if is_text else {"torch_dtype": torch.float32 if name == "vae" else dtype}
+        with _readable(folder):
+            model_class = getattr(transformers if is_text else diffusers, class_name)
+            modules[name], report = model_class.from_pretrained(str(folder), **settings)
+        absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+        if absent:
+            raise ModelError(f"{folder} lacks {len(absent)} weights, first {absent[0]}; copy or download it again.")
+    return modules
+
+
+def _from_single_file(facts: BaseFacts, classes: dict[str, str], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Through diffusers' converter, with the shipped configs of the architecture."""
+    import diffusers
+
+    path, configs = str(facts.path), str(facts.configs)
+    settings = {"config": configs, "local_files_only": True}
+    parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    parts |= {"tokenizer": None, "tokenizer_2": None, "text_encoder": None, "text_encoder_2": None, "vae": None}
+    pipeline_class = diffusers.StableDiffusionPipeline
+    if facts.family == "sdxl":
+        pipeline_class = diffusers.StableDiffusionXLPipeline
+        del parts["safety_checker"]
+    else:
+        del parts["tokenizer_2"], parts["text_encoder_2"]
+    for name in classes:
+        parts.pop(name, None)
+    parts["scheduler"] = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)  # unused, but asked for
+    with _readable(facts.path):
+        if "vae" in classes:
+            vae_settings = settings | {"subfolder": "vae", "torch_dtype": torch.float32}
+            parts["vae"] = diffusers.AutoencoderKL.from_single_file(path, **vae_settings)
+        pipeline = pipeline_class.from_single_file(path, torch_dtype=dtype, **settings, **parts)
+    modules = {name: getattr(pipeline, name) for name in classes}
+    for name, module in modules.items():
+        absent = [key for key, tensor in module.named_parameters() if tensor.is_meta]
+        if absent:
+            raise ModelError(f"{path} lacks {len(absent)} weights of {name}, first {absent[0]}; download it again.")
+    return modules
+
+
+def _tokens(facts: BaseFacts, encoder: str) -> Tokens:
+    """The tokenizer that `encoder` reads, checked against its vocabulary."""
+    config, folder = facts.config(encoder), facts.configs / encoder.replace("text_encoder", "tokenizer")
+    tokenizer = _shipped_tokenizer(folder) if facts.path.is_file() else _tokenizer(folder)
+    if len(tokenizer) > config["vocab_size"]:
+        raise ModelError(f"{folder} has {len(tokenizer)} tokens, but {encoder} knows {config['vocab_size']}.")
+    return Tokens(tokenizer, config.get("max_position_embeddings", 77))
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    with _readable(folder):
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _shipped_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer from the shipped merges, with the special tokens of `folder`/tokenizer_config.json.
+
+    An architecture may bring a vocabulary of its own. CLIP's follows from the merges: 256 bytes, the same at a word's end, one piece per merge, start, end.
+    """
+    from transformers import CLIPTokenizer
+
+    if (folder / "vocab.json").is_file():
+        return _tokenizer(folder)
+    with gzip.open(CLIP_MERGES, "rt", encoding="utf-8") as file:
+        merges = [(a, b) for a, b in (line.split() for line in file)]
+    letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    letters += [chr(256 + i) for i in range(256 - len(letters))]
+    pieces = [*letters, *(c + "</w>" for c in letters), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    settings = read_json(folder / "tokenizer_config.json")
+    settings.pop("tokenizer_class", None)
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, **settings)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Errors of the loading libraries as one ModelError that names the file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ModelError(f"{path} cannot be loaded: {reason} Copy or download the base again.") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the loading libraries' bars and advice off the console; their settings are as they were afterwards.
+
+    What matters of it (missing weights, wrong shapes) is checked here and raised.
+    """
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    libraries = [of_diffusers, of_transformers]
+    before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, (had_bars, verbosity) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if had_bars:
+                library.enable_progress_bar()

@@ -1,0 +1,305 @@
+"""From `model.base` to files: a folder in diffusers format, or one `.safetensors` checkpoint, on this machine.
+
+What lives here: names, paths, downloads, which files count, and the refusal of unsafe ones. What does not: what the
+files mean (`identify.py`) and loading them (`components.py`). No torch, so that `plan` answers at once.
+
+Rules: a local base never touches the network. Only safetensors weights are read; pickles are never opened and never
+downloaded (CVE-2025-32434, CVE-2026-24747). Names in an index file must stay in its folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_booth.config import BASE_ALIASES, ModelConfig
+from lora_booth.errors import ConfigError, DiskError, ModelError
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = Path(__file__).parent.parent / "assets" / "booth_mini"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+WEIGHT_STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+"""Component to the name of its weight file without ending, as diffusers writes it."""
+CONFIG_FOLDERS = (*WEIGHT_STEMS, "tokenizer", "tokenizer_2", "scheduler")
+BLOCK_BYTES = 64 * 1024
+BLOCKS = 64
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library's own limit."""
+WHY_NO_PICKLE = (
+    "a pickle file can run any program when it is opened, so lora_booth never opens one; get the .safetensors version, "
+    "or convert it once in a place you trust (diffusers: from_pretrained / from_single_file, then "
+    "save_pretrained(folder, safe_serialization=True)) and pass that folder"
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weight files of one component: its variant (None or "fp16") and the file, or the shards in order."""
+
+    variant: str | None
+    files: tuple[Path, ...]
+
+
+def resolve(config: ModelConfig) -> Path:
+    """The folder or `.safetensors` file that `model.base` means; a hub id is downloaded, nothing else uses the network.
+
+    Order: alias, existing path, hub id. A folder that has the name of an alias is reached as `./name`.
+    """
+    base = config.base
+    if base == "booth-mini":
+        _refuse_revision(config)
+        if not (EMBEDDED / "model_index.json").is_file():
+            raise ModelError(f"model.base is booth-mini, but {EMBEDDED} is missing; install lora-booth again.")
+        return EMBEDDED
+    if base not in BASE_ALIASES:
+        path = Path(base).expanduser()
+        if path.exists():
+            _refuse_revision(config)
+            return _checked_local(path)
+    repository = BASE_ALIASES.get(base, base)
+    if not _is_hub_id(repository):
+        raise ModelError(f"model.base {base!r} is no file or folder here{_nearby(base)}.")
+    return _download(repository, config, hint=_nearby(base))
+
+
+def component_weights(folder: Path) -> Weights:
+    """The safetensors files of the component in `folder`, full precision first, then fp16."""
+    stem = WEIGHT_STEMS[folder.name]
+    for variant in (None, "fp16"):
+        dotted = "" if variant is None else f".{variant}"
+        single = folder / f"{stem}{dotted}.safetensors"
+        if single.is_file():
+            return Weights(variant, (single,))
+        index = folder / f"{stem}.safetensors.index{dotted}.json"
+        if index.is_file():
+            return Weights(variant, _shards(index))
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+    if pickles:
+        raise ModelError(f"{folder} holds only {pickles[0]}: {WHY_NO_PICKLE}.")
+    raise ModelError(f"{folder} has no {stem}.safetensors; the base is incomplete, copy or download it again.")
+
+
+def weight_files(base: Path) -> list[Path]:
+    """Every safetensors file that loading `base` reads, sorted."""
+    if base.is_file():
+        return [base]
+    found = (component_weights(base / name).files for name in WEIGHT_STEMS if (base / name).is_dir())
+    return sorted(path for files in found for path in files)
+
+
+def fingerprint(base: Path) -> str:
+    """sha256 (hex) that tells bases apart, in milliseconds: headers, 64 blocks of 64 KiB of each weight file, configs.
+
+    Small files count whole. Independent of where the base lies, and of a single file's name. Not promised: that two
+    bases which differ only between the sampled blocks get different values; it is no protection against forgery.
+    """
+    digest = hashlib.sha256()
+    for path in weight_files(base):
+        digest.update(b"weights" if base.is_file() else path.relative_to(base).as_posix().encode())
+        _digest_samples(path, digest)
+    if base.is_dir():
+        configs = [base / "model_index.json"]
+        for name in CONFIG_FOLDERS:
+            configs += [p for p in (base / name).glob("*") if p.suffix in (".json", ".txt") and ".index" not in p.name]
+        for path in sorted(configs):
+            digest.update(path.relative_to(base).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Tensor names with their shapes, and the metadata, of a safetensors file; a cut-off file is an error."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start.startswith(b"version "):
+            raise ModelError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository.")
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ModelError(f"{path} is not a safetensors file, or it is cut off; download it again.")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path} has a broken safetensors header ({error}); download it again.") from None
+    if 8 + length + end != size:
+        raise ModelError(f"{path} has {size} bytes where its header says {8 + length + end}; download it again.")
+    return shapes, metadata
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of the base; a missing or broken file is an error that names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing; the base is incomplete, copy or download it again.") from None
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); copy or download the base again.") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object; copy or download the base again.")
+    return value
+
+
+def _refuse_revision(config: ModelConfig) -> None:
+    if config.revision is not None:
+        raise ConfigError(
+            f"model.revision is {config.revision!r}, but model.base {config.base!r} is a local base, which has no "
+            "revisions; remove model.revision."
+        )
+
+
+def _checked_local(path: Path) -> Path:
+    if path.is_file():
+        if path.suffix in PICKLES:
+            raise ModelError(f"model.base {path} is a {path.suffix} file: {WHY_NO_PICKLE}.")
+        if path.suffix != ".safetensors":
+            raise ModelError(f"model.base {path} is no .safetensors checkpoint; pass one, or a diffusers folder.")
+        return path
+    if (path / "model_index.json").is_file():
+        return path
+    checkpoints = sorted(p.name for p in path.glob("*.safetensors"))
+    pickles = sorted(p.name for p in path.glob("*") if p.suffix in PICKLES)
+    if checkpoints:
+        advice = f'it holds {", ".join(checkpoints[:3])}: write model.base = "{path / checkpoints[0]}"'
+    elif pickles:
+        advice = f"it holds only {pickles[0]}: {WHY_NO_PICKLE}"
+    else:
+        advice = "pass the folder that holds unet/, vae/ and model_index.json"
+    raise ModelError(f"model.base {path} is not a diffusers folder (no model_index.json); {advice}.")
+
+
+def _is_hub_id(name: str) -> bool:
+    """True for `owner/name`, as the hub allows them."""
+    part = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+    return re.fullmatch(f"{part}/{part}", name) is not None and not name.endswith((".safetensors", *PICKLES))
+
+
+def _nearby(name: str) -> str:
+    """' (nearest: …)' with aliases and neighbours in the folder whose names are close, or ''."""
+    path = Path(name).expanduser()
+    near = difflib.get_close_matches(name, BASE_ALIASES, n=2, cutoff=0.6)
+    if path.parent.is_dir():
+        names = [p.name for p in path.parent.iterdir()]
+        near += [str(path.parent / n) for n in difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)]
+    return f" (nearest: {', '.join(near)})" if near else ""
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    """The files an index names, each a plain name whose file lies in the base."""
+    mapping = read_json(index).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
+        raise ModelError(f"{index} has no usable weight_map; copy or download the base again.")
+    files = []
+    for name in sorted(set(mapping.values())):
+        path = index.parent / name
+        if Path(name).name != name or "\\" in name or path.suffix != ".safetensors":
+            raise ModelError(f"{index} names the file {name!r}; only .safetensors files beside it are read.")
+        if not path.is_file():
+            raise ModelError(f"{path} is missing though {index.name} names it; copy or download the base again.")
+        if not path.resolve().is_relative_to(_root(index.parent.parent)):
+            raise ModelError(f"{path} is a link that leads out of the base; put the file itself there.")
+        files.append(path)
+    return tuple(files)
+
+
+def _root(base: Path) -> Path:
+    """Where links of `base` may point: the base, or its repository in the hub's cache, whose snapshots are links."""
+    base = base.resolve()
+    return base.parent.parent if base.parent.name == "snapshots" else base
+
+
+def _digest_samples(path: Path, digest: Any) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= BLOCKS * BLOCK_BYTES:
+            digest.update(file.read())
+            return
+        digest.update(file.read(min(8 + int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)))
+        for i in range(BLOCKS):
+            file.seek(i * (size - BLOCK_BYTES) // (BLOCKS - 1))
+            digest.update(file.read(BLOCK_BYTES))
+
+
+def _download(repository: str, config: ModelConfig, *, hint: str) -> Path:
+    """The snapshot of `repository` in the hub's cache, fetched if need be; fp16 weights unless fp32 is asked for."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    where = repository if config.revision is None else f"{repository} (revision {config.revision})"
+    http_error = errors.HfHubHTTPError.__mro__[1]  # the HTTP client's own base, whose name differs between versions
+    try:
+        facts = huggingface_hub.HfApi().model_info(repository, revision=config.revision)
+        names = [sibling.rfilename for sibling in facts.siblings or ()]
+        wanted = _wanted(names, where, prefer_fp16=config.precision != "fp32")
+        return Path(huggingface_hub.snapshot_download(repository, revision=facts.sha, allow_patterns=wanted))
+    except errors.GatedRepoError:
+        raise ModelError(
+            f"{where} is gated: accept its licence on https://huggingface.co/{repository}, then `hf auth login`."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(
+            f"model.base {where}: there is no such file or folder here, and no such public model on the hub{hint}; "
+            "check the spelling, or run `hf auth login` if it is private."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"model.revision {config.revision!r} does not exist in {repository}; correct it.") from None
+    except (ConnectionError, TimeoutError, http_error, errors.LocalEntryNotFoundError) as error:
+        return _from_cache(repository, config.revision, where, error)
+    except OSError as error:
+        raise DiskError(
+            f"{where} could not be stored ({error}); free some space, or point HF_HOME elsewhere."
+        ) from None
+
+
+def _from_cache(repository: str, revision: str | None, where: str, error: Exception) -> Path:
+    """What was downloaded before, when the hub cannot be reached."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        small = ["model_index.json", "*/*.json", "*/*.txt"]
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=small, local_files_only=True
+        )
+    except errors.LocalEntryNotFoundError:
+        raise ModelError(
+            f"model.base {where} is not on this machine and the hub cannot be reached ({type(error).__name__}); go "
+            "online once (unset HF_HUB_OFFLINE), or give a local folder or .safetensors file."
+        ) from None
+    log.warning("The hub cannot be reached; using the copy of %s that was downloaded before.", where)
+    return Path(folder)
+
+
+def _wanted(names: list[str], where: str, *, prefer_fp16: bool) -> list[str]:
+    """Of a repository's files, those that a diffusers base needs: configs, tokenizers, and one set of safetensors."""
+    if "model_index.json" not in names:
+        raise ModelError(f"{where} is not in diffusers format (no model_index.json); pass one .safetensors file of it.")
+    wanted = ["model_index.json"]
+    for name in names:
+        folder, _, file = name.partition("/")
+        if folder in CONFIG_FOLDERS and "/" not in file and file.endswith((".json", ".txt")):
+            wanted.append(name)
+    for component, stem in WEIGHT_STEMS.items():
+        files = [n for n in names if n.startswith(f"{component}/")]
+        if not files:
+            continue
+        number = r"(-\d{5}-of-\d{5})?"
+        full = [n for n in files if re.fullmatch(rf"{component}/{stem}{number}\.safetensors", n)]
+        half = [n for n in files if re.fullmatch(rf"{component}/{stem}\.fp16{number}\.safetensors", n)]
+        if not full and not half:
+            raise ModelError(f"{where} has no safetensors file for {component}: {WHY_NO_PICKLE}.")
+        wanted += half if half and (prefer_fp16 or not full) else full
+    return wanted

@@ -1,0 +1,68 @@
+"""Pictures to latents and back, in float32 always: half-precision VAEs overflow on SDXL, and both ways are run once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PIXELS_AT_ONCE = 1024 * 1024
+"""Pixels that go through the VAE together: one SDXL-sized picture. Assumed to fit where training fits, not measured."""
+
+
+class Vae:
+    """A frozen float32 AutoencoderKL with its latents' shift and scale. May lie on another device than the denoiser."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        _cast_what_is_decoded_(module)
+        config = module.config
+        channels = config.latent_channels
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        self._shift = torch.tensor(mean or [config.get("shift_factor") or 0.0] * channels).view(1, -1, 1, 1)
+        self._scale = config.scaling_factor / torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1)
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents, float32 `[B, C, h, w]`, on the VAE's device."""
+        with torch.no_grad():
+            posteriors = [self.module.encode(p.to(self.device, torch.float32)).latent_dist for p in _chunks(pixels, 1)]
+        mean = torch.cat([posterior.mean for posterior in posteriors])
+        std = torch.cat([posterior.std for posterior in posteriors])
+        shift, scale = self._shift.to(mean), self._scale.to(mean)
+        return (mean - shift) * scale, std * scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels `[B, 3, H, W]` float32 in [-1, 1] on the CPU."""
+        pixels = []
+        with torch.no_grad():
+            for chunk in _chunks(latents, self.factor):
+                z = chunk.to(self.device, torch.float32)
+                z = z / self._scale.to(z) + self._shift.to(z)
+                pixels.append(self.module.decode(z, return_dict=False)[0].clamp(-1, 1).cpu())
+        return torch.cat(pixels)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.module.config.block_out_channels) - 1)
+
+
+def _chunks(batch: Tensor, pixels_per_cell: int) -> tuple[Tensor, ...]:
+    area = batch.shape[-1] * batch.shape[-2] * pixels_per_cell**2
+    return batch.split(max(1, PIXELS_AT_ONCE // area))
+
+
+def _cast_what_is_decoded_(module: nn.Module) -> None:
+    """Let stock pipelines decode: they hand over latents of the denoiser's type and device, and cast for fp16 VAEs only."""
+
+    def cast(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        weight = next(module.parameters())
+        return tuple(x.to(weight) if isinstance(x, Tensor) else x for x in inputs)
+
+    first = module.post_quant_conv if module.post_quant_conv is not None else module.decoder
+    first.register_forward_pre_hook(cast)

@@ -1,0 +1,292 @@
+"""The training loop: `optimize` reads top to bottom as one step. What surrounds it is in `train.py`.
+
+Words: a *step* is one optimizer update over the effective batch; a *micro-step* is one forward and backward pass of
+rows of one shape. The run is a pure function of (config, step): nothing in the loop depends on what ran before but the
+adapter and the optimizer.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lora_booth import optim, preview
+from lora_booth.adapter import inject
+from lora_booth.config import Config
+from lora_booth.data.batches import Item, Row, micro_batches
+from lora_booth.errors import NumericError
+from lora_booth.families.base import Conditioning, Family
+from lora_booth.families.sampling import concatenate
+from lora_booth.interrupts import StopRequest
+from lora_booth.objectives import Draws, Objective, draw, generator_for
+from lora_booth.prepare import Prepared
+from lora_booth.report import Report
+from lora_booth.run import Checkpoint, Run
+
+MAX_SKIPPED_STEPS = 20
+"""Overflowing fp16 steps in a row after which the run stops; the loss scale halves at each."""
+VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
+MAX_VALIDATION_ITEMS = 16
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that the loop works with. `adapted`: the modules that carry adapters, by component."""
+
+    config: Config
+    family: Family
+    adapted: dict[str, nn.Module]
+    prepared: Prepared
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    accelerator: Accelerator
+    run: Run
+    report: Report
+    stop: StopRequest
+    continue_command: str
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trained parameter, in the optimizer's order."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def condition(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning on the device: from the cache, or by the text encoders while they are being trained."""
+        if len(self.adapted) > 1:
+            return self.family.encode_prompts(prompts)
+        rows = [self.prepared.prompts[prompt] for prompt in prompts]
+        return {name: t.to(self.accelerator.device) for name, t in concatenate(rows).items()}
+
+
+def optimize(s: Session, start: int) -> None:
+    """Steps `start` to the last, saving and drawing on the way. Raises Interrupted after a save, NumericError before a
+    step that would not be finite."""
+    train, order = s.config.train, s.prepared.order
+    assert train.steps is not None, "config is not resolved"
+    processes = {"process": s.accelerator.process_index, "num_processes": s.accelerator.num_processes}
+    skipped = 0
+    for step in range(start, train.steps):
+        began = time.perf_counter()
+        rows = order.at(step)
+        learning_rate = _set_learning_rate_(s, step)
+        set_training_(s, True)
+        losses = torch.zeros(len(rows), device=s.accelerator.device)
+        for micro in micro_batches(rows, train.batch_size, **processes):
+            loss = sample_losses(s, micro, step)
+            weights = torch.tensor([row.weight for row in micro], device=loss.device)
+            s.scaler.scale((loss * weights).sum()).backward()
+            losses[[row.position for row in micro]] = loss.detach()
+        losses = _share(s, losses)
+        grad_norm = _reduce_and_clip_(s)
+        if grad_norm.isfinite():
+            skipped = 0
+        else:
+            skipped += 1
+            _require_recoverable(s, step, rows, losses, skipped)
+        s.scaler.step(s.optimizer)
+        s.scaler.update()
+        s.optimizer.zero_grad(set_to_none=True)
+        _after_step(s, step + 1, rows, losses, learning_rate, float(grad_norm), time.perf_counter() - began)
+
+
+def _share(s: Session, losses: Tensor) -> Tensor:
+    """Losses of all processes, and with them the news that one of them was asked to stop."""
+    if s.accelerator.num_processes == 1:
+        return losses
+    asked = torch.tensor([float(bool(s.stop))], device=losses.device)
+    shared = s.accelerator.reduce(torch.cat([losses, asked]), "sum")
+    if shared[-1] > 0 and not s.stop:
+        s.stop.signal_number = signal.SIGTERM
+    return shared[:-1]
+
+
+def sample_losses(s: Session, micro: Sequence[Row], step: int) -> Tensor:
+    """Loss of each row of a micro-batch, float32 `[B]`, before its weight."""
+    items = [row.item for row in micro]
+    draws = draw(s.config.train.seed, step, [row.position for row in micro], items[0].shape, _num_timesteps(s))
+    if s.config.adapter.dropout:
+        torch.manual_seed(generator_for(s.config.train.seed, "dropout", step, micro[0].position).initial_seed())
+    return _losses(s, items, draws)
+
+
+def _losses(s: Session, items: Sequence[Item], draws: Draws) -> Tensor:
+    device = s.accelerator.device
+    moments = [s.prepared.latents[item.latent_key] for item in items]
+    mean, std = torch.stack([m.mean for m in moments]), torch.stack([m.std for m in moments])
+    latents = (mean + std * draws.latent_noise).to(device)
+    geometry = torch.tensor([item.geometry for item in items], dtype=torch.float32, device=device)
+    conditioning = s.condition([item.prompt for item in items])
+
+    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        return s.family.predict(noisy, timesteps, conditioning, geometry)
+
+    return s.objective.loss(predict, latents, draws.to(device))
+
+
+@torch.no_grad()
+def validation_loss(s: Session) -> float:
+    """Mean loss over the held-out images (the instance images where there are none) at four fixed noise levels.
+
+    The noise is the same every time, so that two checkpoints of a run can be compared; two runs cannot.
+    """
+    set_training_(s, False)
+    total, items = 0.0, s.prepared.validation[:MAX_VALIDATION_ITEMS]
+    for number, item in enumerate(items):
+        generator = generator_for("validation", number)
+        shape = (len(VALIDATION_QUANTILES), *item.shape)
+        draws = Draws(
+            torch.tensor([int(q * _num_timesteps(s)) for q in VALIDATION_QUANTILES]),
+            torch.randn(shape, generator=generator),
+            torch.zeros(shape),
+            torch.zeros(*shape[:2], 1, 1),
+        )
+        total += float(_losses(s, [item] * len(VALIDATION_QUANTILES), draws).mean())
+    return total / len(items)
+
+
+def _num_timesteps(s: Session) -> int:
+    return len(s.objective.schedule.alphas_cumprod)
+
+
+def _set_learning_rate_(s: Session, step: int) -> float:
+    """Put the learning rate of `step` into every group; returns the first."""
+    optimizer, train = s.config.optimizer, s.config.train
+    assert train.steps is not None and optimizer.warmup_steps is not None, "config is not resolved"
+    factor = optim.learning_rate_factor(
+        step, steps=train.steps, warmup_steps=optimizer.warmup_steps, schedule=optimizer.schedule
+    )
+    for group in s.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return float(s.optimizer.param_groups[0]["lr"])
+
+
+def set_training_(s: Session, training: bool) -> None:
+    """Switch dropout of the adapters, and the weights of optimizers that average, for training or for looking."""
+    for module in s.adapted.values():
+        module.train(training)
+    optim.set_mode_(s.optimizer, training=training)
+
+
+def _reduce_and_clip_(s: Session) -> Tensor:
+    """Sum the gradients over processes, undo the loss scale, clip; returns the norm before clipping."""
+    parameters = s.parameters
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if s.accelerator.num_processes > 1:
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+        flat = s.accelerator.reduce(flat, "sum")
+        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = grad.view_as(parameter).clone()
+    s.scaler.unscale_(s.optimizer)
+    return nn.utils.clip_grad_norm_(parameters, s.config.optimizer.max_grad_norm)
+
+
+def _require_recoverable(s: Session, step: int, rows: Sequence[Row], losses: Tensor, skipped: int) -> None:
+    """An overflow under fp16 loss scaling is skipped and told; everything else that is not finite ends the run."""
+    if s.scaler.is_enabled() and losses.isfinite().all() and skipped <= MAX_SKIPPED_STEPS:
+        s.report.event("skipped_step", f"step {step + 1} overflowed in fp16 and was skipped", step=step + 1)
+        return
+    culprits = [row.item.name for row, loss in zip(rows, losses.tolist(), strict=True) if not _is_finite(loss)]
+    cause = f"the loss of {', '.join(culprits)}" if culprits else "the gradient"
+    raise NumericError(
+        f"{cause} is not finite at step {step + 1}; nothing of this step was kept, and the last checkpoint is good. "
+        "Lower optimizer.learning_rate, or set model.precision = bf16 (or fp32)."
+    )
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def _after_step(
+    s: Session,
+    done: int,
+    rows: Sequence[Row],
+    losses: Tensor,
+    learning_rate: float,
+    grad_norm: float,
+    seconds: float,
+) -> None:
+    """Log the step; at its turn save and draw; stop if asked."""
+    train, every = s.config.train, s.config.preview.every_steps
+    assert train.steps is not None and train.save_every_steps is not None, "config is not resolved"
+    by_role = {role: [x for r, x in zip(rows, losses.tolist(), strict=True) if r.item.role == role] for role in ROLES}
+    values = {f"{role}_loss": sum(x) / len(x) for role, x in by_role.items() if x}
+    metrics = {"step": done, **values, "learning_rate": learning_rate, "grad_norm": grad_norm, "seconds": seconds}
+    if s.accelerator.is_main_process:
+        s.run.append_metrics(metrics)
+        s.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=done)
+        s.report.progress("train", done, train.steps, **metrics, memory_gib=device_memory_gib(s.accelerator.device))
+    if done % train.save_every_steps == 0 or done == train.steps or s.stop:
+        save(s, done)
+    if every is not None and done % every == 0 and done < train.steps:
+        draw_preview(s, done)
+    s.stop.check(
+        f"stopped after step {done} of {train.steps}, everything is saved; continue with: {s.continue_command}"
+    )
+
+
+ROLES = ("instance", "class")
+
+
+def save(s: Session, done: int) -> None:
+    """Write a checkpoint (main process)."""
+    loss = validation_loss(s)
+    if not _is_finite(loss):
+        raise NumericError(f"the validation loss is not finite after step {done}; the last checkpoint is good.")
+    if s.accelerator.is_main_process:
+        state = {"validation_loss": loss, "scaler": s.scaler.state_dict()}
+        set_training_(s, True)
+        checkpoint = Checkpoint(done, inject.state(s.adapted), s.optimizer.state_dict(), state)
+        path = s.run.save(checkpoint, keep_last=s.config.train.keep_last)
+        s.report.event("saved", f"step {done} saved, validation loss {loss:.4f}", step=done, path=str(path))
+    s.accelerator.wait_for_everyone()
+
+
+def restore(s: Session) -> int:
+    """Load the newest valid checkpoint into the session; returns the number of steps done, 0 if there is none."""
+    checkpoint = s.run.latest(s.report.warn)
+    if checkpoint is None:
+        s.run.forget_metrics_after(0)
+        return 0
+    inject.load_state_into_(s.adapted, checkpoint.adapter)
+    s.optimizer.load_state_dict(checkpoint.optimizer)
+    s.scaler.load_state_dict(checkpoint.state["scaler"])
+    s.run.forget_metrics_after(checkpoint.step)
+    s.report.event("continued", f"continuing after step {checkpoint.step}", step=checkpoint.step)
+    return checkpoint.step
+
+
+def draw_preview(s: Session, done: int) -> None:
+    """Draw and write the preview grid after `done` steps (main process)."""
+    if not s.config.preview.images_per_prompt:
+        return
+    if s.accelerator.is_main_process:
+        rows = draw_rows(s)
+        path = s.run.preview_path(done)
+        preview.save_grid(rows, path, title=f"{s.config.name}: {'the base' if done == 0 else f'after {done} steps'}")
+        s.report.event("preview", f"pictures of step {done}: {path}", step=done, path=str(path))
+    s.accelerator.wait_for_everyone()
+
+
+def draw_rows(s: Session) -> preview.Rows:
+    """Pictures of the preview prompts through the adapter as it is now."""
+    set_training_(s, False)
+    s.family.move_vae(s.accelerator.device)
+    with torch.no_grad():
+        rows = preview.draw_rows(s.config, s.family, s.condition)
+    s.family.move_vae("cpu")
+    return rows
+
+
+def device_memory_gib(device: torch.device) -> float | None:
+    """Most device memory held by tensors so far; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

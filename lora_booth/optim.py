@@ -1,0 +1,98 @@
+"""Optimizers as rows of a table, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lora_booth.config import OptimizerConfig
+from lora_booth.errors import ConfigError
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class OptimizerRow:
+    """Where an optimizer's class is, and which of our settings it takes under which name."""
+
+    module: str
+    class_name: str
+    note: str
+    extra: str = ""
+    """The pip extra that installs it; empty when it is always there."""
+    takes_betas: bool = True
+    has_modes: bool = False
+    """Its weights must be switched with .train() and .eval() around updates, as schedule-free averaging needs."""
+    fixed: tuple[tuple[str, Any], ...] = ()
+
+
+OPTIMIZERS: dict[str, OptimizerRow] = {
+    "adamw": OptimizerRow("torch.optim", "AdamW", "float32 moments", fixed=(("fused", True),)),
+    "adamw8bit": OptimizerRow("bitsandbytes.optim", "AdamW8bit", "8-bit moments, block-wise quantised"),
+    "paged_adamw8bit": OptimizerRow(
+        "bitsandbytes.optim", "PagedAdamW8bit", "8-bit moments that may move to main memory"
+    ),
+    "lion8bit": OptimizerRow("bitsandbytes.optim", "Lion8bit", "one 8-bit moment; a third of AdamW's learning rate"),
+    "adafactor": OptimizerRow(
+        "transformers.optimization",
+        "Adafactor",
+        "factored second moment, no first",
+        takes_betas=False,
+        fixed=(("scale_parameter", False), ("relative_step", False), ("warmup_init", False)),
+    ),
+    "prodigy": OptimizerRow("prodigyopt", "Prodigy", "finds its own step size; learning_rate = 1", extra="optim"),
+    "schedulefree": OptimizerRow(
+        "schedulefree", "AdamWScheduleFree", "averages instead of decaying", extra="optim", has_modes=True
+    ),
+}
+
+
+def make(groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, device_type: str) -> torch.optim.Optimizer:
+    """The optimizer of `config` over parameter groups that carry their own `lr`.
+
+    Raises ConfigError when its package is not installed.
+    """
+    name = config.name if config.name != "auto" else default_name(device_type)
+    row = OPTIMIZERS[name]
+    try:
+        cls: Callable[..., torch.optim.Optimizer] = getattr(importlib.import_module(row.module), row.class_name)
+    except ImportError as error:
+        remedy = f"pip install 'lora-booth[{row.extra}]'" if row.extra else "reinstall lora-booth"
+        raise ConfigError(
+            f'optimizer.name is "{name}", but {row.module} cannot be imported ({error}); '
+            f'{remedy}, or set optimizer.name = "adamw".'
+        ) from None
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay, **dict(row.fixed)}
+    if row.takes_betas:
+        settings["betas"] = config.betas
+    return cls(list(groups), **settings)
+
+
+def default_name(device_type: str) -> str:
+    """What `optimizer.name = "auto"` means: 8-bit Adam where it saves device memory."""
+    return "adamw8bit" if device_type == "cuda" else "adamw"
+
+
+def set_mode_(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
+    """Switch an optimizer that averages weights between the ones to train and the ones to use; no-op for the others."""
+    if any(row.has_modes and type(optimizer).__name__ == row.class_name for row in OPTIMIZERS.values()):
+        optimizer.train() if training else optimizer.eval()  # type: ignore[attr-defined]
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, schedule: Schedule) -> float:
+    """Factor on the base learning rate for the update of `step` (0-based), in (0, 1].
+
+    Warm-up is linear and reaches 1 at step `warmup_steps`; the first update is already larger than 0. Linear and cosine
+    then fall towards 0, which they would reach at step `steps`, one past the last.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,54 @@
+"""Pictures drawn on the way: the same prompts and seeds every time, as one labelled grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from lora_booth import files
+from lora_booth.config import Config
+from lora_booth.data.grid import labelled_grid
+from lora_booth.families.base import Conditioning, Family
+from lora_booth.families.sampling import draw
+
+Conditions = Callable[[Sequence[str]], Conditioning]
+"""Prompts to their conditioning, on the denoiser's device."""
+Rows = list[tuple[str, list[Image.Image]]]
+
+
+def draw_rows(config: Config, family: Family, condition: Conditions) -> Rows:
+    """`images_per_prompt` pictures of each preview prompt through the adapter as it is now, in the config's order.
+
+    Nothing else of the run is touched: pictures have their own random streams.
+    """
+    preview, side = config.preview, config.data.resolution
+    assert side is not None, "config is not resolved"
+    prompts = [config.fill(prompt) for prompt in preview.prompts]
+    columns = range(preview.images_per_prompt)
+    pictures = draw(
+        family,
+        [condition([prompt]) for prompt in prompts for _ in columns],
+        condition([config.fill(preview.negative_prompt)]),
+        width_px=side,
+        height_px=side,
+        seeds=[preview.seed + column for _ in prompts for column in columns],
+        sampler=preview.sampler,
+        sampler_steps=preview.sampler_steps,
+        guidance_scale=preview.guidance_scale,
+    )
+    return [(prompt, [next(pictures) for _ in columns]) for prompt in prompts]
+
+
+def save_grid(rows: Rows, path: Path, *, title: str, columns: Sequence[str] = ()) -> None:
+    """Write `rows` as one labelled PNG."""
+    sheet = labelled_grid(rows, columns=columns, title=title)
+    with files.replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def before_and_after(before: Rows, after: Rows) -> Rows:
+    """For each prompt and seed the picture before, and beside it the one after."""
+    pairs = zip(before, after, strict=True)
+    return [(prompt, [p for both in zip(old, new, strict=True) for p in both]) for (prompt, old), (_, new) in pairs]

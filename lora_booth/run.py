@@ -1,0 +1,329 @@
+"""The run folder: what is where, who is using it, and checkpoints that survive a crash at any moment.
+
+```
+config.toml            the resolved config
+inputs.json            fingerprint of the base and hashes of the pictures
+metrics.jsonl          one line per step
+checkpoints/step-000400/   adapter.safetensors, optimizer.safetensors, state.json, manifest.json (written last)
+previews/step-000400.png
+summary.json           written once, when the run is finished
+```
+
+A checkpoint counts only with a manifest whose sizes and SHA-256 hold. The newest is the one with the highest step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_booth import config_file, files
+from lora_booth.config import Config
+from lora_booth.errors import ConfigError, DiskError
+
+CHECKPOINT_SCHEMA = 1
+FREE_TO_CHANGE = (
+    "train.batch_size",
+    "train.gradient_checkpointing",
+    "train.save_every_steps",
+    "train.keep_last",
+    "memory.budget_gib",
+    "run.folder",
+    "run.cache",
+    "run.trackers",
+    "subject.images",
+    "export.formats",
+    "export.dtype",
+    "export.name",
+    "export.author",
+    "export.license",
+)
+"""Settings that may differ when a run is continued: they change how it is computed or kept, not what it computes."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint. `adapter`: float32 tensors by name; `optimizer`: the optimizer's state_dict."""
+
+    step: int
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+
+
+class Run:
+    """An open run folder. One process at a time may hold its lock; closing it, or dying, lets it go.
+
+    The other processes of a distributed run use `Run(folder)` without a lock, and only read.
+    """
+
+    def __init__(self, folder: Path, lock: FileLock | None = None) -> None:
+        self.folder = folder
+        self._lock = lock
+
+    @classmethod
+    def open(cls, folder: Path, config: Config, inputs: dict[str, Any]) -> Run:
+        """Create `folder`, or continue in it if it holds a run of the same config and inputs.
+
+        Raises ConfigError naming what differs, DiskError when another process holds the folder.
+        """
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        run = cls(folder, _locked(folder))
+        try:
+            run._match_or_write(config, inputs)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def close(self) -> None:
+        """Let other processes open the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object per line and step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def sheet_path(self) -> Path:
+        """The contact sheet of the instance images as the model sees them."""
+        return self.folder / "contact_sheet.png"
+
+    @property
+    def summary_path(self) -> Path:
+        """Exists when the run is finished."""
+        return self.folder / "summary.json"
+
+    def preview_path(self, step: int) -> Path:
+        """The preview grid drawn when `step` steps were done."""
+        return self.folder / "previews" / f"step-{step:06d}.png"
+
+    def summary(self) -> dict[str, Any] | None:
+        """What a finished run wrote at its end, else None."""
+        if not self.summary_path.exists():
+            return None
+        loaded: dict[str, Any] = json.loads(self.summary_path.read_text())
+        return loaded
+
+    def started_at(self) -> float:
+        """When the run was begun, in seconds since 1970."""
+        return float(json.loads((self.folder / "inputs.json").read_text())["started_at"])
+
+    def append_metrics(self, values: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with files.writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps that were computed after the checkpoint that is continued from."""
+        if self.metrics_path.exists():
+            lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            files.write_text(self.metrics_path, "".join(line + "\n" for line in kept))
+
+    def save(self, checkpoint: Checkpoint, *, keep_last: int) -> Path:
+        """Write `checkpoint` as a whole, then drop old ones except the last `keep_last` and the best."""
+        folder = self.folder / "checkpoints"
+        target = folder / f"step-{checkpoint.step:06d}"
+        with files.writing(target):
+            folder.mkdir(exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+            try:
+                _write_checkpoint(temporary, checkpoint)
+                if target.exists():
+                    shutil.rmtree(target)
+                temporary.rename(target)
+                files.sync(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        self._prune(keep_last)
+        return target
+
+    def latest(self, on_damage: Callable[[str], None]) -> Checkpoint | None:
+        """The newest valid checkpoint; `on_damage` is told of each newer one that had to be passed over."""
+        for folder in reversed(self._checkpoint_folders()):
+            fault = _fault(folder)
+            if fault is None:
+                return _read_checkpoint(folder)
+            on_damage(f"checkpoint {folder} is damaged ({fault}); going back to the one before.")
+        return None
+
+    def best_step(self) -> int | None:
+        """Step of the kept checkpoint with the lowest validation loss, None when there is none."""
+        losses = {s: loss for s, loss in self._validation_losses().items() if loss is not None}
+        return min(losses, key=lambda step: (losses[step], step)) if losses else None
+
+    def _match_or_write(self, config: Config, inputs: dict[str, Any]) -> None:
+        config_path, inputs_path = self.folder / "config.toml", self.folder / "inputs.json"
+        if not config_path.exists():
+            strangers = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
+            if strangers:
+                raise ConfigError(
+                    f"run folder {self.folder} holds other files ({', '.join(strangers[:5])}) and no run; "
+                    "choose an empty or new folder with run.folder."
+                )
+            files.write_text(inputs_path, json.dumps({**inputs, "started_at": time.time()}, indent=1))
+            files.write_text(config_path, config_file.to_toml(config))
+            return
+        stored = config_file.load(config_path)
+        faults = config_file.differing_keys(stored, config, ignore=FREE_TO_CHANGE)
+        faults += _differing_inputs(json.loads(inputs_path.read_text()), inputs)
+        if faults:
+            lines = "\n".join(f"  {line}" for line in faults)
+            raise ConfigError(
+                f"run folder {self.folder} holds a run of another config:\n{lines}\n"
+                "Put the old values back to continue it, or choose a new folder with run.folder."
+            )
+        files.write_text(config_path, config_file.to_toml(config))
+
+    def _checkpoint_folders(self) -> list[Path]:
+        folders = (self.folder / "checkpoints").glob("step-*")
+        return sorted((f for f in folders if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
+
+    def _validation_losses(self) -> dict[int, float | None]:
+        losses: dict[int, float | None] = {}
+        for folder in self._checkpoint_folders():
+            try:
+                losses[int(folder.name[5:])] = json.loads((folder / "state.json").read_text()).get("validation_loss")
+            except (OSError, ValueError):
+                continue
+        return losses
+
+    def _prune(self, keep_last: int) -> None:
+        folders = self._checkpoint_folders()
+        best = self.best_step()
+        for folder in folders[:-keep_last]:
+            if int(folder.name[5:]) != best:
+                shutil.rmtree(folder, ignore_errors=True)
+        for orphan in (self.folder / "checkpoints").glob(".saving-*"):
+            shutil.rmtree(orphan, ignore_errors=True)
+
+
+def require_free_space(folder: Path, needed_bytes: int) -> None:
+    """Raises DiskError when the disk of `folder` cannot hold `needed_bytes` more."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise DiskError(
+            f"{folder} has {free / 2**20:.0f} MiB free, but the run's checkpoints need about "
+            f"{needed_bytes / 2**20:.0f} MiB; free some space, lower train.keep_last, or set run.folder."
+        )
+
+
+def _locked(folder: Path) -> FileLock:
+    """The operating system's lock on `folder`; it falls with the process that holds it, so it cannot go stale."""
+    owner_path = folder / ".owner.json"
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        try:
+            owner = json.loads(owner_path.read_text())
+        except (OSError, ValueError):
+            owner = {"pid": "?", "host": "?", "started": "?"}
+        raise DiskError(
+            f"run folder {folder} is in use by process {owner['pid']} on {owner['host']} since {owner['started']}; "
+            "wait for it, stop it, or choose another folder with run.folder."
+        ) from None
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    files.write_text(owner_path, json.dumps(owner))
+    return lock
+
+
+def _differing_inputs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    lines = []
+    if old["base"] != new["base"]:
+        lines.append("model.base: the files of the base have changed since the run began")
+    for key in ("pictures", "class_pictures", "held_out"):
+        before, now = old.get(key, {}), new.get(key, {})
+        changes = [f"{name} is new" for name in now if name not in before]
+        changes += [f"{name} is gone" for name in before if name not in now]
+        changes += [f"{name} has changed" for name in now if name in before and now[name] != before[name]]
+        if changes:
+            lines.append(f"{key.replace('_', ' ')}: " + ", ".join(changes[:5]) + (", …" if len(changes) > 5 else ""))
+    return lines
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # the torn last line of a killed process
+
+
+def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    tensors: dict[str, Tensor] = {}
+    optimizer = _without_tensors(checkpoint.optimizer, "optimizer", tensors)
+    save_file(checkpoint.adapter, folder / "adapter.safetensors")
+    save_file(tensors, folder / "optimizer.safetensors")
+    state = {"schema": CHECKPOINT_SCHEMA, "step": checkpoint.step, **checkpoint.state, "optimizer": optimizer}
+    (folder / "state.json").write_text(json.dumps(state))
+    names = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+    for name in names:
+        files.sync(folder / name)
+    manifest = {n: {"sha256": files.sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in names}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    files.sync(folder / "manifest.json")
+    files.sync(folder)
+
+
+def _fault(folder: Path) -> str | None:
+    """Why the checkpoint in `folder` cannot be trusted, None when it can."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, entry in manifest.items():
+            if files.sha256(folder / name) != entry["sha256"]:
+                return f"{name} is not what was written"
+        schema = json.loads((folder / "state.json").read_text())["schema"]
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"unreadable: {error}"
+    return None if schema == CHECKPOINT_SCHEMA else f"written by another version (schema {schema})"
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint:
+    state = json.loads((folder / "state.json").read_text())
+    tensors = load_file(folder / "optimizer.safetensors")
+    optimizer = _with_tensors(state.pop("optimizer"), tensors)
+    return Checkpoint(state.pop("step"), load_file(folder / "adapter.safetensors"), optimizer, state)
+
+
+def _without_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`tree` as JSON values, its tensors moved into `tensors` under path-like names. `_with_tensors` is its inverse."""
+    if isinstance(tree, Tensor):
+        tensors[name] = tree.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        return {"dict": [[key, _without_tensors(value, f"{name}.{key}", tensors)] for key, value in tree.items()]}
+    if isinstance(tree, (list, tuple)):
+        kind = "tuple" if isinstance(tree, tuple) else "list"
+        return {kind: [_without_tensors(value, f"{name}.{i}", tensors) for i, value in enumerate(tree)]}
+    assert tree is None or isinstance(tree, (bool, int, float, str)), f"{name} is a {type(tree)}"
+    return tree
+
+
+def _with_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, value),) = tree.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: _with_tensors(item, tensors) for key, item in value}
+    items = [_with_tensors(item, tensors) for item in value]
+    return tuple(items) if kind == "tuple" else items

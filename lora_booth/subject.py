@@ -1,0 +1,75 @@
+"""The pictures of one run: which folders are read, how pictures are cut, which prompts are asked for. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_booth.config import Config
+from lora_booth.data import images
+from lora_booth.data.buckets import Crop, assign, buckets
+from lora_booth.data.images import Found, Picture
+from lora_booth.errors import DataError
+from lora_booth.report import Report
+
+MIN_PICTURES = 3
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """All pictures of the user's that a run reads, found and checked but not kept in memory."""
+
+    instances: Found
+    classes: Found | None
+    held_out: Found | None
+
+    def hashes(self) -> dict[str, dict[str, str]]:
+        """SHA-256 by file name of all that a run's result depends on."""
+        found = {"pictures": self.instances, "class_pictures": self.classes, "held_out": self.held_out}
+        return {k: {p.path.name: p.sha256 for p in f.pictures} for k, f in found.items() if f is not None}
+
+
+def find_pictures(config: Config, report: Report) -> Pictures:
+    """Look at every folder of pictures that the config names, and tell what was left out or looks odd.
+
+    Raises DataError for a folder without pictures, and when there are too few of the subject.
+    """
+
+    def found_in(folder: Path | None) -> Found | None:
+        if folder is None:
+            return None
+        captions = config.subject.captions == "auto"
+        found = images.find(folder, max_megapixels=config.data.max_megapixels, captions=captions)
+        for fault in found.left_out:
+            report.warn(f"left out: {fault}")
+        for fault in found.warnings:
+            report.warn(str(fault))
+        return found
+
+    instances = found_in(config.subject.images)
+    assert instances is not None
+    if len(instances.pictures) < MIN_PICTURES:
+        raise DataError(
+            f"subject.images {config.subject.images} has {len(instances.pictures)} usable pictures, at least "
+            f"{MIN_PICTURES} are needed; add some."
+        )
+    classes = found_in(config.prior.folder if config.has_prior else None)
+    return Pictures(instances, classes, found_in(config.subject.held_out))
+
+
+def crops_of(config: Config, pictures: Sequence[Picture]) -> list[Crop]:
+    """The crop of each picture under the buckets of a resolved config."""
+    data = config.data
+    assert data.resolution is not None and data.bucket_step is not None, "config is not resolved"
+    available = buckets(data.resolution, data.bucket_step, data.max_aspect)
+    return [assign(picture.width_px, picture.height_px, available) for picture in pictures]
+
+
+def prompts_of(config: Config, pictures: Pictures) -> list[str]:
+    """Every prompt the run asks for, once: of images, class images and previews, and the empty one."""
+    texts = ["", config.subject.prompt, config.preview.negative_prompt, *config.preview.prompts]
+    texts += config.prior.prompts if config.has_prior else ()
+    for found in (pictures.instances, pictures.classes, pictures.held_out):
+        texts += [p.caption for p in found.pictures if p.caption] if found is not None else []
+    return list(dict.fromkeys(config.fill(text) for text in texts))

@@ -1,0 +1,257 @@
+"""The main job: from a config to an adapter file, with everything around the loop."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lora_booth import export, families, files, loop, optim, plan, prepare, preview
+from lora_booth.adapter import inject
+from lora_booth.config import Config
+from lora_booth.errors import DeviceMemoryError
+from lora_booth.families.base import Family
+from lora_booth.families.identify import identify
+from lora_booth.families.sources import fingerprint, resolve
+from lora_booth.interrupts import stop_requests
+from lora_booth.objectives import Objective
+from lora_booth.report import Report, Silent
+from lora_booth.run import Run, require_free_space
+from lora_booth.subject import find_pictures
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: the adapter and two moments, float32."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run made. `peak_gib`: most device memory of tensors; on a CPU, most memory of the process."""
+
+    folder: str
+    files: dict[str, str]
+    before_and_after: str | None
+    steps: int
+    seconds: float
+    peak_gib: float
+    num_parameters: int
+    validation_loss: float
+
+
+def train(config: Config, *, report: Report | None = None, continue_command: str = "the same command") -> Summary:
+    """Train the run of `config`, or continue it, and export its adapter; a finished run is returned as it is.
+
+    Raises Interrupted when a signal asked to stop, after everything was saved.
+    """
+    report, began = report or Silent(), time.perf_counter()
+    pictures = find_pictures(config, report)
+    facts = identify(resolve(config.model))
+    accelerator = Accelerator(log_with=list(config.run.trackers) or None, project_dir=plan.run_folder(config))
+    device = accelerator.device
+    config = plan.resolve(config, facts, num_images=len(pictures.instances.pictures), free_gib=_free_gib(device))
+    inputs = {"base": fingerprint(facts.path), **pictures.hashes()}
+    with stop_requests() as stop, _opened(config, inputs, accelerator) as run, _memory_advice(config):
+        finished = run.summary()
+        if finished is not None:
+            report.event("finished", f"{run.folder} is finished already; name another run.folder to train again")
+            return Summary(**finished)
+        dtype = DTYPES[precision(config, device)]
+        report.event("base", f"base {facts.path.name}: {facts.family}, {facts.prediction_type}, {dtype}, on {device}")
+        family = families.load(config.model, device=device, dtype=dtype)
+        listeners = {"report": report, "stop": stop}
+        with accelerator.main_process_first():  # it fills the caches, the others find them full
+            prepared = prepare.prepare(config, family, pictures, sheet_path=run.sheet_path, **listeners)
+        family.move_vae("cpu")
+        adapted, parameters = _adapt(config, family)
+        family.prepare_denoiser_(
+            gradient_checkpointing=bool(config.train.gradient_checkpointing), attention=config.model.attention
+        )
+        require_free_space(run.folder, _checkpoint_bytes(parameters) * (config.train.keep_last + 2))
+        session = loop.Session(
+            config=config,
+            family=family,
+            adapted=adapted,
+            prepared=prepared,
+            objective=_objective(config, family),
+            optimizer=optim.make(_groups(config, parameters, report), config.optimizer, device_type=device.type),
+            scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+            accelerator=accelerator,
+            run=run,
+            continue_command=continue_command,
+            **listeners,
+        )
+        start = loop.restore(session)
+        if start == 0 and config.preview.every_steps is not None:
+            loop.draw_preview(session, 0)
+        loop.optimize(session, start)
+        return _finish(session, began)
+
+
+def precision(config: Config, device: torch.device) -> str:
+    """`model.precision`, with "auto" decided: float32 on a CPU, bf16 where the card computes it, else fp16."""
+    if config.model.precision != "auto":
+        return config.model.precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+@contextmanager
+def _opened(config: Config, inputs: dict[str, Any], accelerator: Accelerator) -> Iterator[Run]:
+    """The run folder, locked by the main process."""
+    folder = plan.run_folder(config)
+    run = Run.open(folder, config, inputs) if accelerator.is_main_process else Run(folder)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+@contextmanager
+def _memory_advice(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(plan.memory_advice(config)) from error
+
+
+def _adapt(config: Config, family: Family) -> tuple[dict[str, nn.Module], dict[str, list[nn.Parameter]]]:
+    """Inject the adapter; text encoders that are not trained are dropped."""
+    adapted: dict[str, nn.Module] = {"unet": family.denoiser}
+    used: dict[str, int] = {}
+    if config.adapter.text_encoder:
+        adapted |= family.text_encoders()
+        used = family.num_used_text_layers
+    else:
+        family.release_text_encoders()
+    parameters = inject.inject_(adapted, config.adapter, seed=config.train.seed, num_used_text_layers=used)
+    if config.adapter.continue_from is not None:
+        inject.load_into_(adapted, export.read(config.adapter.continue_from))
+    return adapted, parameters
+
+
+def _groups(config: Config, parameters: Mapping[str, Sequence[nn.Parameter]], report: Report) -> list[dict[str, Any]]:
+    """One optimizer group per component, each with its own learning rate, told to the user."""
+    groups = []
+    for component, group in parameters.items():
+        is_text = component != "unet"
+        rate = config.optimizer.text_encoder_learning_rate if is_text else config.optimizer.learning_rate
+        groups.append({"params": list(group), "lr": rate, "base_lr": rate})
+        count = sum(parameter.numel() for parameter in group)
+        report.event("adapter", f"adapter on {component}: {count:,} parameters, learning rate {rate:g}")
+    return groups
+
+
+def _objective(config: Config, family: Family) -> Objective:
+    objective, schedule = config.objective, family.schedule
+    if objective.zero_terminal_snr:
+        schedule = schedule.rescaled_to_zero_terminal_snr()
+    huber_delta = objective.huber_delta if objective.loss == "huber" else None
+    return Objective(schedule, objective.min_snr_gamma, objective.noise_offset, huber_delta)
+
+
+def _checkpoint_bytes(parameters: Mapping[str, Sequence[nn.Parameter]]) -> int:
+    return inject.num_parameters(parameters) * BYTES_PER_PARAMETER
+
+
+def _finish(s: loop.Session, began: float) -> Summary:
+    """Export the adapter, draw before and after, and write the summary, which marks the run as finished."""
+    paths: dict[str, Path] = {}
+    loop.set_training_(s, False)
+    if s.accelerator.is_main_process:
+        paths = _export(s)
+    comparison = _draw_before_and_after(s)
+    summary = Summary(
+        folder=str(s.run.folder),
+        files={name: str(path) for name, path in paths.items()},
+        before_and_after=None if comparison is None else str(comparison),
+        steps=s.config.train.steps or 0,
+        seconds=time.perf_counter() - began,
+        peak_gib=loop.device_memory_gib(s.accelerator.device) or _process_memory_gib(),
+        num_parameters=sum(parameter.numel() for parameter in s.parameters),
+        validation_loss=loop.validation_loss(s),
+    )
+    if s.accelerator.is_main_process:
+        files.write_text(s.run.summary_path, json.dumps(asdict(summary), indent=1))
+    s.accelerator.wait_for_everyone()
+    return summary
+
+
+def _export(s: loop.Session) -> dict[str, Path]:
+    """Write the adapter in every format asked for; returns the paths by format."""
+    weights, config = inject.collect(s.adapted), s.config
+    header = export.metadata(_facts(s))
+    paths = {}
+    for name in config.export.formats:
+        path = s.run.folder / f"{config.name}{EXPORT_SUFFIX[name]}.safetensors"
+        export.FORMATS[name].write(path, weights, s.family.name, export.DTYPES[config.export.dtype], header)
+        paths[name] = path
+    if "kohya" in config.export.formats:
+        for fault in export.kohya.faults(weights, s.family.name, export.DTYPES[config.export.dtype]):
+            s.report.warn(fault)
+    return paths
+
+
+EXPORT_SUFFIX = {"kohya": "", "diffusers": "_diffusers"}
+"""The portable file has the plain name, since it is the one that people hand on."""
+
+
+def _facts(s: loop.Session) -> export.Facts:
+    order, config = s.prepared.order, s.config
+    buckets: dict[tuple[int, int], int] = {}
+    for item in order.instances:
+        size = (item.geometry[5], item.geometry[4])
+        buckets[size] = buckets.get(size, 0) + 1
+    packages = ("lora-booth", "torch", "diffusers", "transformers", "peft")
+    return export.Facts(
+        family=s.family.name,
+        prediction_type=s.family.schedule.prediction_type,
+        config=config,
+        steps=config.train.steps or 0,
+        num_instance_images=len(order.instances),
+        num_class_images=len(order.classes),
+        resolution_px=config.data.resolution or 0,
+        started_at=s.run.started_at(),
+        finished_at=time.time(),
+        base_sha256=s.family.fingerprint,
+        buckets=buckets,
+        versions={name: version(name) for name in packages},
+    )
+
+
+def _draw_before_and_after(s: loop.Session) -> Path | None:
+    """The preview prompts without and with the adapter, side by side (main process)."""
+    if not s.config.preview.images_per_prompt:
+        return None
+    path = s.run.folder / "before_after.png"
+    if s.accelerator.is_main_process:
+        with inject.disabled(s.adapted):
+            before = loop.draw_rows(s)
+        after = loop.draw_rows(s)
+        rows = preview.before_and_after(before, after)
+        title = f"{s.config.name}: {s.config.train.steps} steps"
+        preview.save_grid(rows, path, title=title, columns=("before", "after") * s.config.preview.images_per_prompt)
+    return path
+
+
+def _free_gib(device: torch.device) -> float | None:
+    """Device memory that is free now; None on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else None
+
+
+def _process_memory_gib() -> float:
+    """Most main memory this process has held."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
