@@ -36,9 +36,10 @@ def build(values: Values, *, source: str, faults: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         found += _messages(error)
         found += _later_messages(values, error)
+    found = list(dict.fromkeys(found))
     if found:
         count = f"{len(found)} faults" if len(found) > 1 else "a fault"
-        lines = "\n".join(f"  {line}" for line in dict.fromkeys(found))
+        lines = "\n".join(f"  {line}" for line in found)
         raise ConfigError(f"{source} has {count}:\n{lines}\n`lora-booth config --schema` describes every key.")
     return config
 

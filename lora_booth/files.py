@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,21 +13,27 @@ from pathlib import Path
 
 from lora_booth.errors import DiskError
 
+_REMEDIES = {
+    errno.EACCES: "choose a folder you may write to",
+    errno.EROFS: "the disk is read-only; choose another folder",
+    errno.EMFILE: "too many open files; raise `ulimit -n`",
+}
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, needed_bytes: int | None = None) -> Iterator[Path]:
     """A temporary path in the same folder; on success it is synced and takes the name `path`, on failure it is removed.
 
     Raises DiskError, naming the file, when it cannot be written.
     """
-    with writing(path):
+    with writing(path, needed_bytes=needed_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
         os.close(descriptor)
         temporary = Path(name)
         try:
             yield temporary
-            os.chmod(temporary, 0o644)
+            temporary.chmod(0o644)
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
@@ -36,24 +43,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, *, needed_bytes: int | None = None) -> Iterator[None]:
     """Turn the operating system's refusal to write `path` into a DiskError that says what to do."""
     try:
         yield
     except OSError as error:
-        remedy = {
-            errno.ENOSPC: "free some space or choose another disk",
-            errno.EDQUOT: "your quota is used up; free some space",
-            errno.EACCES: "choose a folder you may write to",
-            errno.EROFS: "the disk is read-only; choose another folder",
-            errno.EMFILE: "too many open files; raise `ulimit -n`",
-        }.get(error.errno or 0, "choose another folder")
-        raise DiskError(f"{path} could not be written ({error.strerror or error}); {remedy}.") from error
+        raise DiskError(_message(path, needed_bytes, error)) from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
-    with replacing(path) as temporary:
+    with replacing(path, needed_bytes=len(data)) as temporary:
         temporary.write_bytes(data)
 
 
@@ -75,3 +75,13 @@ def sha256(path: Path) -> str:
     """SHA-256 of the file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _message(path: Path, needed_bytes: int | None, error: OSError) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        remedy = _REMEDIES.get(error.errno or 0, "choose another folder")
+        return f"{path} cannot be written ({error.strerror or error}); {remedy}."
+    folder = next(parent for parent in path.parents if parent.exists())
+    needed = "" if needed_bytes is None else f"it needs {needed_bytes} bytes and "
+    free = shutil.disk_usage(folder).free
+    return f"no space for {path}: {needed}{free} are free; free some space, or choose a folder on another disk."

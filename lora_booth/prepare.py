@@ -183,7 +183,7 @@ def _encode_image(config: Config, family: Family, cache: TensorCache, image: _Im
 
 def _cut(config: Config, image: _Image) -> Any:
     """uint8 `[H, W, 3]`: the part of the picture that is trained on."""
-    array = images.crop(images.read(image.picture.path), image.crop)
+    array = images.crop(images.read(image.picture.path, sha256=image.picture.sha256), image.crop)
     return array[:, ::-1].copy() if image.is_flipped else array
 
 

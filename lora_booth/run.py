@@ -34,6 +34,8 @@ from lora_booth.config import Config
 from lora_booth.errors import ConfigError, DiskError
 
 CHECKPOINT_SCHEMA = 1
+OWN_BEFORE_CONFIG = (".lock", ".owner.json", "inputs.json")
+"""What a run killed in its first moment may leave before its config is written."""
 FREE_TO_CHANGE = (
     "train.batch_size",
     "train.gradient_checkpointing",
@@ -79,6 +81,7 @@ class Run:
 
         Raises ConfigError naming what differs, DiskError when another process holds the folder.
         """
+        _require_own(folder)
         with files.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder, _locked(folder))
@@ -171,12 +174,6 @@ class Run:
     def _match_or_write(self, config: Config, inputs: dict[str, Any]) -> None:
         config_path, inputs_path = self.folder / "config.toml", self.folder / "inputs.json"
         if not config_path.exists():
-            strangers = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
-            if strangers:
-                raise ConfigError(
-                    f"run folder {self.folder} holds other files ({', '.join(strangers[:5])}) and no run; "
-                    "choose an empty or new folder with run.folder."
-                )
             files.write_text(inputs_path, json.dumps({**inputs, "started_at": time.time()}, indent=1))
             files.write_text(config_path, config_file.to_toml(config))
             return
@@ -221,6 +218,20 @@ def require_free_space(folder: Path, needed_bytes: int) -> None:
         raise DiskError(
             f"{folder} has {free / 2**20:.0f} MiB free, but the run's checkpoints need about "
             f"{needed_bytes / 2**20:.0f} MiB; free some space, lower train.keep_last, or set run.folder."
+        )
+
+
+def _require_own(folder: Path) -> None:
+    """Raises ConfigError, before anything is written, when `folder` is a file or holds something else than a run."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run folder {folder} is a file; choose another folder with run.folder.")
+    if not folder.exists() or (folder / "config.toml").exists():
+        return
+    strangers = sorted(p.name for p in folder.iterdir() if p.name not in OWN_BEFORE_CONFIG)
+    if strangers:
+        raise ConfigError(
+            f"run folder {folder} holds other files ({', '.join(strangers[:5])}) and no run; "
+            "choose an empty or new folder with run.folder."
         )
 
 

@@ -25,11 +25,11 @@ from lora_booth.families.identify import identify
 from lora_booth.families.sources import fingerprint, resolve
 from lora_booth.interrupts import stop_requests
 from lora_booth.objectives import Objective
+from lora_booth.precision import dtype_for
 from lora_booth.report import Report, Silent
 from lora_booth.run import Run, require_free_space
 from lora_booth.subject import find_pictures
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the adapter and two moments, float32."""
 
@@ -65,7 +65,7 @@ def train(config: Config, *, report: Report | None = None, continue_command: str
         if finished is not None:
             report.event("finished", f"{run.folder} is finished already; name another run.folder to train again")
             return Summary(**finished)
-        dtype = DTYPES[precision(config, device)]
+        dtype = dtype_for(config.model.precision, device)
         report.event("base", f"base {facts.path.name}: {facts.family}, {facts.prediction_type}, {dtype}, on {device}")
         family = families.load(config.model, device=device, dtype=dtype)
         listeners = {"report": report, "stop": stop}
@@ -95,15 +95,6 @@ def train(config: Config, *, report: Report | None = None, continue_command: str
             loop.draw_preview(session, 0)
         loop.optimize(session, start)
         return _finish(session, began)
-
-
-def precision(config: Config, device: torch.device) -> str:
-    """`model.precision`, with "auto" decided: float32 on a CPU, bf16 where the card computes it, else fp16."""
-    if config.model.precision != "auto":
-        return config.model.precision
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 @contextmanager

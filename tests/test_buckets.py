@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_booth.data.buckets import Bucket, Crop, assign, buckets
@@ -35,6 +35,7 @@ def test_buckets_at_1024_are_sizes_of_the_sdxl_paper() -> None:
     assert {s for s in sizes(buckets(1024, 64, 2.0)) if s[0] >= s[1]} == paper
 
 
+@settings(deadline=None)
 @given(GRIDS)
 def test_buckets_are_multiples_within_area_and_aspect_and_none_fits_into_another(grid: tuple[int, int, float]) -> None:
     resolution, step, max_aspect = grid
@@ -49,6 +50,7 @@ def test_buckets_are_multiples_within_area_and_aspect_and_none_fits_into_another
         assert not any(o != b and o.width_px >= b.width_px and o.height_px >= b.height_px for o in found)
 
 
+@settings(deadline=None)
 @given(GRIDS)
 def test_no_bucket_could_be_a_step_longer(grid: tuple[int, int, float]) -> None:
     resolution, step, max_aspect = grid
@@ -101,6 +103,7 @@ def test_a_tie_goes_to_the_larger_bucket_whatever_the_order() -> None:
     assert assign(300, 300, [small, large]).bucket == large == assign(300, 300, [large, small]).bucket
 
 
+@settings(deadline=None)
 @given(SIDES, SIDES, GRIDS)
 def test_a_crop_covers_its_bucket_in_the_middle_and_loses_least(
     width: int, height: int, grid: tuple[int, int, float]
@@ -120,6 +123,7 @@ def test_a_crop_covers_its_bucket_in_the_middle_and_loses_least(
     assert kept(crop.bucket) == max(map(kept, available))
 
 
+@settings(deadline=None)
 @given(SIDES, SIDES, GRIDS)
 def test_resizing_keeps_the_aspect_within_half_a_pixel(width: int, height: int, grid: tuple[int, int, float]) -> None:
     crop = assign(width, height, buckets(*grid))
@@ -128,6 +132,7 @@ def test_resizing_keeps_the_aspect_within_half_a_pixel(width: int, height: int, 
     assert abs(crop.resized_height_px - scale * height) <= Fraction(1, 2)
 
 
+@settings(deadline=None)
 @given(SIDES, SIDES, GRIDS)
 def test_a_turned_picture_loses_as_much(width: int, height: int, grid: tuple[int, int, float]) -> None:
     one, other = assign(width, height, buckets(*grid)), assign(height, width, buckets(*grid))

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_splitting_or_typing_parts_differently_changes_the_key() -> None:
     assert len({key(*p) for p in parts}) == len(parts) == 11
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(PARTS, PARTS)
 def test_keys_are_equal_only_for_equal_parts(one: list[str | int], other: list[str | int]) -> None:
     typed = [[(type(p), repr(p)) for p in parts] for parts in (one, other)]
@@ -133,6 +134,15 @@ def test_a_file_under_a_wrong_key_is_refused(tmp_path: Path) -> None:
     assert store.damaged == [store.path("dog2")]
 
 
+def test_a_header_with_another_shape_is_refused(tmp_path: Path) -> None:
+    store = TensorCache(tmp_path)
+    store.put("k", {"mean": torch.zeros(2, 3)})
+    whole = store.path("k").read_bytes()
+    assert whole.count(b"[2,3]") == 1
+    store.path("k").write_bytes(whole.replace(b"[2,3]", b"[3,2]"))
+    assert store.get("k") is None
+
+
 def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -152,7 +162,7 @@ def test_a_full_disk_names_the_path_and_the_bytes_and_keeps_the_old_file(
         raise OSError(number, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskError, match=r"k\.safetensors: it needs 4\d{3} bytes and \d+ are free.*run\.cache"):
+    with pytest.raises(DiskError, match=r"k\.safetensors: it needs 4\d{3} bytes and \d+ are free"):
         store.put("k", {"t": torch.ones(1000)})
     assert same(store.get("k"), {"t": torch.ones(1)})
     assert len(list(tmp_path.iterdir())) == 1
@@ -160,19 +170,10 @@ def test_a_full_disk_names_the_path_and_the_bytes_and_keeps_the_old_file(
 
 def test_a_cache_folder_that_is_a_file_is_a_disk_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DiskError, match=r"cannot write the cache file .*File exists.*run\.cache"):
+    with pytest.raises(DiskError, match=r"k\.safetensors cannot be written \(File exists\)"):
         TensorCache(tmp_path / "file").put("k", TENSORS)
     with pytest.raises(DiskError, match="cannot read the cache file"):
         TensorCache(tmp_path / "file").get("k")
-
-
-def test_the_bytes_are_synced_before_the_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    fsync, rename = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), rename(a, b))[1])
-    TensorCache(tmp_path).put("k", TENSORS)
-    assert order == ["fsync", "replace"]
 
 
 def test_leftovers_of_killed_writers_go_after_a_day_and_not_before(tmp_path: Path) -> None:
@@ -203,6 +204,13 @@ def test_two_processes_may_write_and_read_the_same_key(tmp_path: Path) -> None:
         writer.join(60)
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert [p.name for p in tmp_path.iterdir()] == ["k.safetensors"]
+
+
+def test_threads_may_write_the_same_key(tmp_path: Path) -> None:
+    store = TensorCache(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: store.put("k", TENSORS), range(80)))
+    assert same(store.get("k"), TENSORS)
 
 
 def test_finite_tensors_pass_and_others_name_their_picture() -> None:

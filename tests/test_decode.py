@@ -157,7 +157,8 @@ def test_an_embedded_colour_profile_is_applied(mode: str) -> None:
     assert np.abs(np.subtract(pixel(decoded(image, icc_profile=swapped_profile())), BLUE)).max() <= 1
 
 
-def test_an_srgb_profile_changes_no_value() -> None:
+def test_an_srgb_profile_changes_no_value_and_costs_no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageCms, "profileToProfile", None)
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.array_equal(decoded(Image.fromarray(noise), icc_profile=profile), noise)

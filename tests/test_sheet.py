@@ -133,6 +133,6 @@ def test_the_sheet_carries_no_metadata(tmp_path: Path) -> None:
 
 def test_a_sheet_that_cannot_be_written_is_a_disk_error_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "s.png").mkdir()
-    with pytest.raises(DiskError, match=r"cannot write the contact sheet .*s\.png"):
+    with pytest.raises(DiskError, match=r"s\.png cannot be written"):
         contact_sheet([("a", plain(8, 8))], tmp_path / "s.png", "t")
     assert [p.name for p in tmp_path.iterdir()] == ["s.png"]

@@ -6,12 +6,8 @@ never trusted: it carries a digest of its key, metadata and tensors, and one tha
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import secrets
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lora_booth import files
 from lora_booth.data.buckets import Crop
 from lora_booth.errors import DiskError, NumericError
 
@@ -98,7 +95,7 @@ class TensorCache:
         words = dict(metadata or {})
         assert _DIGEST not in words, f"the metadata word {_DIGEST} is ours"
         words[_DIGEST] = _digest(key, plain, words)
-        _write(self.path(key), safetensors.torch.save(plain, words))
+        files.write_bytes(self.path(key), safetensors.torch.save(plain, words))
 
     def _sweep(self) -> None:
         """Remove what writers killed more than a day ago have left behind."""
@@ -123,37 +120,11 @@ def _digest(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def _checked(data: bytes, key: str) -> dict[str, Tensor] | None:
     """The tensors in a file's `data`, or None unless it is whole and was written for `key`."""
     try:
-        tensors = safetensors.torch.load(data)
+        # Copies, because views into the file's bytes are not aligned, and CPU kernels round by alignment.
+        tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         words = dict(header.get("__metadata__", {}))
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
         return None
     stored = words.pop(_DIGEST, None)
     return tensors if stored == _digest(key, tensors, words) else None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write `data` beside `path` and move it there in one step. No promise after a power cut but "whole or absent"."""
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise DiskError(_disk_message(path, len(data), error)) from error
-
-
-def _disk_message(path: Path, needed_bytes: int, error: OSError) -> str:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"cannot write the cache file {path} ({error.strerror}); mend that, or set run.cache to another folder."
-    free_bytes = shutil.disk_usage(path.parent).free
-    return (
-        f"no space for the cache file {path}: it needs {needed_bytes} bytes and {free_bytes} are free; "
-        "free some space, or set run.cache to a folder on another disk."
-    )

@@ -94,7 +94,6 @@ def orientation(image: Image.Image) -> int:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """`image` decoded, on white where it is transparent, in sRGB, turned upright."""
     try:
-        image.load()  # Before the orientation: asking for it loads a PNG, and hides that it is damaged.
         colours = _srgb(image)
         turn = _TURNS.get(orientation(image))
         if turn is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,15 +30,13 @@ from lora_booth.data.decode import (
     orientation,
     upright_rgb,
 )
+from lora_booth.data.duplicates import Look, alike, look
 from lora_booth.errors import DataError
 
 MAX_CAPTION_BYTES = 64 * 2**10
 MAX_CAPTION_WORDS = 75
 
 _JUNK = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx")
-_LOOK_SIDE = 9
-_NEAR_BITS = 10
-_NEAR_GREY_LEVELS = 24
 
 
 @dataclass(frozen=True)
@@ -92,20 +90,20 @@ def find(folder: Path, *, max_megapixels: float, captions: bool = True, min_side
     listing = _list(folder)
     left_out, remarks = list(listing.strangers), list(listing.folders)
     pictures: list[Picture] = []
-    looks: list[npt.NDArray[np.uint8]] = []
+    looks: list[Look] = []
     for path in listing.candidates:
         beside = listing.captions.get(path.stem) if captions else None
         blamed = path
         try:
             data = file_bytes(path, MAX_FILE_BYTES)
-            look, size, noted = _inspect(data, path, max_megapixels)
+            seen, size, noted = _inspect(data, path, max_megapixels)
             blamed = beside or path
             caption, caption_notes = (None, []) if beside is None else _caption(beside, path)
         except Unusable as fault:
             left_out.append(Fault(blamed, str(fault)))
             continue
         pictures.append(Picture(path, hashlib.sha256(data).hexdigest(), *size, caption))
-        looks.append(look)
+        looks.append(seen)
         remarks += [Fault(path, note) for note in [*noted, *_too_small(size, min_side_px)]]
         remarks += [Fault(blamed, note) for note in caption_notes]
     if not pictures:
@@ -124,7 +122,9 @@ def read(picture_path: Path, *, sha256: str | None = None) -> Image.Image:
         data = file_bytes(picture_path, MAX_FILE_BYTES)
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise Unusable("has changed since this run looked at it; run the same command again.")
-        return upright_rgb(opened(data, picture_path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `find` has told them.
+            return upright_rgb(opened(data, picture_path))
     except Unusable as fault:
         raise DataError(f"{shown(picture_path)} {fault}") from fault
 
@@ -209,10 +209,8 @@ def _nothing(folder: Path, faults: Sequence[Fault]) -> str:
     return f"no usable picture in {folder}; {seen}{more}\nPut 3 or more pictures there: {TAKEN}."
 
 
-def _inspect(
-    data: bytes, path: Path, max_megapixels: float
-) -> tuple[npt.NDArray[np.uint8], tuple[int, int], list[str]]:
-    """The picture's look (see `_duplicates`), its upright size, and remarks on it. Decodes all of it, JPEG in small."""
+def _inspect(data: bytes, path: Path, max_megapixels: float) -> tuple[Look, tuple[int, int], list[str]]:
+    """The picture's look (`duplicates.py`), its upright size, and remarks on it. Decodes all of it, JPEG in small."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         image = opened(data, path)
@@ -227,12 +225,11 @@ def _inspect(
         upright = upright_rgb(image)
         turned = orientation(image) >= 5
     notes = ["is animated; its first frame is used."] if is_animated else []
-    said = {str(w.message) for w in caught if not issubclass(w.category, Image.DecompressionBombWarning)}
+    said = {str(w.message).strip(" .") for w in caught if not issubclass(w.category, Image.DecompressionBombWarning)}
     notes += [
         f"is used, but its file is not quite right ({words}); save it again to be sure." for words in sorted(said)
     ]
-    look = upright.convert("L").resize((_LOOK_SIDE, _LOOK_SIDE), Image.Resampling.BOX)
-    return np.asarray(look), (height, width) if turned else (width, height), notes
+    return look(upright), (height, width) if turned else (width, height), notes
 
 
 def _too_small(size: tuple[int, int], min_side_px: int) -> list[str]:
@@ -256,29 +253,15 @@ def _caption(path: Path, picture_path: Path) -> tuple[str | None, list[str]]:
     return " ".join(words), notes if len(words) > MAX_CAPTION_WORDS else []
 
 
-def _duplicates(pictures: Sequence[Picture], looks: Iterable[npt.NDArray[np.uint8]]) -> list[Fault]:
-    """A remark on each picture that equals an earlier one, in its bytes or nearly in its look.
-
-    The look is the grey picture in 9 × 9 cells. Two are near if, of 128 bits "brighter than its left (upper) neighbour"
-    (difference hash), at most 10 differ, and no cell differs by more than 24 of 255 levels: bits alone say nothing on
-    the flat backgrounds of product shots.
-    """
-    grey = np.stack(list(looks)).astype(np.int16)
-    across, down = grey[:, :8, 1:] > grey[:, :8, :-1], grey[:, 1:, :8] > grey[:, :-1, :8]
-    bits = np.concatenate([across.reshape(len(grey), -1), down.reshape(len(grey), -1)], axis=1)
+def _duplicates(pictures: Sequence[Picture], looks: Sequence[Look]) -> list[Fault]:
+    """A remark on each picture that equals an earlier one, in its bytes or nearly in its look."""
     faults: list[Fault] = []
-    first: dict[str, Picture] = {}
-    for i, picture in enumerate(pictures):
-        same = first.setdefault(picture.sha256, picture)
-        if same is not picture:
-            faults.append(
-                Fault(picture.path, f"is the same file as {shown(same.path)}, so it counts twice; remove one.")
-            )
-            continue
-        near_bits = (bits[:i] != bits[i]).sum(axis=1) <= _NEAR_BITS
-        near_grey = np.abs(grey[:i] - grey[i]).max(axis=(1, 2), initial=0) <= _NEAR_GREY_LEVELS
-        similar = np.flatnonzero(near_bits & near_grey)
-        if len(similar):
-            other = shown(pictures[similar[0]].path)
+    first: dict[str, Path] = {}
+    for picture, near in zip(pictures, alike(looks), strict=True):
+        same = first.setdefault(picture.sha256, picture.path)
+        if same != picture.path:
+            faults.append(Fault(picture.path, f"is the same file as {shown(same)}, so it counts twice; remove one."))
+        elif near is not None:
+            other = shown(pictures[near].path)
             faults.append(Fault(picture.path, f"looks almost like {other}; if it is a copy, remove one."))
     return faults

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import math
-import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from lora_booth.errors import DiskError
+from lora_booth import files
 
 MAX_CELLS = 120
 """More crops are counted in the line under the title but not drawn."""
@@ -45,7 +43,8 @@ def contact_sheet(items: Sequence[tuple[str, Rgb]], path: Path, title: str) -> P
         left = _MARGIN + column * (_CELL + _GAP)
         top = _MARGIN + _HEAD + row * (_CELL + _LABEL + _GAP)
         _draw_cell(sheet, label, crop, left, top)
-    _save(sheet, path)
+    with files.replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
     return path
 
 
@@ -102,28 +101,12 @@ def fitted(words: str, font: Font, space_px: int) -> str:
     line = _drawable(words)
     if font.getlength(line) <= space_px:
         return line
-    cuts = [line[:n].rstrip() + "…" for n in range(len(line))]
-    return cuts[max(0, bisect.bisect_right(cuts, space_px, key=lambda cut: font.getlength(cut)) - 1)]
+    cuts = (line[:n].rstrip() + "…" for n in range(len(line), 0, -1))
+    return next((cut for cut in cuts if font.getlength(cut) <= space_px), "…")
 
 
 def _drawable(words: str) -> str:
-    """`words` on one line, in letters that Pillow's own font has: without accents, others as "?", 500 at most."""
+    """`words` on one line, in letters that Pillow's own font has: without accents, others as "?", 200 at most."""
     spread = unicodedata.normalize("NFKD", " ".join(words.split()))
     kept = (c for c in spread if not unicodedata.combining(c))
-    return "".join(c if " " <= c <= "~" else "?" for c in kept)[:500]
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    """Write the PNG beside `path` and move it there, so that no half picture is ever seen."""
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            sheet.save(temporary, format="PNG")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise DiskError(
-            f"cannot write the contact sheet {path} ({error.strerror or error}); mend that first."
-        ) from error
+    return "".join(c if " " <= c <= "~" else "?" for c in kept)[:200]

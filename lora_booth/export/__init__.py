@@ -130,7 +130,7 @@ def _opened(path: Path) -> safe_open:
             start = file.read(8)
     except OSError as error:
         raise ModelError(f"{path} could not be read: {error.strerror}; check adapter.continue_from.") from error
-    if start.startswith((b"PK\x03\x04", b"\x80")) and path.suffix != ".safetensors":
+    if start.startswith((b"PK\x03\x04", b"\x80")):
         raise ModelError(
             f"{path.name} is a pickle, which can run any program when it is opened, so it is not read; ask its author "
             "for a .safetensors file."

@@ -96,7 +96,7 @@ def resolved_config(config: Config) -> dict[str, Any]:
 
 def base_name(base: str) -> str:
     """A hub id as it is; of a path only the last part, whichever system it is from."""
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith((".", "~"))
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and not base.endswith((".safetensors", ".ckpt"))
     parts = [part for part in re.split(r"[/\\]", base) if part]
     return base if is_hub_id or not parts else parts[-1]
 

@@ -38,13 +38,11 @@ class Family(Protocol):
     denoiser: nn.Module
     """UNet in the compute dtype, frozen, in eval mode."""
 
-    def text_encoders(self) -> dict[str, nn.Module]:
-        """Component name ("text_encoder", "text_encoder_2") to module, for adapters. Not after `release_text_encoders`."""
-        ...
+    num_used_text_layers: dict[str, int]
+    """Component name of each text encoder to the number of its layers that reach the conditioning."""
 
-    @property
-    def num_used_text_layers(self) -> dict[str, int]:
-        """Component name of each text encoder to the number of its layers that reach the conditioning."""
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Component name ("text_encoder", "text_encoder_2") to module, for adapters; not once they are released."""
         ...
 
     def tokenizers(self) -> dict[str, Any]:
@@ -98,5 +96,5 @@ class Family(Protocol):
         ...
 
     def prepare_denoiser_(self, *, gradient_checkpointing: bool, attention: str) -> None:
-        """Switch recomputation of activations, and "sdpa" or "xformers" attention. ConfigError if xformers is missing."""
+        """Switch recomputation of activations; choose "sdpa" or "xformers" attention (ConfigError if it cannot run)."""
         ...

@@ -75,7 +75,9 @@ def prepare_unet_(unet: Any, *, gradient_checkpointing: bool, attention: str) ->
     else:
         unet.disable_gradient_checkpointing()
     if attention == "sdpa":
-        unet.set_default_attn_processor()
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        unet.set_attn_processor(AttnProcessor2_0())  # set_default_attn_processor would mean the one before SDPA
         return
     assert attention == "xformers", f"unknown attention {attention}"
     if find_spec("xformers") is None:
@@ -142,8 +144,9 @@ def _tokens(facts: BaseFacts, encoder: str) -> Tokens:
     """The tokenizer that `encoder` reads, checked against its vocabulary."""
     config, folder = facts.config(encoder), facts.configs / encoder.replace("text_encoder", "tokenizer")
     tokenizer = _shipped_tokenizer(folder) if facts.path.is_file() else _tokenizer(folder)
-    if len(tokenizer) > config["vocab_size"]:
-        raise ModelError(f"{folder} has {len(tokenizer)} tokens, but {encoder} knows {config['vocab_size']}.")
+    known = config.get("vocab_size", 49408)
+    if len(tokenizer) > known:
+        raise ModelError(f"{folder} has {len(tokenizer)} tokens, but {encoder} knows {known}; download the base again.")
     return Tokens(tokenizer, config.get("max_position_embeddings", 77))
 
 
@@ -157,7 +160,8 @@ def _tokenizer(folder: Path) -> Any:
 def _shipped_tokenizer(folder: Path) -> Any:
     """CLIP's tokenizer from the shipped merges, with the special tokens of `folder`/tokenizer_config.json.
 
-    An architecture may bring a vocabulary of its own. CLIP's follows from the merges: 256 bytes, the same at a word's end, one piece per merge, start, end.
+    An architecture may bring a vocabulary of its own. CLIP's follows from the merges: 256 bytes, the same at a word's
+    end, one piece per merge, start, end.
     """
     from transformers import CLIPTokenizer
 

@@ -1,7 +1,7 @@
-"""What a base is, from its configs and headers alone: family, sizes, prediction type; and the refusal of everything else.
+"""What a base is, from its configs and headers alone: family, sizes, prediction type; and the refusal of all others.
 
-What lives here: facts that need no weights, so that `plan` knows them in milliseconds (no torch). What does not: finding
-the files (`sources.py`) and loading them (`components.py`).
+What lives here: facts that need no weights, so that `plan` knows them in milliseconds (no torch). What does not:
+finding the files (`sources.py`) and loading them (`components.py`).
 
 Only classes on the lists below are ever loaded; a config that names another class, or custom code, is refused.
 """
@@ -189,6 +189,9 @@ def _check_class(path: Path, component: str, class_name: Any, allowed: Iterable[
 
 def _check_denoiser(base: Path, unet: dict[str, Any], vae: dict[str, Any], *, is_sdxl: bool) -> None:
     """Refuse UNets that want inputs which training from pictures and prompts does not have."""
+    for name, config in (("unet", unet), ("vae", vae)):
+        if not isinstance(config.get("block_out_channels"), list):
+            raise ModelError(f"{base}/{name}/config.json lacks block_out_channels; copy or download the base again.")
     channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != latent_channels:
         raise ModelError(f"{base} takes {channels} input channels{_why_channels(channels)}; {WHAT_WORKS}.")

@@ -20,7 +20,7 @@ class Tokens:
         self._warned: set[str] = set()
 
     def ids(self, prompts: Sequence[str]) -> Tensor:
-        """int64 `[B, window]` on the CPU: always padded to the window, so that a prompt's ids do not depend on others."""
+        """int64 `[B, window]` on the CPU, always padded to the window: a prompt's ids do not depend on others."""
         for prompt, cut in self.cut(prompts).items():
             if prompt not in self._warned:
                 self._warned.add(prompt)

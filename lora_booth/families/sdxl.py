@@ -1,9 +1,9 @@
 """SDXL (arXiv 2307.01952): two text encoders, and the size and crop of each image as inputs.
 
-Conditioning: `embeddings` `[B, tokens, 768 + 1280]`, the penultimate hidden states of both encoders side by side, without
-final norm; `pooled` `[B, 1280]`, the second encoder's projected end token; `is_empty` bool `[B]`, true for the empty
-prompt, which the base may want as zeros when it is the negative of guidance (`force_zeros_for_empty_prompt`), never in
-training.
+Conditioning: `embeddings` `[B, tokens, 768 + 1280]`, the penultimate hidden states of both encoders side by side,
+without final norm; `pooled` `[B, 1280]`, the second encoder's projected end token; `is_empty` bool `[B]`, true for the
+empty prompt, which the base may want as zeros when it is the negative of guidance (`force_zeros_for_empty_prompt`),
+never in training.
 """
 
 from __future__ import annotations
@@ -33,16 +33,13 @@ class StableDiffusionXL:
         self.bucket_step = facts.bucket_step
         self._solver_config = facts.config("scheduler")
         self.schedule = noise_schedule(self._solver_config)
+        layers = [facts.config(name).get("num_hidden_layers", 12) for name in ENCODERS]
+        # The first encoder's last layer reaches nothing; the second's reaches the pooled prompt.
+        self.num_used_text_layers = dict(zip(ENCODERS, (layers[0] - 1, layers[1]), strict=True))
         self.denoiser = parts.unet
         self._vae, self._encoders, self._tokens = parts.vae, dict(parts.text_encoders), parts.tokens
         index = read_json(facts.configs / "model_index.json")
         self._has_zero_negatives = bool(index.get("force_zeros_for_empty_prompt", True))
-
-    @property
-    def num_used_text_layers(self) -> dict[str, int]:
-        layers = {name: module.config.num_hidden_layers for name, module in self._encoders.items()}
-        layers["text_encoder"] -= 1  # hidden_states[-2]; the second one's last layer reaches the pooled output
-        return layers
 
     def tokenizers(self) -> dict[str, Any]:
         return {name: tokens.tokenizer for name, tokens in self._tokens.items()}
@@ -77,7 +74,7 @@ class StableDiffusionXL:
         embeddings = conditioning["embeddings"].to(self._dtype)
         return self.denoiser(
             noisy.to(self._dtype),
-            timesteps,
+            timesteps.to(noisy.device),
             encoder_hidden_states=embeddings,
             added_cond_kwargs=sizes,
             return_dict=False,

@@ -29,12 +29,9 @@ class StableDiffusion:
         self.bucket_step = facts.bucket_step
         self._solver_config = facts.config("scheduler")
         self.schedule = noise_schedule(self._solver_config)
+        self.num_used_text_layers = {"text_encoder": facts.config("text_encoder").get("num_hidden_layers", 12)}
         self.denoiser = parts.unet
         self._vae, self._encoders, self._tokens = parts.vae, dict(parts.text_encoders), parts.tokens
-
-    @property
-    def num_used_text_layers(self) -> dict[str, int]:
-        return {name: module.config.num_hidden_layers for name, module in self._encoders.items()}
 
     def tokenizers(self) -> dict[str, Any]:
         return {name: tokens.tokenizer for name, tokens in self._tokens.items()}
@@ -56,8 +53,9 @@ class StableDiffusion:
         return self._tokens["text_encoder"].cut(prompts)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, geometry: Tensor) -> Tensor:
-        embeddings = conditioning["embeddings"].to(self._dtype)
-        return self.denoiser(noisy.to(self._dtype), timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
+        embeddings, noisy = conditioning["embeddings"].to(self._dtype), noisy.to(self._dtype)
+        timesteps = timesteps.to(noisy.device)
+        return self.denoiser(noisy, timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
 
     def pipeline(self, sampler: str) -> Any:
         with quiet():

@@ -58,7 +58,7 @@ def _chunks(batch: Tensor, pixels_per_cell: int) -> tuple[Tensor, ...]:
 
 
 def _cast_what_is_decoded_(module: nn.Module) -> None:
-    """Let stock pipelines decode: they hand over latents of the denoiser's type and device, and cast for fp16 VAEs only."""
+    """Let stock pipelines decode: they hand over latents in the denoiser's type and device, and cast for fp16 alone."""
 
     def cast(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         weight = next(module.parameters())

@@ -1,0 +1,147 @@
+"""Pictures from a base and any number of adapter files, as a grid of prompts and strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from lora_booth import export, families, files, preview
+from lora_booth.config import ModelConfig
+from lora_booth.errors import ConfigError
+from lora_booth.families.base import Family
+from lora_booth.families.sampling import draw
+from lora_booth.precision import dtype_for
+from lora_booth.report import Report, Silent
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """How pictures are drawn. `size_px`: width and height, None for the base's own."""
+
+    negative_prompt: str = ""
+    seed: int = 1
+    sampler: str = "dpm++"
+    sampler_steps: int = 25
+    guidance_scale: float = 7.0
+    size_px: tuple[int, int] | None = None
+
+
+def generate(
+    *,
+    base: str,
+    prompts: Sequence[str],
+    adapters: Sequence[tuple[Path, float]] = (),
+    strengths: Sequence[float] = (1.0,),
+    picture: PictureSettings = PictureSettings(),
+    folder: Path = Path("pictures"),
+    report: Report | None = None,
+) -> Path:
+    """Draw every prompt at every strength into `folder`, and grid.png beside them; returns the grid's path.
+
+    `adapters`: files with a strength each; `strengths` multiply all of them, 0 being the base alone. Every cell starts
+    from the same noise. Existing files in `folder` are not replaced: a number is added to the name.
+    """
+    report = report or Silent()
+    device = Accelerator().device
+    for path, _ in adapters:
+        export.read(path)  # refuses what is damaged, unsafe or foreign before a model is loaded
+    config = ModelConfig(base=base)
+    family = families.load(config, device=device, dtype=dtype_for(config.precision, device))
+    pipeline = family.pipeline(picture.sampler)
+    for number, (path, _) in enumerate(adapters):
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"adapter_{number}")
+    columns = []
+    for done, strength in enumerate(strengths, start=1):
+        if adapters:
+            names = [f"adapter_{number}" for number in range(len(adapters))]
+            pipeline.set_adapters(names, adapter_weights=[own * strength for _, own in adapters])
+        columns.append(_column(family, prompts, picture))
+        report.progress("strengths", done, len(strengths))
+    return _write(folder, prompts, strengths, columns, report)
+
+
+def parse_adapter(text: str) -> tuple[Path, float]:
+    """ "FILE" or "FILE:STRENGTH" as a path and a strength, 1 where none is given."""
+    name, colon, strength = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return Path(name), float(strength)
+        except ValueError:
+            pass
+    return Path(text), 1.0
+
+
+def parse_strengths(text: str) -> tuple[float, ...]:
+    """ "0,0.5,1" as numbers. Raises ConfigError for anything else."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f'--strengths "{text}" is not a list of numbers; write e.g. 0,0.5,1.') from None
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """ "512x768" as width and height, "" as None. Raises ConfigError for anything else."""
+    if not text:
+        return None
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise ConfigError(f'--size "{text}" is not a size; write WIDTHxHEIGHT in pixels, e.g. 512x768.') from None
+    return width, height
+
+
+@torch.no_grad()
+def _column(family: Family, prompts: Sequence[str], picture: PictureSettings) -> list[Image.Image]:
+    """One picture per prompt with the adapters as they are set now."""
+    width, height = picture.size_px or (family.native_resolution, family.native_resolution)
+    if width % family.bucket_step or height % family.bucket_step:
+        raise ConfigError(
+            f"--size {width}x{height} is not a multiple of {family.bucket_step} pixels, which this base needs."
+        )
+    return list(
+        draw(
+            family,
+            [family.encode_prompts([prompt]) for prompt in prompts],
+            family.encode_prompts([picture.negative_prompt]),
+            width_px=width,
+            height_px=height,
+            seeds=[picture.seed] * len(prompts),
+            sampler=picture.sampler,
+            sampler_steps=picture.sampler_steps,
+            guidance_scale=picture.guidance_scale,
+        )
+    )
+
+
+def _write(
+    folder: Path,
+    prompts: Sequence[str],
+    strengths: Sequence[float],
+    columns: Sequence[Sequence[Image.Image]],
+    report: Report,
+) -> Path:
+    for column, strength in zip(columns, strengths, strict=True):
+        for number, (prompt, image) in enumerate(zip(prompts, column, strict=True)):
+            words = "".join(c if c.isalnum() else "_" for c in prompt)[:60].strip("_")
+            path = _unused(folder / f"{number:02d}_{words}_{strength:g}.png")
+            with files.replacing(path) as temporary:
+                image.save(temporary, format="PNG")
+    rows = [(prompt, [column[number] for column in columns]) for number, prompt in enumerate(prompts)]
+    grid = _unused(folder / "grid.png")
+    preview.save_grid(rows, grid, title="", columns=[f"strength {strength:g}" for strength in strengths])
+    report.event("pictures", f"{len(prompts) * len(strengths)} pictures and {grid}", path=str(grid))
+    return grid
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3 … that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate

@@ -1,0 +1,75 @@
+"""Fixtures shared by all tests: tiny bases on disk, built once, and no network for anybody."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+from lora_booth.config import Config
+from tests import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Bit-exact comparisons need one order of summation; two test processes on two cores need no more."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family name to a tiny base of it."""
+    root = tmp_path_factory.mktemp("bases")
+    makers = {"sd1": tiny.tiny_sd, "sd2": tiny.tiny_sd2, "sdxl": tiny.tiny_sdxl}
+    return {name: make(root / name) for name, make in makers.items()}
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of five small pictures of three aspects."""
+    folder = tmp_path_factory.mktemp("pictures")
+    tiny.tiny_pictures(folder, 5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all runs of the session, as users have it."""
+    return tmp_path_factory.mktemp("cache")
+
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def make_config(bases: dict[str, Path], pictures: Path, shared_cache: Path, tmp_path: Path) -> MakeConfig:
+    """A config of a few fast steps on a tiny base; keyword arguments replace whole keys, e.g. train={"steps": 3}."""
+
+    def make(family: str = "sd1", name: str = "run", **sections: dict[str, Any]) -> Config:
+        values: dict[str, dict[str, Any]] = {
+            "model": {"base": str(bases[family])},
+            "subject": {"images": pictures, "class_noun": "dog"},
+            "data": {"resolution": 32, "bucket_step": 16},
+            "prior": {"num_images": 3, "sampler_steps": 2, "sampler": "ddim"},
+            "adapter": {"rank": 2},
+            "optimizer": {"learning_rate": 1e-2},
+            "train": {"steps": 4, "save_every_steps": 2},
+            "preview": {"images_per_prompt": 0},
+            "run": {"folder": tmp_path / name, "cache": shared_cache},
+        }
+        for section, pairs in sections.items():
+            values.setdefault(section, {}).update(pairs)
+        return Config.model_validate(values)
+
+    return make

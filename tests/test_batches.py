@@ -1,0 +1,101 @@
+"""The order of images: pure, complete, weighted by role, in micro-batches that lose nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_booth.data.batches import Item, Order, Role, micro_batches
+
+SQUARE, WIDE = (4, 8, 8), (4, 4, 8)
+
+
+def item(role: Role, name: str, shape: tuple[int, int, int] = SQUARE) -> Item:
+    return Item(role, name, name, shape, "a dog", (64, 64, 0, 0, 64, 64))
+
+
+def order(num_instances: int = 5, num_classes: int = 4, images_per_step: int = 2, loss_weight: float = 0.5) -> Order:
+    instances = [item("instance", f"i{n}", WIDE if n % 3 == 2 else SQUARE) for n in range(num_instances)]
+    classes = [item("class", f"c{n}", WIDE if n % 2 else SQUARE) for n in range(num_classes)]
+    return Order(instances, classes, images_per_step, loss_weight, seed=0)
+
+
+def test_an_epoch_sees_every_instance_image_once() -> None:
+    names = [
+        row.item.name for step in range(5) for row in order(images_per_step=1).at(step) if row.item.role == "instance"
+    ]
+    assert sorted(names) == ["i0", "i1", "i2", "i3", "i4"]
+    assert names != sorted(names)
+
+
+def test_epochs_carry_over_step_borders_and_no_image_is_dropped() -> None:
+    counts = order(num_instances=5, images_per_step=2).exposures(50)  # 100 draws over 5 images
+    assert counts == {f"i{n}": 20 for n in range(5)}
+
+
+def test_weights_are_one_over_n_and_lambda_over_n() -> None:
+    rows = order(images_per_step=4, loss_weight=0.5).at(0)
+    assert [row.weight for row in rows] == [0.25] * 4 + [0.125] * 4
+    assert [row.position for row in rows] == list(range(8))
+    assert [row.item.role for row in rows] == ["instance"] * 4 + ["class"] * 4
+
+
+def test_without_class_items_there_is_no_class_row() -> None:
+    rows = order(num_classes=0).at(0)
+    assert {row.item.role for row in rows} == {"instance"}
+
+
+def test_a_step_is_a_function_of_seed_and_step() -> None:
+    assert order().at(7) == order().at(7)
+    other = Order(order().instances, order().classes, 2, 0.5, seed=1)
+    assert [other.at(s) for s in range(5)] != [order().at(s) for s in range(5)]
+
+
+def test_a_class_row_comes_from_the_bucket_of_its_instance_row() -> None:
+    for step in range(30):
+        rows = order(images_per_step=1).at(step)
+        assert rows[0].item.shape == rows[1].item.shape
+
+
+def test_class_images_of_a_bucket_take_turns() -> None:
+    seen = Counter(row.item.name for step in range(60) for row in order(images_per_step=1).at(step)[1:])
+    # 60 draws, 48 square (i0 i1 i3 i4) and 12 wide (i2); two class images of each shape.
+    assert seen == {"c0": 24, "c2": 24, "c1": 6, "c3": 6}
+
+
+def test_class_images_of_no_common_bucket_are_still_used() -> None:
+    only_wide = [item("class", "c0", WIDE), item("class", "c1", WIDE)]
+    rows = [Order([item("instance", "i0")], only_wide, 1, 1.0, 0).at(step) for step in range(4)]
+    assert Counter(row[1].item.name for row in rows) == {"c0": 2, "c1": 2}
+
+
+@given(
+    images_per_step=st.integers(1, 9),
+    batch_size=st.integers(1, 8),
+    num_processes=st.integers(1, 4),
+    step=st.integers(0, 1000),
+)
+def test_micro_batches_hold_every_row_once_in_one_shape(
+    images_per_step: int, batch_size: int, num_processes: int, step: int
+) -> None:
+    rows = order(images_per_step=images_per_step).at(step)
+    shares = [
+        micro_batches(rows, batch_size, process=process, num_processes=num_processes)
+        for process in range(num_processes)
+    ]
+    micros = [micro for share in shares for micro in share]
+    assert sorted(row.position for micro in micros for row in micro) == [row.position for row in rows]
+    assert all(0 < len(micro) <= batch_size for micro in micros)
+    assert all(len({row.item.shape for row in micro}) == 1 for micro in micros)
+    sizes = [sum(map(len, share)) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("images_per_step", [1, 3])
+def test_weights_of_a_step_sum_to_one_and_lambda(images_per_step: int) -> None:
+    rows = order(images_per_step=images_per_step, loss_weight=0.3).at(11)
+    by_role = {role: sum(row.weight for row in rows if row.item.role == role) for role in ("instance", "class")}
+    assert by_role == pytest.approx({"instance": 1.0, "class": 0.3})

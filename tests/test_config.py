@@ -1,0 +1,145 @@
+"""Config: every fault at once, with key, value and remedy; nothing coerced; what is written reads back equal."""
+
+from __future__ import annotations
+
+import contextlib
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lora_booth import config_file
+from lora_booth.config import BASE_ALIASES, Config
+from lora_booth.errors import ConfigError
+
+GOOD = ["model.base=sd15", "subject.images=./my_dog", "subject.class_noun=dog"]
+
+
+def faults_of(overrides: list[str]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config_file.load(None, overrides)
+    return str(caught.value)
+
+
+def test_three_settings_are_enough() -> None:
+    config = config_file.load(None, GOOD)
+    assert (config.model.base, config.subject.images, config.adapter.rank) == ("sd15", Path("my_dog"), 16)
+
+
+def test_all_faults_are_listed_at_once_with_key_value_and_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(
+        '[model]\nbase = "sd15"\n[subject]\nimges = "x"\nclass_noun = 3\n[prior]\nnum_images = 0\n'
+        '[optimizer]\nname = "adamw8"\nlearning_rate = "fast"\n[trian]\nsteps = 3\n'
+    )
+    with pytest.raises(ConfigError) as caught:
+        config_file.load(path, ["train.steps=-3", "nonsense", "adapter.targets=attn"])
+    message = str(caught.value)
+    for expected in (
+        '"nonsense" is not an override',
+        "subject.images is missing",
+        'subject.imges is not a setting; did you mean "subject.images"?',
+        "subject.class_noun is 3, but it should be a valid string",
+        'optimizer.name is "adamw8"; use "auto"',
+        'Did you mean "adamw"?',
+        'optimizer.learning_rate is "fast"',
+        "train.steps is -3, but it should be greater than or equal to 1",
+        'trian is not a setting; did you mean "train"?',
+        "prior.num_images is 0 but prior.loss_weight is 1",
+        'adapter.targets is "attn"; use one of attention,',
+    ):
+        assert expected in message
+    assert message.startswith(f"{path} has 10 faults:")
+
+
+def test_a_missing_section_names_its_required_keys() -> None:
+    message = faults_of([])
+    assert all(f"{key} is missing" in message for key in ("model.base", "subject.images", "subject.class_noun"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("subject.prompt=a photo of {tokn} {class}", "has the slot {tokn}; the slots are {class}, {token}"),
+        ("subject.prompt=a photo of {token}", "lacks the slot {class}"),
+        ("subject.prompt=a {class} {", "has a broken slot"),
+        ('prior.prompts=[""]', "prior.prompts has an empty prompt"),
+        ("objective.huber_delta=0.5", 'objective.loss is "mse"'),
+        ("adapter.dora=true", 'set export.formats = ["diffusers"]'),
+        ("train.steps=1.5", "train.steps is 1.5"),
+        ("train.gradient_checkpointing=1", "train.gradient_checkpointing is 1"),
+        ("adapter.dropout=1", "adapter.dropout is 1"),
+        ("export.name=../../etc", "export.name"),
+        ("export.formats=[kohya]", "export.formats"),
+    ],
+)
+def test_a_contradiction_or_wrong_value_is_one_clear_line(override: str, expected: str) -> None:
+    message = faults_of([*GOOD, override])
+    assert expected in message
+    assert " has a fault:" in message
+
+
+def test_values_are_not_coerced() -> None:
+    with pytest.raises(ConfigError):
+        config_file.load(None, [*GOOD, 'train.steps="400"'])
+
+
+def test_a_config_does_not_change() -> None:
+    config = config_file.load(None, GOOD)
+    with pytest.raises(ValidationError):
+        config.train.steps = 5  # type: ignore[misc]
+
+
+@given(st.text(min_size=1, max_size=40), st.text(min_size=1, max_size=40))
+def test_what_is_written_reads_back_equal(noun: str, folder: str) -> None:
+    values = {"model": {"base": "sd15"}, "subject": {"images": folder, "class_noun": noun}}
+    try:
+        config = Config.model_validate(values)
+    except ValidationError:
+        return
+    assert Config.model_validate(tomllib.loads(config_file.to_toml(config))) == config
+
+
+@given(st.lists(st.text(max_size=30), max_size=4))
+def test_no_override_makes_a_traceback(overrides: list[str]) -> None:
+    with contextlib.suppress(ConfigError):
+        config_file.load(None, [*GOOD, *overrides])
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "sd15_subject.toml").write_text("")
+    with pytest.raises(ConfigError, match="Did you mean"):
+        config_file.load(tmp_path / "sd15_subjekt.toml")
+
+
+def test_broken_toml_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[model]\nbase = \n")
+    with pytest.raises(ConfigError, match="line 2"):
+        config_file.load(tmp_path / "x.toml")
+
+
+def test_every_setting_has_a_sentence() -> None:
+    seen = 0
+    for section in Config.model_fields.values():
+        for key, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            assert field.description is not None, key
+            assert field.description.endswith((".", "?", ":")) or "," in field.description, key
+            seen += 1
+    assert seen > 50
+
+
+def test_the_schema_describes_every_section() -> None:
+    schema = Config.model_json_schema()
+    assert set(schema["properties"]) == set(Config.model_fields)
+
+
+def test_differing_keys_name_old_and_new() -> None:
+    one, other = config_file.load(None, GOOD), config_file.load(None, [*GOOD, "train.seed=3", "train.keep_last=9"])
+    assert config_file.differing_keys(one, other, ignore=["train.keep_last"]) == ["train.seed: 0 -> 3"]
+
+
+def test_aliases_are_hub_ids_or_the_miniature() -> None:
+    assert set(BASE_ALIASES) == {"booth-mini", "sd15", "sd21", "sdxl"}

@@ -1,0 +1,159 @@
+"""export/__init__.py: every format there and back, whole files only, nothing of a file is trusted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+
+from lora_booth import export
+from lora_booth.adapter.weights import AdapterWeights, LowRank, delta
+from lora_booth.errors import DiskError, ModelError, NumericError
+from tests.adapted import relative_difference
+
+LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+CONVOLUTION = "mid_block.resnets.0.conv1"
+TEXT = "encoder.layers.0.self_attn.q_proj"
+
+
+def adapter() -> AdapterWeights:
+    generator = torch.Generator().manual_seed(0)
+
+    def low_rank(rank: int, scale: float, tail: tuple[int, ...] = ()) -> LowRank:
+        down = torch.randn(rank, 4, *tail, generator=generator)
+        return LowRank(down, torch.randn(5, rank, *((1,) * len(tail)), generator=generator), scale)
+
+    return {
+        "unet": {LINEAR: low_rank(2, 0.5), CONVOLUTION: low_rank(3, 1.5, (3, 3))},
+        "text_encoder": {TEXT: low_rank(1, 1.0)},
+    }
+
+
+@pytest.mark.parametrize("dtype", export.DTYPES)
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("name", export.FORMATS)
+def test_every_format_comes_back_with_the_same_updates(name: str, family: str, dtype: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    weights = adapter()
+    export.FORMATS[name].write(path, weights, family, export.DTYPES[dtype], {"note": "é"})
+    assert export.detect(path) == name
+    assert export.read_metadata(path)["note"] == "é"
+    back = export.read(path)
+    assert {c: set(layers) for c, layers in back.items()} == {c: set(layers) for c, layers in weights.items()}
+    for component, layers in weights.items():
+        for module, low_rank in layers.items():
+            got = back[component][module]
+            assert (got.rank, got.down.dtype, got.down.shape) == (low_rank.rank, torch.float32, low_rank.down.shape)
+            # both factors are rounded once; sums of at most 3 products
+            tolerance = {"fp32": 1e-6, "fp16": 3e-3, "bf16": 2e-2}[dtype]
+            assert relative_difference(delta(got), delta(low_rank)) < tolerance
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    broken = adapter()
+    broken["unet"][LINEAR].up[0, 0] = math.nan
+    with pytest.raises(NumericError):
+        export.FORMATS["kohya"].write(path, broken, "sd1", torch.float16, {})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskError, match="free some space"):
+        export.FORMATS["kohya"].write(path, adapter(), "sd1", torch.float16, {})
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_header_that_comfyui_would_not_show_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="header .* would take"):
+        export.FORMATS["kohya"].write(tmp_path / "a", adapter(), "sd1", torch.float16, {"x": "y" * (1 << 20)})
+    with pytest.raises(ModelError, match="no layers"):
+        export.FORMATS["kohya"].write(tmp_path / "a", {}, "sd1", torch.float16, {})
+    assert os.listdir(tmp_path) == []
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.pt", "a.safetensors"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_pickles_are_refused_and_not_run(
+    name: str, zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    if zipped:
+        torch.save({"x": Bomb()}, path)
+    else:
+        path.write_bytes(pickle.dumps(Bomb()))
+    for function in (export.read, export.detect, export.read_metadata):
+        with pytest.raises(ModelError, match="pickle, which can run any program"):
+            function(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def good_bytes() -> bytes:
+    return save(export.FORMATS["kohya"].to_tensors(adapter(), "sd1", torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a whole safetensors file"),
+        (good_bytes()[:-10], "not a whole safetensors file"),
+        (good_bytes()[:50], "not a whole safetensors file"),
+        (b"\xff" * 100, "not a whole safetensors file"),
+        ((1 << 40).to_bytes(8, "little") + b"{}", "not a whole safetensors file"),
+        (save({}), "holds no tensors"),
+        (save({"model.diffusion_model.out.weight": torch.ones(2)}), "no LoRA in kohya or diffusers naming"),
+        (save({"unet.x.lora_A.default.weight": torch.ones(2, 2)}), "is no part of a LoRA"),
+    ],
+)
+def test_damaged_and_foreign_files_are_refused_by_name(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "some_file.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=f"some_file.*{message}"):
+        export.read(path)
+
+
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="could not be read: No such file"):
+        export.read(tmp_path / "none.safetensors")
+    with pytest.raises(ModelError, match="could not be read: Is a directory"):
+        export.read(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", export.FORMATS)
+def test_a_file_with_nan_or_infinity_is_refused(name: str, value: float, tmp_path: Path) -> None:
+    tensors = export.FORMATS[name].to_tensors(adapter(), "sd1", torch.float32)
+    key = next(key for key in tensors if "weight" in key and "attn1" in key)
+    tensors[key][0, 0] = value
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=r"NaN or infinity in 1 layers, first unet\.mid_block"):
+        export.read(tmp_path / "a.safetensors")
+
+
+def test_the_hashes_in_the_header_are_those_of_the_final_files_data(tmp_path: Path) -> None:
+    import hashlib
+
+    path = tmp_path / "a.safetensors"
+    export.FORMATS["kohya"].write(path, adapter(), "sd1", torch.float16, {"z": "1", "a": "2"})
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    digest = hashlib.sha256(content[start:]).hexdigest()
+    fields = json.loads(content[8:start])["__metadata__"]
+    assert fields["sshs_model_hash"] == digest
+    assert fields["modelspec.hash_sha256"] == "0x" + digest

@@ -1,0 +1,176 @@
+"""The run folder: checkpoints that can be trusted, one owner at a time, no mixing of runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_booth.config import Config
+from lora_booth.errors import ConfigError, DiskError
+from lora_booth.run import Checkpoint, Run, require_free_space
+
+INPUTS = {"base": "abc", "pictures": {"a.jpg": "1", "b.jpg": "2"}}
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    values = {"model": {"base": "sd15"}, "subject": {"images": "x", "class_noun": "dog"}}
+    return Config.model_validate({**values, **sections})
+
+
+def checkpoint(step: int, loss: float = 1.0) -> Checkpoint:
+    parameter = torch.nn.Parameter(torch.linspace(0, 1, 5))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    parameter.sum().backward()
+    optimizer.step()
+    adapter = {"unet.a": parameter.detach().clone()}
+    return Checkpoint(step, adapter, optimizer.state_dict(), {"validation_loss": loss, "scaler": {"scale": 2.0}})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.open(tmp_path / "run", config(), INPUTS)
+
+
+def steps_kept(run: Run) -> list[int]:
+    return sorted(int(p.name[5:]) for p in (run.folder / "checkpoints").glob("step-*"))
+
+
+def test_a_checkpoint_reads_back_exactly(run: Run) -> None:
+    saved = checkpoint(3)
+    run.save(saved, keep_last=2)
+    loaded = run.latest(pytest.fail)
+    assert loaded is not None
+    assert (loaded.step, loaded.state["scaler"]) == (3, {"scale": 2.0})
+    assert torch.equal(loaded.adapter["unet.a"], saved.adapter["unet.a"])
+    old, new = saved.optimizer, loaded.optimizer
+    assert new["param_groups"] == old["param_groups"]
+    assert new["state"].keys() == old["state"].keys() == {0}
+    assert all(torch.equal(new["state"][0][k], old["state"][0][k]) for k in ("step", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "empty"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(name: str, harm: str, run: Run) -> None:
+    run.save(checkpoint(1), keep_last=5)
+    path = run.save(checkpoint(2), keep_last=5) / name
+    data = bytearray(path.read_bytes())
+    if harm == "flip":
+        data[len(data) // 2] ^= 0x10
+    path.write_bytes({"flip": bytes(data), "cut": bytes(data[: len(data) // 2]), "empty": b"", "remove": b""}[harm])
+    if harm == "remove":
+        path.unlink()
+    told: list[str] = []
+    loaded = run.latest(told.append)
+    assert loaded is not None
+    assert (loaded.step, len(told)) == (1, 1)
+    assert "step-000002 is damaged" in told[0]
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step_not_of_the_latest_clock(run: Run) -> None:
+    for step in (9, 10, 2):
+        path = run.save(checkpoint(step), keep_last=9)
+        os.utime(path, (0, 0) if step == 10 else (time.time(), time.time()))
+    loaded = run.latest(pytest.fail)
+    assert loaded is not None
+    assert loaded.step == 10
+
+
+def test_the_last_n_and_the_best_are_kept(run: Run) -> None:
+    for step, loss in ((1, 0.9), (2, 0.5), (3, 0.8), (4, 0.7), (5, 0.6)):
+        run.save(checkpoint(step, loss), keep_last=2)
+    assert steps_kept(run) == [2, 4, 5]
+    assert run.best_step() == 2
+
+
+def test_a_save_that_dies_leaves_the_old_ones_and_no_orphan_after_the_next(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save(checkpoint(1), keep_last=2)
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(Path, "rename", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        run.save(checkpoint(2), keep_last=2)
+        os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    loaded = run.latest(pytest.fail)
+    assert loaded is not None
+    assert loaded.step == 1
+    run.save(checkpoint(3), keep_last=2)
+    assert {p.name for p in (run.folder / "checkpoints").iterdir()} == {"step-000001", "step-000003"}
+
+
+def test_another_config_is_refused_with_the_keys_that_differ(run: Run) -> None:
+    run.close()
+    with pytest.raises(ConfigError, match=r"train\.seed: 0 -> 3"):
+        Run.open(run.folder, config(train={"seed": 3}), INPUTS)
+
+
+def test_settings_that_do_not_change_the_result_may_differ(run: Run) -> None:
+    run.close()
+    Run.open(run.folder, config(train={"batch_size": 7, "keep_last": 9}), INPUTS).close()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ({"base": "other", "pictures": INPUTS["pictures"]}, "files of the base have changed"),
+        ({"base": "abc", "pictures": {"a.jpg": "1"}}, r"b\.jpg is gone"),
+        ({"base": "abc", "pictures": {"a.jpg": "9", "b.jpg": "2"}}, r"a\.jpg has changed"),
+        ({"base": "abc", "pictures": {"a.jpg": "1", "b.jpg": "2", "c.jpg": "3"}}, r"c\.jpg is new"),
+    ],
+)
+def test_changed_inputs_are_refused_by_name(inputs: dict[str, Any], expected: str, run: Run) -> None:
+    run.close()
+    with pytest.raises(ConfigError, match=expected):
+        Run.open(run.folder, config(), inputs)
+
+
+def test_a_folder_with_other_files_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"holiday\.jpg"):
+        Run.open(tmp_path, config(), INPUTS)
+    assert {p.name for p in tmp_path.iterdir()} == {"holiday.jpg"}
+
+
+def test_a_second_run_in_the_folder_is_refused_with_its_owner(run: Run) -> None:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            Run.open(run.folder, config(), INPUTS)
+        except DiskError as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert f"in use by process {os.getpid()} on " in os.read(read, 4096).decode()
+
+
+def test_the_lock_of_a_dead_process_does_not_count(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        Run.open(tmp_path / "run", config(), INPUTS)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    Run.open(tmp_path / "run", config(), INPUTS).close()
+
+
+def test_metrics_after_the_checkpoint_are_forgotten_torn_lines_too(run: Run) -> None:
+    for step in range(1, 6):
+        run.append_metrics({"step": step, "loss": 1.0})
+    with run.metrics_path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    run.forget_metrics_after(3)
+    assert [json.loads(line)["step"] for line in run.metrics_path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_too_little_space_is_told_before_the_first_step(tmp_path: Path) -> None:
+    require_free_space(tmp_path, 1)
+    with pytest.raises(DiskError, match=r"MiB free, but the run's checkpoints need about"):
+        require_free_space(tmp_path, 2**60)
