@@ -196,9 +196,12 @@ def _config(
 
 
 def _train(config: Config, report: Any, command: str) -> None:
-    from lora_booth.train import train as run
+    from lora_booth.plan import look
 
-    _show_summary(run(config, report=report, continue_command=command), report)
+    inputs = look(config, report)
+    from lora_booth.train import train as run  # only now, because torch takes seconds to load
+
+    _show_summary(run(config, inputs=inputs, report=report, continue_command=command), report)
 
 
 def _show_summary(summary: Summary, report: Any) -> None:

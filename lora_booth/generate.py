@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from lora_booth import export, families, files, preview
+from lora_booth import export, families, files
 from lora_booth.config import ModelConfig
+from lora_booth.data.grid import save_grid
 from lora_booth.errors import ConfigError
 from lora_booth.families.base import Family
 from lora_booth.families.sampling import draw
@@ -133,7 +134,7 @@ def _write(
                 image.save(temporary, format="PNG")
     rows = [(prompt, [column[number] for column in columns]) for number, prompt in enumerate(prompts)]
     grid = _unused(folder / "grid.png")
-    preview.save_grid(rows, grid, title="", columns=[f"strength {strength:g}" for strength in strengths])
+    save_grid(rows, grid, title="", columns=[f"strength {strength:g}" for strength in strengths])
     report.event("pictures", f"{len(prompts) * len(strengths)} pictures and {grid}", path=str(grid))
     return grid
 

@@ -20,6 +20,7 @@ from lora_booth import optim, preview
 from lora_booth.adapter import inject
 from lora_booth.config import Config
 from lora_booth.data.batches import Item, Row, micro_batches
+from lora_booth.data.grid import save_grid
 from lora_booth.errors import NumericError
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.families.sampling import concatenate
@@ -272,7 +273,7 @@ def draw_preview(s: Session, done: int) -> None:
     if s.accelerator.is_main_process:
         rows = draw_rows(s)
         path = s.run.preview_path(done)
-        preview.save_grid(rows, path, title=f"{s.config.name}: {'the base' if done == 0 else f'after {done} steps'}")
+        save_grid(rows, path, title=f"{s.config.name}: {'the base' if done == 0 else f'after {done} steps'}")
         s.report.event("preview", f"pictures of step {done}: {path}", step=done, path=str(path))
     s.accelerator.wait_for_everyone()
 

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_booth.config import Config
 from lora_booth.data.buckets import Crop
+from lora_booth.families import sources
 from lora_booth.families.identify import BaseFacts, identify
-from lora_booth.families.sources import resolve as resolve_base
+from lora_booth.families.sources import fingerprint
 from lora_booth.report import Report
 from lora_booth.subject import Pictures, crops_of, find_pictures
 
@@ -40,9 +42,30 @@ MEMORY = {
 }
 
 
-def resolve(config: Config, base: BaseFacts, *, num_images: int, free_gib: float | None) -> Config:
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: the user's pictures and the base's facts."""
+
+    pictures: Pictures
+    facts: BaseFacts
+
+    def identity(self) -> dict[str, Any]:
+        """Fingerprint of the base and hashes of the pictures: what a result depends on besides its config."""
+        return {"base": fingerprint(self.facts.path), **self.pictures.hashes()}
+
+
+def look(config: Config, report: Report) -> Inputs:
+    """Find and check pictures and base; what is wrong with them is told before torch or a model is loaded.
+
+    Raises DataError or ModelError.
+    """
+    return Inputs(find_pictures(config, report), identify(sources.resolve(config.model)))
+
+
+def resolve(config: Config, inputs: Inputs, *, free_gib: float | None) -> Config:
     """`config` with every open choice made. `free_gib` is the device's free memory, None on a CPU."""
-    train, data = config.train, config.data
+    train, data, base = config.train, config.data, inputs.facts
+    num_images = len(inputs.pictures.instances.pictures)
     low, high = STEP_LIMITS[base.family]
     steps = train.steps or min(max(STEPS_PER_IMAGE * num_images, low), high)
     warmup = config.optimizer.warmup_steps
@@ -93,16 +116,15 @@ def memory_advice(config: Config) -> str:
 
 def show(config: Config, report: Report) -> None:
     """Tell what `train` would do with `config`; nothing is run or written."""
-    pictures = find_pictures(config, report)
-    facts = identify(resolve_base(config.model))
-    config = resolve(config, facts, num_images=len(pictures.instances.pictures), free_gib=None)
+    inputs = look(config, report)
+    config, pictures = resolve(config, inputs, free_gib=None), inputs.pictures
     crops = crops_of(config, pictures.instances.pictures)
     train, adapter = config.train, config.adapter
     assert train.steps is not None, "resolved just above"
     seen = train.steps * train.images_per_step / len(crops)
     lines = {
         "subject": f'"{config.fill("{token} {class}")}", {len(crops)} pictures in {_buckets(crops)}',
-        "base": f"{facts.path.name}: {facts.family}, {facts.prediction_type}, {facts.native_resolution} px",
+        "base": described(inputs.facts),
         "adapter": f"{adapter.targets}, rank {adapter.rank}, alpha {adapter.alpha:g}",
         "prior": _prior(config, pictures),
         "steps": f"{train.steps} of {train.images_per_step} instance images: each picture is seen {seen:.0f} times",
@@ -116,6 +138,11 @@ def show(config: Config, report: Report) -> None:
         note = ", enlarged" if crop.enlargement > 1 else ""
         text = f"         {picture.path.name}: {size} to {crop.bucket}, {crop.lost_fraction:.0%} cut off{note}"
         report.event("picture", text, name=picture.path.name)
+
+
+def described(facts: BaseFacts) -> str:
+    """A base in one line."""
+    return f"{facts.path.name}: {facts.family}, {facts.prediction_type}, {facts.native_resolution} px"
 
 
 def run_folder(config: Config) -> Path:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from PIL import Image
 
-from lora_booth import files
 from lora_booth.config import Config
-from lora_booth.data.grid import labelled_grid
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.families.sampling import draw
 
@@ -39,13 +36,6 @@ def draw_rows(config: Config, family: Family, condition: Conditions) -> Rows:
         guidance_scale=preview.guidance_scale,
     )
     return [(prompt, [next(pictures) for _ in columns]) for prompt in prompts]
-
-
-def save_grid(rows: Rows, path: Path, *, title: str, columns: Sequence[str] = ()) -> None:
-    """Write `rows` as one labelled PNG."""
-    sheet = labelled_grid(rows, columns=columns, title=title)
-    with files.replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
 
 
 def before_and_after(before: Rows, after: Rows) -> Rows:

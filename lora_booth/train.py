@@ -19,16 +19,14 @@ from torch import nn
 from lora_booth import export, families, files, loop, optim, plan, prepare, preview
 from lora_booth.adapter import inject
 from lora_booth.config import Config
+from lora_booth.data.grid import save_grid
 from lora_booth.errors import DeviceMemoryError
 from lora_booth.families.base import Family
-from lora_booth.families.identify import identify
-from lora_booth.families.sources import fingerprint, resolve
 from lora_booth.interrupts import stop_requests
 from lora_booth.objectives import Objective
 from lora_booth.precision import dtype_for
 from lora_booth.report import Report, Silent
 from lora_booth.run import Run, require_free_space
-from lora_booth.subject import find_pictures
 
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the adapter and two moments, float32."""
@@ -48,29 +46,34 @@ class Summary:
     validation_loss: float
 
 
-def train(config: Config, *, report: Report | None = None, continue_command: str = "the same command") -> Summary:
+def train(
+    config: Config,
+    *,
+    inputs: plan.Inputs | None = None,
+    report: Report | None = None,
+    continue_command: str = "the same command",
+) -> Summary:
     """Train the run of `config`, or continue it, and export its adapter; a finished run is returned as it is.
 
-    Raises Interrupted when a signal asked to stop, after everything was saved.
+    `inputs`: what `plan.look` gave for the same config, if it was asked already. Raises Interrupted when a signal asked
+    to stop, after everything was saved.
     """
     report, began = report or Silent(), time.perf_counter()
-    pictures = find_pictures(config, report)
-    facts = identify(resolve(config.model))
+    inputs = inputs or plan.look(config, report)
     accelerator = Accelerator(log_with=list(config.run.trackers) or None, project_dir=plan.run_folder(config))
     device = accelerator.device
-    config = plan.resolve(config, facts, num_images=len(pictures.instances.pictures), free_gib=_free_gib(device))
-    inputs = {"base": fingerprint(facts.path), **pictures.hashes()}
+    config = plan.resolve(config, inputs, free_gib=_free_gib(device))
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run, _memory_advice(config):
         finished = run.summary()
         if finished is not None:
             report.event("finished", f"{run.folder} is finished already; name another run.folder to train again")
             return Summary(**finished)
         dtype = dtype_for(config.model.precision, device)
-        report.event("base", f"base {facts.path.name}: {facts.family}, {facts.prediction_type}, {dtype}, on {device}")
+        report.event("base", f"base {plan.described(inputs.facts)}, in {dtype} on {device}".replace("torch.", ""))
         family = families.load(config.model, device=device, dtype=dtype)
         listeners = {"report": report, "stop": stop}
         with accelerator.main_process_first():  # it fills the caches, the others find them full
-            prepared = prepare.prepare(config, family, pictures, sheet_path=run.sheet_path, **listeners)
+            prepared = prepare.prepare(config, family, inputs.pictures, sheet_path=run.sheet_path, **listeners)
         family.move_vae("cpu")
         adapted, parameters = _adapt(config, family)
         family.prepare_denoiser_(
@@ -98,10 +101,10 @@ def train(config: Config, *, report: Report | None = None, continue_command: str
 
 
 @contextmanager
-def _opened(config: Config, inputs: dict[str, Any], accelerator: Accelerator) -> Iterator[Run]:
+def _opened(config: Config, inputs: plan.Inputs, accelerator: Accelerator) -> Iterator[Run]:
     """The run folder, locked by the main process."""
     folder = plan.run_folder(config)
-    run = Run.open(folder, config, inputs) if accelerator.is_main_process else Run(folder)
+    run = Run.open(folder, config, inputs.identity()) if accelerator.is_main_process else Run(folder)
     try:
         yield run
     finally:
@@ -231,7 +234,7 @@ def _draw_before_and_after(s: loop.Session) -> Path | None:
         after = loop.draw_rows(s)
         rows = preview.before_and_after(before, after)
         title = f"{s.config.name}: {s.config.train.steps} steps"
-        preview.save_grid(rows, path, title=title, columns=("before", "after") * s.config.preview.images_per_prompt)
+        save_grid(rows, path, title=title, columns=("before", "after") * s.config.preview.images_per_prompt)
     return path
 
 

@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from lora_booth.adapter import inject
+from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config import AdapterConfig
 
 PIPELINES = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -47,6 +48,18 @@ def adapted_pipeline(family: str, bases: dict[str, Path], **adapter: Any) -> Any
     inject.inject_(components(pipe), AdapterConfig(**adapter), seed=1)
     randomise_(components(pipe))
     return pipe
+
+
+_TRAINED: dict[tuple[str, Path], tuple[AdapterWeights, Tensor]] = {}
+
+
+def trained_mixed(family: str, bases: dict[str, Path]) -> tuple[AdapterWeights, Tensor]:
+    """The weights of a randomised MIXED adapter on every layer, and what its pipeline draws; made once a session."""
+    key = (family, bases[family])
+    if key not in _TRAINED:
+        pipe = adapted_pipeline(family, bases, **MIXED)
+        _TRAINED[key] = inject.collect(components(pipe)), draw(pipe)
+    return _TRAINED[key]
 
 
 def randomise_(modules: dict[str, nn.Module], seed: int = 5, std: float = 0.1) -> None:

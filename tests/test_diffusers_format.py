@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lora_booth import export
 from lora_booth.adapter import inject
-from lora_booth.adapter.weights import LowRank, delta
+from lora_booth.adapter.weights import AdapterWeights, LowRank, delta
 from lora_booth.config import AdapterConfig
 from lora_booth.errors import ModelError
 from lora_booth.export import diffusers
@@ -25,36 +25,48 @@ DORA = adapted.MIXED | {"targets": adapted.FEW, "dora": True}
 PAIR = {"unet.mid_block.x.lora_A.weight": torch.ones(2, 4), "unet.mid_block.x.lora_B.weight": torch.ones(5, 2)}
 
 
+def load(weights: AdapterWeights, family: str, dtype: str, bases: dict[str, Path], path: Path) -> Any:
+    export.FORMATS["diffusers"].write(path, weights, family, export.DTYPES[dtype], {"note": "x"})
+    pipe = adapted.pipeline(family, bases)
+    pipe.load_lora_weights(path)
+    return pipe
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_diffusers_draws_the_same_picture_from_the_file(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    weights, expected = adapted.trained_mixed(family, bases)
+    pipe = load(weights, family, "fp32", bases, tmp_path / "adapter.safetensors")
+    # the scale is rounded into lora_B: 6e-8 per weight, through two steps
+    assert adapted.relative_difference(adapted.draw(pipe), expected) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "dtype", "tolerance"),
     [
-        ("sd1", adapted.MIXED, "fp32", 1e-4),  # the scale is rounded into lora_B: 6e-8 per weight, two steps
-        ("sdxl", adapted.MIXED, "fp32", 1e-4),
         ("sd2", adapted.RSLORA, "fp32", 1e-4),
-        ("sd1", DORA, "fp32", 1e-4),
         ("sdxl", DORA, "fp32", 1e-4),
-        ("sd1", adapted.RSLORA, "fp16", 1e-2),  # 5e-4 per weight, two steps
+        ("sd1", DORA, "fp16", 1e-2),  # 5e-4 per weight, two steps
     ],
 )
-def test_diffusers_draws_the_same_picture_from_the_file(
+def test_diffusers_draws_the_same_picture_from_other_kinds(
     family: str, settings: dict[str, Any], dtype: str, tolerance: float, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     trained = adapted.adapted_pipeline(family, bases, **settings)
     weights = inject.collect(adapted.components(trained))
-    path = tmp_path / "adapter.safetensors"
-    export.FORMATS["diffusers"].write(path, weights, family, export.DTYPES[dtype], {"note": "x"})
-    pipe = adapted.pipeline(family, bases)
-    base = adapted.draw(pipe)
-    pipe.load_lora_weights(path)
+    pipe = load(weights, family, dtype, bases, tmp_path / "adapter.safetensors")
     assert adapted.relative_difference(adapted.draw(pipe), adapted.draw(trained)) < tolerance
-    assert adapted.relative_difference(base, adapted.draw(trained)) > 0.01
-    if settings.get("dora"):
-        ours = inject.collect(adapted.components(trained))["text_encoder"]
-        loaded = {name: parameter for name, parameter in pipe.text_encoder.named_parameters() if "magnitude" in name}
-        assert len(loaded) == len(ours) == 12
-        for path_, low_rank in ours.items():
-            key = next(name for name in loaded if path_ in name)
-            assert torch.equal(loaded[key], low_rank.magnitude), "transformers kept the initial magnitude"
+
+
+def test_magnitudes_of_a_text_encoder_arrive(bases: dict[str, Path], tmp_path: Path) -> None:
+    """peft's own key names do not: transformers keeps the initial magnitudes and only a log line tells."""
+    trained = adapted.adapted_pipeline("sd1", bases, **DORA)
+    weights = inject.collect(adapted.components(trained))
+    pipe = load(weights, "sd1", "fp32", bases, tmp_path / "adapter.safetensors")
+    loaded = {key: value for key, value in pipe.text_encoder.named_parameters() if "magnitude" in key}
+    assert len(loaded) == len(weights["text_encoder"]) == 12
+    for path, low_rank in weights["text_encoder"].items():
+        key = next(key for key in loaded if path in key)
+        assert torch.equal(loaded[key], low_rank.magnitude), key
 
 
 @pytest.mark.parametrize("dora", [False, True])

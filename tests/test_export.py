@@ -75,7 +75,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
 
 
 def test_a_header_that_comfyui_would_not_show_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="header .* would take"):
+    with pytest.raises(ModelError, match="header of a would take"):
         export.FORMATS["kohya"].write(tmp_path / "a", adapter(), "sd1", torch.float16, {"x": "y" * (1 << 20)})
     with pytest.raises(ModelError, match="no layers"):
         export.FORMATS["kohya"].write(tmp_path / "a", {}, "sd1", torch.float16, {})

@@ -291,6 +291,7 @@ def test_pipeline_shares_the_modules_and_is_silent(family: Family, capsys: pytes
     assert pipeline.unet is family.denoiser
     assert pipeline.text_encoder is family.text_encoders()["text_encoder"]
     assert pipeline.scheduler.config.algorithm_type == "dpmsolver++"
+    assert family.pipeline("ddim").scheduler.config.clip_sample is False, "latents are not bounded"
     draw(family, "dpm++", prompt=PROMPT)
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""

@@ -299,8 +299,13 @@ def test_unknown_schedules_are_refused() -> None:
             noise_schedule(config)
 
 
-def test_loading_is_silent(bases: dict[str, Path], capfd: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        families.load(ModelConfig(base=str(bases["sdxl"])), device="cpu", dtype=torch.float32)
+def test_loading_is_silent(tmp_path: Path, capfd: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_sdxl(tmp_path / "architectures" / "sdxl")
+    file = tiny_single_file(folder, tmp_path / "one.safetensors")
+    monkeypatch.setattr(identify, "ARCHITECTURES", tmp_path / "architectures")
+    capfd.readouterr()
+    for base in (folder, file):
+        with caplog.at_level(logging.WARNING):
+            families.load(ModelConfig(base=str(base)), device="cpu", dtype=torch.float32)
     captured = capfd.readouterr()
     assert captured.out + captured.err + caplog.text == ""

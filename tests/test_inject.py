@@ -384,6 +384,8 @@ def test_diffusers_own_adapter_functions_work_on_what_we_injected(bases: dict[st
     adapted.randomise_(adapted.components(pipe))
     full = adapted.draw(pipe)
     assert pipe.get_active_adapters() == [inject.ADAPTER]
+    for module in adapted.components(pipe).values():
+        assert module.active_adapters() == [inject.ADAPTER]
     pipe.set_adapters(inject.ADAPTER, 0.0)
     assert torch.equal(adapted.draw(pipe), base)
     pipe.set_adapters(inject.ADAPTER, 1.0)

@@ -129,7 +129,7 @@ def _opened(path: Path) -> safe_open:
         with path.open("rb") as file:
             start = file.read(8)
     except OSError as error:
-        raise ModelError(f"{path} could not be read: {error.strerror}; check adapter.continue_from.") from error
+        raise ModelError(f"{path} could not be read: {error.strerror}; check the path.") from error
     if start.startswith((b"PK\x03\x04", b"\x80")):
         raise ModelError(
             f"{path.name} is a pickle, which can run any program when it is opened, so it is not read; ask its author "

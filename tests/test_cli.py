@@ -1,0 +1,188 @@
+"""The command line as a user meets it: real processes, messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_booth import cli
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def lora_booth(*words: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lora_booth", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=ENVIRONMENT, timeout=300, check=False
+    )
+
+
+def in_process(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command that needs no process of its own."""
+    monkeypatch.setattr(sys, "argv", ["lora-booth", *words])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def short(bases: dict[str, Path], pictures: Path, shared_cache: Path) -> list[str]:
+    """A run of a second or two."""
+    settings = {
+        "data.resolution": 32,
+        "data.bucket_step": 16,
+        "prior.num_images": 2,
+        "prior.sampler_steps": 2,
+        "train.steps": 3,
+        "train.save_every_steps": 1,
+        "preview.images_per_prompt": 1,
+        "preview.sampler_steps": 2,
+        "run.cache": shared_cache,
+    }
+    words = ["--subject", pictures, "--class-noun", "dog", "--base", bases["sd1"]]
+    return [*map(str, words), *(f"{key}={value}" for key, value in settings.items())]
+
+
+def test_help_answers_without_torch_and_in_well_under_a_second() -> None:
+    began = time.perf_counter()
+    done = lora_booth("--help")
+    assert done.returncode == 0
+    assert time.perf_counter() - began < 3  # 0.3 s on a quiet machine; the bound is for a busy one
+    assert all(verb in done.stdout for verb in ("demo", "train", "plan", "generate", "config"))
+    check = (
+        "import sys, lora_booth.cli; sys.exit(any(m in sys.modules for m in ('torch', 'pydantic', 'rich.progress')))"
+    )
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (["train"], 2, "model.base is missing"),
+        (["train", "--base", "sd15", "--subject", "."], 2, "subject.class_noun is missing"),
+        (["train", "no.toml"], 2, "config file no.toml does not exist"),
+        (["train", "a.toml", "b.toml"], 2, "only one config file"),
+        (["train", "--bse", "sd15"], 2, "--bse"),
+        (["trian"], 2, "trian"),
+        (["train", "--subject", "nowhere", "--class-noun", "dog", "--base", "sd15"], 3, "nowhere"),
+        (["generate", "--base", "no/such/folder", "--prompt", "x"], 4, "no/such/folder"),
+        (["generate", "--base", "sd15", "--prompt", "x", "--strengths", "a,b"], 2, "is not a list of numbers"),
+        (["generate", "--base", "sd15", "--prompt", "x", "--size", "big"], 2, "is not a size"),
+    ],
+)
+def test_bad_input_gets_one_message_and_its_exit_code(
+    words: list[str],
+    code: int,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, _, message = in_process(words, capsys, monkeypatch)
+    assert (found, "Traceback" in message) == (code, False)
+    assert message.startswith("lora-booth: ")
+    assert expected in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_says_which_formats_are_taken(
+    tmp_path: Path, bases: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    words = ["train", "--subject", str(tmp_path / "empty"), "--class-noun", "dog", "--base", str(bases["sd1"])]
+    code, _, message = in_process(words, capsys, monkeypatch)
+    assert code == 3
+    assert "JPEG, PNG, WebP and AVIF are taken" in message
+
+
+def test_a_pickle_base_is_refused_with_the_reason(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    words = ["train", "--subject", str(pictures), "--class-noun", "dog", "--base", str(tmp_path / "model.ckpt")]
+    code, _, message = in_process(words, capsys, monkeypatch)
+    assert code == 4
+    assert "can run any program when it is opened" in message
+
+
+def test_targets_that_match_nothing_stop_the_run(
+    short: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", *short, "--out", str(tmp_path / "run"), "adapter.targets=regex:transfomer.*"]
+    code, _, message = in_process(words, capsys, monkeypatch)
+    assert code == 4
+    assert "transfomer" in message
+
+
+def test_plan_shows_what_would_happen_and_writes_nothing(
+    short: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, text, _ = in_process(["plan", *short, "--out", str(tmp_path / "run")], capsys, monkeypatch)
+    assert code == 0
+    assert all(part in text for part in ('"sks dog"', "5 pictures", "picture_00.png: 48×48 to 32×32", "a new run:"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_prints_a_file_that_train_takes(
+    short: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = ["model.base=sd15", "subject.images=x", "subject.class_noun=cat", "train.steps=7"]
+    code, text, _ = in_process(["config", *settings], capsys, monkeypatch)
+    assert code == 0
+    (tmp_path / "full.toml").write_text(text)
+    _, again, _ = in_process(["config", str(tmp_path / "full.toml")], capsys, monkeypatch)
+    assert again == text
+    code, schema, _ = in_process(["config", "--schema"], capsys, monkeypatch)
+    assert json.loads(schema)["properties"]["train"]
+
+
+def test_train_runs_from_a_process_of_its_own_and_is_finished_the_second_time(short: list[str], tmp_path: Path) -> None:
+    first = lora_booth("train", *short, folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "runs" / "sks_dog"
+    for name in ("sks_dog.safetensors", "sks_dog_diffusers.safetensors", "before_after.png", "contact_sheet.png"):
+        assert (folder / name).stat().st_size > 0
+        assert name in first.stdout or name == "contact_sheet.png"
+    assert "\x1b" not in first.stdout
+    assert first.stderr == ""
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    second = lora_booth("train", *short, "--json", folder=tmp_path)
+    lines = [json.loads(line) for line in second.stdout.splitlines()]
+    assert any(line["kind"] == "finished" for line in lines)
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    assert not any(str(tmp_path) in p.read_bytes().decode("latin1") for p in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_prints_the_command_that_continues_and_exits_by_its_number(
+    number: signal.Signals, short: list[str], tmp_path: Path
+) -> None:
+    words = ["train", *short, "train.steps=500", "train.save_every_steps=400", "--json"]
+    command = [sys.executable, "-m", "lora_booth", *words]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stdout:
+        if json.loads(line).get("task") == "train":
+            process.send_signal(number)
+            break
+    process.stdout.read()
+    message = process.stderr.read()
+    assert process.wait(timeout=120) == 128 + number
+    assert "everything is saved; continue with: lora-booth train" in message
+    assert len(list((tmp_path / "runs" / "sks_dog" / "checkpoints").glob("step-*"))) == 1

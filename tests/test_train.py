@@ -1,0 +1,300 @@
+"""Whole runs: what is refused, what stops them, what they leave behind, with one process and with two."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lora_booth import config_file, export, families, loop, train
+from lora_booth.config import Config
+from lora_booth.errors import ConfigError, DataError, ModelError, NumericError
+from lora_booth.report import Silent
+from tests import tiny
+from tests.conftest import MakeConfig
+from tests.test_invariants import assert_near, distance, session_of, trained
+
+
+class Recorder(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+        self.warnings: list[str] = []
+        self.tasks: dict[str, int] = {}
+
+    def event(self, kind: str, text: str, **values: Any) -> None:
+        self.events.append((kind, text))
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def progress(self, task: str, done: int, total: int, **values: Any) -> None:
+        self.tasks[task] = done
+
+
+def test_a_run_leaves_adapter_files_pictures_metrics_and_a_summary(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(
+        preview={"images_per_prompt": 1, "sampler_steps": 2, "every_steps": 2, "prompts": ["a {class}"]}
+    )
+    summary = train.train(config)
+    folder = tmp_path / "run"
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert names >= {
+        "config.toml",
+        "contact_sheet.png",
+        "metrics.jsonl",
+        "summary.json",
+        "sks_dog.safetensors",
+        "sks_dog_diffusers.safetensors",
+        "before_after.png",
+        "previews/step-000000.png",
+        "previews/step-000002.png",
+    }
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(0 < line["instance_loss"] < 10 and 0 < line["class_loss"] < 10 for line in lines)
+    assert config_file.load(folder / "config.toml").train.steps == 4
+    assert json.loads((folder / "summary.json").read_text())["steps"] == summary.steps == 4
+    assert train.train(config) == summary
+
+
+def test_the_files_say_what_they_are_and_hold_no_path(make_config: MakeConfig, tmp_path: Path) -> None:
+    train.train(make_config())
+    with safe_open(tmp_path / "run" / "sks_dog.safetensors", "pt") as file:
+        header = file.metadata()
+    assert header["modelspec.trigger_phrase"] == "sks dog"
+    assert header["ss_base_model_version"] == "sd_v1"
+    assert (
+        json.loads(header["lora_booth.config"])["subject"]["images"]
+        == json.loads(header["lora_booth.config"])["subject"]["images"].split("/")[-1]
+    )
+    assert str(tmp_path) not in str(header)
+
+
+def test_both_files_hold_the_same_update(make_config: MakeConfig, tmp_path: Path) -> None:
+    train.train(make_config(export={"dtype": "fp32"}))
+    kohya = export.read(tmp_path / "run" / "sks_dog.safetensors")["unet"]
+    diffusers = export.read(tmp_path / "run" / "sks_dog_diffusers.safetensors")["unet"]
+    assert kohya.keys() == diffusers.keys()
+    assert len(kohya) == 128  # the attention layers of every SD 1 UNet
+    for name, low in kohya.items():
+        one, other = low.scale * low.up @ low.down, diffusers[name].scale * diffusers[name].up @ diffusers[name].down
+        assert torch.allclose(one, other, atol=1e-7), name
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_text_encoders_train_with_their_own_learning_rate(family: str, make_config: MakeConfig) -> None:
+    config = make_config(
+        family,
+        adapter={"text_encoder": True},
+        optimizer={"text_encoder_learning_rate": 1e-3},
+        train={"steps": 1, "save_every_steps": 1},
+    )
+    recorder = Recorder()
+    after = trained(config, recorder)
+    text = [name for name in after if name.startswith("text_encoder")]
+    assert len(text) > 0
+    moved = [name for name in text if name.endswith("lora_B.default.weight")]
+    assert all(after[name].abs().max() > 0 for name in moved), "a text-encoder layer got no gradient"
+    assert all(after[name].abs().max() < 2e-3 for name in moved)
+    assert any("text_encoder" in text and "0.001" in text for kind, text in recorder.events if kind == "adapter")
+
+
+def test_a_run_continues_from_an_adapter_file(make_config: MakeConfig, tmp_path: Path) -> None:
+    first = trained(make_config(name="first", export={"dtype": "fp32"}))
+    path = tmp_path / "first" / "sks_dog_diffusers.safetensors"
+    second = make_config(name="second", adapter={"continue_from": path}, optimizer={"learning_rate": 1e-12})
+    assert_near(first, trained(second), 1e-6)
+
+
+def test_gradient_checkpointing_changes_memory_only(make_config: MakeConfig) -> None:
+    plain = trained(make_config(name="plain", train={"steps": 2}))
+    saving = trained(make_config(name="saving", train={"steps": 2, "gradient_checkpointing": True}))
+    assert_near(plain, saving, 1e-4)
+
+
+def test_a_bf16_base_moves_the_adapter_as_a_float32_base_does(make_config: MakeConfig) -> None:
+    start = trained(make_config(name="start", optimizer={"learning_rate": 1e-12}))
+    single = trained(make_config(name="single"))
+    half = trained(make_config(name="half", model={"precision": "bf16"}))
+    moved = [sum(float((run[n] - start[n]).norm()) for n in start) for run in (single, half)]
+    assert moved[1] == pytest.approx(moved[0], rel=0.05)
+    assert distance(single, half) < 0.5 * distance(single, start)
+
+
+def test_fp16_trains_with_a_loss_scale(make_config: MakeConfig) -> None:
+    after = trained(make_config(model={"precision": "fp16"}))
+    assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in after.values())
+    assert max(float(tensor.abs().max()) for name, tensor in after.items() if "lora_B" in name) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_mixed_aspects_train_in_buckets_and_no_picture_is_dropped(family: str, make_config: MakeConfig) -> None:
+    config = make_config(family, data={"resolution": 48}, train={"steps": 1, "images_per_step": 5, "batch_size": 4})
+    recorder = Recorder()
+    train.train(config, report=recorder)
+    assert recorder.tasks["encode images"] == 5 + 3
+    assert config.run.cache is not None
+    sizes = {Image.open(p).size for p in (config.run.cache / "class_images").rglob("*.png")}
+    assert len(sizes) > 1
+
+
+def test_own_class_images_are_used_and_none_are_drawn(make_config: MakeConfig, tmp_path: Path) -> None:
+    tiny.tiny_pictures(tmp_path / "dogs", 4)
+    config = make_config(prior={"folder": tmp_path / "dogs"}, run={"cache": tmp_path / "cache"})
+    recorder = Recorder()
+    train.train(config, report=recorder)
+    assert "draw class images" not in recorder.tasks
+    assert not (tmp_path / "cache" / "class_images").exists()
+
+
+def test_class_images_are_shared_between_runs_and_only_missing_ones_are_drawn(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    def config(name: str, count: int) -> Config:
+        return make_config(name=name, prior={"num_images": count}, run={"cache": tmp_path / "cache"})
+
+    train.train(config("a", 2))
+    before = {p: p.read_bytes() for p in (tmp_path / "cache").rglob("*.png")}
+    recorder = Recorder()
+    train.train(config("b", 5), report=recorder)
+    after = {p: p.read_bytes() for p in (tmp_path / "cache").rglob("*.png")}
+    assert (len(before), len(after), recorder.tasks["draw class images"]) == (2, 5, 3)
+    assert all(after[path] == data for path, data in before.items())
+    assert len(set(after.values())) == 5
+
+
+def test_the_users_folder_is_not_touched(make_config: MakeConfig, pictures: Path) -> None:
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in pictures.iterdir()}
+    train.train(make_config())
+    assert before == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in pictures.iterdir()}
+
+
+def test_captions_and_held_out_pictures_are_used(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *_ = tiny.tiny_pictures(tmp_path / "captioned", 3)
+    first.with_suffix(".txt").write_text("a picture of {token} {class} on the beach")
+    tiny.tiny_pictures(tmp_path / "held_out", 2, sizes=[(40, 40)])
+    config = make_config(subject={"images": tmp_path / "captioned", "held_out": tmp_path / "held_out"})
+    s = session_of(config, monkeypatch)
+    prompts = [item.prompt for item in s.prepared.order.instances]
+    assert prompts == ["a picture of sks dog on the beach", "a photo of sks dog", "a photo of sks dog"]
+    assert len(s.prepared.validation) == 2
+
+
+def test_flipping_trains_on_mirrored_pictures_too(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = session_of(make_config(data={"flip": True}), monkeypatch)
+    assert len(s.prepared.order.instances) == 10
+    moments = [s.prepared.latents[item.latent_key].mean for item in s.prepared.order.instances]
+    assert not torch.equal(moments[0], moments[5])
+
+
+def test_fewer_than_three_pictures_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    tiny.tiny_pictures(tmp_path / "two", 2)
+    with pytest.raises(DataError, match="has 2 usable pictures, at least 3 are needed"):
+        train.train(make_config(subject={"images": tmp_path / "two"}))
+
+
+def test_unreadable_pictures_are_named_and_left_out(make_config: MakeConfig, tmp_path: Path) -> None:
+    tiny.tiny_pictures(tmp_path / "some", 4)
+    (tmp_path / "some" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    recorder = Recorder()
+    train.train(make_config(subject={"images": tmp_path / "some"}), report=recorder)
+    assert any("broken.jpg" in text for text in recorder.warnings)
+
+
+def test_another_config_in_the_same_folder_is_refused(make_config: MakeConfig) -> None:
+    train.train(make_config(train={"steps": 1}))
+    with pytest.raises(ConfigError, match="train.steps: 1 -> 2"):
+        train.train(make_config(train={"steps": 2}))
+
+
+def test_a_base_with_a_damaged_file_is_refused(make_config: MakeConfig, bases: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(bases["sd1"], tmp_path / "base")
+    weights = next((tmp_path / "base" / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="unet"):
+        train.train(make_config(model={"base": str(tmp_path / "base")}))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_checkpoint(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    honest = loop.sample_losses
+
+    def poisoned(s: loop.Session, micro: Any, step: int) -> torch.Tensor:
+        return honest(s, micro, step) * (float("nan") if step == 3 else 1.0)
+
+    monkeypatch.setattr(loop, "sample_losses", poisoned)
+    with pytest.raises(NumericError, match=r"picture_0.* is not finite at step 4"):
+        train.train(make_config())
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoints[-1].name == "step-000002"
+    assert all(tensor.isfinite().all() for tensor in load_file(checkpoints[-1] / "adapter.safetensors").values())
+    assert not (tmp_path / "run" / "sks_dog.safetensors").exists()
+
+
+def test_latents_that_are_not_finite_name_the_picture(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cls = type(families.load(make_config().model, device="cpu", dtype=torch.float32))
+    monkeypatch.setattr(cls, "encode_images", lambda self, pixels: (pixels[:, :, ::2, ::2] / 0, pixels[:, :, ::2, ::2]))
+    with pytest.raises(NumericError, match="latents of picture_00.png"):
+        train.train(make_config(run={"cache": tmp_path / "cache"}))
+
+
+def test_the_text_encoders_are_gone_once_their_work_is_cached(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = session_of(make_config("sdxl"), monkeypatch)
+    with pytest.raises(AssertionError, match="released"):
+        s.family.text_encoders()
+
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from lora_booth import config_file, train
+train.train(config_file.load(Path(sys.argv[1])))
+"""
+
+
+def test_two_processes_give_the_result_of_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    settings = {"steps": 2, "images_per_step": 2, "batch_size": 4, "save_every_steps": 2}
+    alone = trained(make_config(name="alone", train=settings))
+    together = make_config(name="together", train=settings)
+    (tmp_path / "config.toml").write_text(config_file.to_toml(together))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path / "config.toml")],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    newest = max((tmp_path / "together" / "checkpoints").iterdir())
+    assert_near(alone, load_file(newest / "adapter.safetensors"), 2e-4)  # another order of summation, two steps of 1e-2
+    assert len((tmp_path / "together" / "metrics.jsonl").read_text().splitlines()) == 2
