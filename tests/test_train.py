@@ -298,3 +298,13 @@ def test_two_processes_give_the_result_of_one(make_config: MakeConfig, tmp_path:
     newest = max((tmp_path / "together" / "checkpoints").iterdir())
     assert_near(alone, load_file(newest / "adapter.safetensors"), 2e-4)  # another order of summation, two steps of 1e-2
     assert len((tmp_path / "together" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_zero_terminal_snr_needs_v_prediction_and_reaches_the_loss(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="predicts epsilon"):
+        train.train(make_config("sd1", objective={"zero_terminal_snr": True}))
+    s = session_of(make_config("sd2", objective={"zero_terminal_snr": True}), monkeypatch)
+    assert s.objective.schedule.has_zero_terminal_snr
+    assert s.family.schedule.has_zero_terminal_snr
