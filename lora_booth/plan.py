@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_booth.config import Config
 from lora_booth.data.buckets import Crop
+from lora_booth.errors import ConfigError
 from lora_booth.families import sources
 from lora_booth.families.identify import BaseFacts, identify
 from lora_booth.families.sources import fingerprint
@@ -59,7 +60,13 @@ def look(config: Config, report: Report) -> Inputs:
 
     Raises DataError or ModelError.
     """
-    return Inputs(find_pictures(config, report), identify(sources.resolve(config.model)))
+    pictures, facts = find_pictures(config, report), identify(sources.resolve(config.model))
+    if config.objective.zero_terminal_snr and facts.prediction_type == "epsilon":
+        raise ConfigError(
+            f"objective.zero_terminal_snr is true, but {facts.path.name} predicts epsilon, which says nothing at pure "
+            "noise; set it to false, or choose a v-prediction base."
+        )
+    return Inputs(pictures, facts)
 
 
 def resolve(config: Config, inputs: Inputs, *, free_gib: float | None) -> Config:

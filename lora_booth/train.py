@@ -71,6 +71,8 @@ def train(
         dtype = dtype_for(config.model.precision, device)
         report.event("base", f"base {plan.described(inputs.facts)}, in {dtype} on {device}".replace("torch.", ""))
         family = families.load(config.model, device=device, dtype=dtype)
+        if config.objective.zero_terminal_snr:
+            family.schedule = family.schedule.rescaled_to_zero_terminal_snr()
         listeners = {"report": report, "stop": stop}
         with accelerator.main_process_first():  # it fills the caches, the others find them full
             prepared = prepare.prepare(config, family, inputs.pictures, sheet_path=run.sheet_path, **listeners)
@@ -147,11 +149,9 @@ def _groups(config: Config, parameters: Mapping[str, Sequence[nn.Parameter]], re
 
 
 def _objective(config: Config, family: Family) -> Objective:
-    objective, schedule = config.objective, family.schedule
-    if objective.zero_terminal_snr:
-        schedule = schedule.rescaled_to_zero_terminal_snr()
+    objective = config.objective
     huber_delta = objective.huber_delta if objective.loss == "huber" else None
-    return Objective(schedule, objective.min_snr_gamma, objective.noise_offset, huber_delta)
+    return Objective(family.schedule, objective.min_snr_gamma, objective.noise_offset, huber_delta)
 
 
 def _checkpoint_bytes(parameters: Mapping[str, Sequence[nn.Parameter]]) -> int:

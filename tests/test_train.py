@@ -22,7 +22,7 @@ from lora_booth.errors import ConfigError, DataError, ModelError, NumericError
 from lora_booth.report import Silent
 from tests import tiny
 from tests.conftest import MakeConfig
-from tests.test_invariants import assert_near, distance, session_of, trained
+from tests.test_invariants import assert_near, session_of, trained
 
 
 class Recorder(Silent):
@@ -75,10 +75,7 @@ def test_the_files_say_what_they_are_and_hold_no_path(make_config: MakeConfig, t
         header = file.metadata()
     assert header["modelspec.trigger_phrase"] == "sks dog"
     assert header["ss_base_model_version"] == "sd_v1"
-    assert (
-        json.loads(header["lora_booth.config"])["subject"]["images"]
-        == json.loads(header["lora_booth.config"])["subject"]["images"].split("/")[-1]
-    )
+    assert "/" not in json.loads(header["lora_booth.config"])["subject"]["images"]
     assert str(tmp_path) not in str(header)
 
 
@@ -130,7 +127,8 @@ def test_a_bf16_base_moves_the_adapter_as_a_float32_base_does(make_config: MakeC
     half = trained(make_config(name="half", model={"precision": "bf16"}))
     moved = [sum(float((run[n] - start[n]).norm()) for n in start) for run in (single, half)]
     assert moved[1] == pytest.approx(moved[0], rel=0.05)
-    assert distance(single, half) < 0.5 * distance(single, start)
+    apart = sum(float((single[n] - half[n]).norm()) for n in start)
+    assert apart < 0.3 * moved[0]  # Adam's sign flips where a gradient is near zero
 
 
 def test_fp16_trains_with_a_loss_scale(make_config: MakeConfig) -> None:
@@ -217,7 +215,7 @@ def test_unreadable_pictures_are_named_and_left_out(make_config: MakeConfig, tmp
 
 def test_another_config_in_the_same_folder_is_refused(make_config: MakeConfig) -> None:
     train.train(make_config(train={"steps": 1}))
-    with pytest.raises(ConfigError, match="train.steps: 1 -> 2"):
+    with pytest.raises(ConfigError, match=r"train\.steps: 1 -> 2"):
         train.train(make_config(train={"steps": 2}))
 
 
@@ -253,7 +251,7 @@ def test_latents_that_are_not_finite_name_the_picture(
 ) -> None:
     cls = type(families.load(make_config().model, device="cpu", dtype=torch.float32))
     monkeypatch.setattr(cls, "encode_images", lambda self, pixels: (pixels[:, :, ::2, ::2] / 0, pixels[:, :, ::2, ::2]))
-    with pytest.raises(NumericError, match="latents of picture_00.png"):
+    with pytest.raises(NumericError, match=r"latents of picture_00\.png"):
         train.train(make_config(run={"cache": tmp_path / "cache"}))
 
 

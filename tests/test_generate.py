@@ -1,0 +1,80 @@
+"""Pictures from files: strength 0 is the base, strengths and several adapters count, nothing is overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora_booth import export, generate
+from lora_booth.adapter.weights import LowRank
+from lora_booth.errors import ConfigError, ModelError
+from lora_booth.generate import PictureSettings, parse_adapter, parse_size, parse_strengths
+
+PICTURE = PictureSettings(sampler="ddim", sampler_steps=2)
+
+
+def adapter_file(path: Path, seed: int, scale: float = 1.0) -> Path:
+    """An adapter on two layers that every tiny SD 1 base has."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"down_blocks.0.attentions.{n}.transformer_blocks.0.attn1.to_q" for n in range(2)]
+    layers = {
+        n: LowRank(torch.randn(2, 16, generator=generator), torch.randn(16, 2, generator=generator), scale)
+        for n in names
+    }
+    export.FORMATS["kohya"].write(path, {"unet": layers}, "sd1", torch.float32, {})
+    return path
+
+
+def pixels(folder: Path, name: str) -> np.ndarray:
+    return np.asarray(Image.open(folder / name)).astype(int)
+
+
+def test_strength_zero_is_the_base_and_more_is_further_from_it(bases: dict[str, Path], tmp_path: Path) -> None:
+    file = adapter_file(tmp_path / "a.safetensors", 0, scale=4.0)
+    settings = {"base": str(bases["sd1"]), "prompts": ["a sks dog"], "picture": PICTURE}
+    generate.generate(**settings, folder=tmp_path / "base")
+    generate.generate(**settings, adapters=[(file, 1.0)], strengths=(0, 0.5, 1), folder=tmp_path / "grid")
+    base = pixels(tmp_path / "base", "00_a_sks_dog_1.png")
+    assert np.array_equal(base, pixels(tmp_path / "grid", "00_a_sks_dog_0.png"))
+    far = [abs(base - pixels(tmp_path / "grid", f"00_a_sks_dog_{s}.png")).mean() for s in ("0.5", "1")]
+    assert 0 < far[0] < far[1]
+    assert Image.open(tmp_path / "grid" / "grid.png").width > 3 * 192
+
+
+def test_two_adapters_differ_from_either(bases: dict[str, Path], tmp_path: Path) -> None:
+    one, two = (adapter_file(tmp_path / f"{n}.safetensors", n, scale=4.0) for n in range(2))
+    pictures = []
+    for number, adapters in enumerate(([(one, 1.0)], [(two, 1.0)], [(one, 1.0), (two, 1.0)])):
+        folder = tmp_path / str(number)
+        generate.generate(base=str(bases["sd1"]), prompts=["a dog"], adapters=adapters, picture=PICTURE, folder=folder)
+        pictures.append(pixels(folder, "00_a_dog_1.png"))
+    assert not any(np.array_equal(a, b) for a, b in ((pictures[0], pictures[2]), (pictures[1], pictures[2])))
+
+
+def test_existing_pictures_are_not_replaced(bases: dict[str, Path], tmp_path: Path) -> None:
+    for _ in range(2):
+        generate.generate(base=str(bases["sd1"]), prompts=["a dog"], picture=PICTURE, folder=tmp_path / "out")
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"00_a_dog_1.png", "00_a_dog_1-2.png", "grid.png", "grid-2.png"}
+
+
+def test_a_damaged_adapter_and_an_odd_size_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"not a file of tensors")
+    with pytest.raises(ModelError, match="bad"):
+        generate.generate(base=str(bases["sd1"]), prompts=["x"], adapters=[(bad, 1.0)])
+    with pytest.raises(ConfigError, match="is not a multiple of"):
+        picture = PictureSettings(size_px=(33, 32))
+        generate.generate(base=str(bases["sd1"]), prompts=["x"], picture=picture, folder=tmp_path / "out")
+
+
+def test_command_line_values_are_read_as_written(tmp_path: Path) -> None:
+    assert parse_adapter("a.safetensors:0.7") == (Path("a.safetensors"), 0.7)
+    assert parse_adapter("a.safetensors") == (Path("a.safetensors"), 1.0)
+    assert parse_adapter("C:\\a.safetensors") == (Path("C:\\a.safetensors"), 1.0)
+    assert parse_strengths("0,0.5,1") == (0.0, 0.5, 1.0)
+    assert (parse_size(""), parse_size("512x768")) == (None, (512, 768))
