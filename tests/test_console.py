@@ -55,6 +55,7 @@ def test_the_live_line_shows_speed_losses_rate_and_memory_and_keeps_events_above
     report._console = report.progress_bar.live.console = terminal
     with report.progress_bar:
         report.progress("train", 1, 2, **STEP)
+        report.progress_bar.refresh()
         report.event("saved", "step 1 saved [not markup]")
         report.progress("train", 2, 2, **STEP)
     text = screen.getvalue()

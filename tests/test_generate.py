@@ -67,8 +67,8 @@ def test_a_damaged_adapter_and_an_odd_size_are_refused(bases: dict[str, Path], t
     bad.write_bytes(b"not a file of tensors")
     with pytest.raises(ModelError, match="bad"):
         generate.generate(base=str(bases["sd1"]), prompts=["x"], adapters=[(bad, 1.0)])
+    picture = PictureSettings(size_px=(33, 32))
     with pytest.raises(ConfigError, match="is not a multiple of"):
-        picture = PictureSettings(size_px=(33, 32))
         generate.generate(base=str(bases["sd1"]), prompts=["x"], picture=picture, folder=tmp_path / "out")
 
 

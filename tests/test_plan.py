@@ -1,0 +1,78 @@
+"""Open choices get the values that the documentation promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_booth import plan
+from lora_booth.config import Config
+from lora_booth.data.images import Found, Picture
+from lora_booth.families.identify import BaseFacts
+from lora_booth.subject import Pictures
+
+SIZES = {"sd1": (512, 64), "sd2": (768, 64), "sdxl": (1024, 64)}
+
+
+def inputs(family: str, count: int) -> plan.Inputs:
+    resolution, step = SIZES[family]
+    facts = BaseFacts(Path("base"), Path("base"), family, "epsilon", resolution, step, {})  # type: ignore[arg-type]
+    pictures = tuple(Picture(Path(f"{n}.jpg"), str(n), 600, 600, None) for n in range(count))
+    return plan.Inputs(Pictures(Found(pictures, (), ()), None, None), facts)
+
+
+def resolved(
+    family: str = "sd1", count: int = 5, free_gib: float | None = None, **sections: dict[str, object]
+) -> Config:
+    values = {"model": {"base": "sd15"}, "subject": {"images": "x", "class_noun": "dog"}, **sections}
+    return plan.resolve(Config.model_validate(values), inputs(family, count), free_gib=free_gib)
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "steps"),
+    [("sd1", 3, 400), ("sd1", 5, 500), ("sd1", 12, 1200), ("sd1", 40, 1200), ("sdxl", 4, 500), ("sdxl", 40, 1500)],
+)
+def test_steps_follow_the_number_of_pictures_within_limits(family: str, count: int, steps: int) -> None:
+    assert resolved(family, count).train.steps == steps
+
+
+def test_size_warm_up_saving_and_alpha_are_chosen() -> None:
+    config = resolved("sdxl", 5)
+    assert (config.data.resolution, config.data.bucket_step) == (1024, 64)
+    assert (config.optimizer.warmup_steps, config.train.save_every_steps, config.adapter.alpha) == (25, 100, 16.0)
+    assert resolved(count=40).optimizer.warmup_steps == 60
+    assert resolved(train={"steps": 9000}).optimizer.warmup_steps == 100
+
+
+def test_what_is_set_stays() -> None:
+    config = resolved(
+        train={"steps": 7, "gradient_checkpointing": True, "save_every_steps": 3},
+        data={"resolution": 256, "bucket_step": 32},
+        optimizer={"warmup_steps": 0},
+        adapter={"alpha": 1.0},
+    )
+    assert (config.train.steps, config.train.gradient_checkpointing, config.train.save_every_steps) == (7, True, 3)
+    assert (config.data.resolution, config.data.bucket_step) == (256, 32)
+    assert (config.optimizer.warmup_steps, config.adapter.alpha) == (0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "free_gib", "is_on"),
+    [("sd1", None, False), ("sd1", 12.0, False), ("sdxl", 12.0, True), ("sdxl", 24.0, False), ("sd2", 4.0, True)],
+)
+def test_gradient_checkpointing_is_on_only_where_memory_asks_for_it(
+    family: str, free_gib: float | None, is_on: bool
+) -> None:
+    assert resolved(family, free_gib=free_gib).train.gradient_checkpointing is is_on
+    if free_gib is not None:
+        budget = resolved(family, free_gib=80.0, memory={"budget_gib": free_gib})
+        assert budget.train.gradient_checkpointing is is_on
+
+
+def test_advice_after_running_out_of_memory_leaves_out_what_is_done_already() -> None:
+    first = plan.memory_advice(resolved())
+    assert first.index("train.batch_size = 1") < first.index("train.gradient_checkpointing = true")
+    later = plan.memory_advice(resolved(train={"batch_size": 1, "gradient_checkpointing": True}))
+    assert "batch_size" not in later
+    assert "1. a data.resolution below 512" in later

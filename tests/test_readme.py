@@ -1,0 +1,75 @@
+"""README keeps its promises: its commands parse, its files exist, its numbers agree with the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from lora_booth import cli, errors
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("lora-booth ")
+]
+
+
+def test_the_first_twenty_lines_show_the_two_commands() -> None:
+    head = README.splitlines()[:20]
+    assert any(line.startswith("make demo") for line in head)
+    assert any(line.startswith("make test") for line in head)
+
+
+def test_make_knows_the_commands() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_is_understood(command: str) -> None:
+    words = shlex.split(command)[1:]
+    group = typer.main.get_command(cli.app)
+    verb = group.commands[words[0]]  # type: ignore[attr-defined]
+    context = verb.make_context(words[0], words[1:])
+    if words[0] in ("train", "plan"):
+        names = ("settings", "subject", "class_noun", "token", "base", "vram", "out")
+        config = cli._config(*(context.params[name] for name in names))
+        assert config.subject.class_noun == "dog"
+
+
+def test_enough_commands_were_checked() -> None:
+    assert len(COMMANDS) >= 4
+
+
+def test_every_file_of_the_package_is_in_the_list() -> None:
+    listing = README.split("## Files")[1].split("## Limits")[0]
+    checked = 0
+    for path in sorted((ROOT / "lora_booth").rglob("*.py")):
+        if not path.name.startswith("__"):
+            assert f"`{path.name}`" in listing or f"lora_booth/{path.name}`" in listing, path.name
+            checked += 1
+    assert checked >= 35
+    for name in re.findall(r"`((?:lora_booth|configs|tools|tests)/[^`]*)`", listing):
+        assert (ROOT / name).exists(), name
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    table = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.M)}
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LoraBoothError)
+    ]
+    assert table == {0} | {kind.exit_code for kind in kinds if kind is not errors.LoraBoothError and kind.exit_code > 1}
+
+
+def test_pictures_of_the_readme_exist() -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert len(pictures) >= 1
+    assert all((ROOT / name).stat().st_size > 10_000 for name in pictures)
