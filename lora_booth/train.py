@@ -217,7 +217,6 @@ def _facts(s: loop.Session) -> export.Facts:
         resolution_px=config.data.resolution or 0,
         started_at=s.run.started_at(),
         finished_at=time.time(),
-        base_sha256=s.family.fingerprint,
         buckets=buckets,
         versions={name: version(name) for name in packages},
     )

@@ -287,3 +287,38 @@ def test_a_resumed_training_equals_a_straight_one(tmp_path):
     straight, resumed = run(tmp_path / "a.pt", 99), run(tmp_path / "b.pt", 3, 99)
     assert straight["step"] == resumed["step"] == 6
     assert all(torch.equal(straight["ema"][key], resumed["ema"][key]) for key in straight["ema"])
+
+
+@pytest.mark.parametrize("shape", [(24, 80), (80, 24)])
+def test_orthogonalising_brings_every_singular_value_near_one(shape):
+    from tools.booth_mini.muon import orthogonalise
+
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrix))
+    assert len(values) == 24
+    assert 0.5 < float(values.min()) <= float(values.max()) < 1.3
+
+
+def test_the_denoisers_optimizer_resumes_and_moves_every_parameter():
+    from tools.booth_mini.muon import MuonAdamW
+
+    def two_steps(is_resumed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4))
+        optimizer = MuonAdamW(model, 0.01)
+        for step in range(2):
+            if step == 1 and is_resumed:
+                state = optimizer.state_dict()
+                optimizer = MuonAdamW(model, 0.01)
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            model(torch.full((2, 3, 5, 5), 1.0 + step)).pow(3).sum().backward()
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    torch.manual_seed(0)
+    fresh = list(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4)).parameters())
+    straight, resumed = two_steps(False), two_steps(True)
+    assert len(straight) == len(resumed) == len(fresh) == 4
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(straight, fresh, strict=True))

@@ -26,9 +26,9 @@ def random_base(folder: Path, architecture: str) -> Path:
 
     shutil.copytree(ARCHITECTURES / architecture, folder)
     classes: dict[str, Any] = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
-    for name, (_, class_name) in json.loads((folder / "model_index.json").read_text()).items():
+    for name, entry in json.loads((folder / "model_index.json").read_text()).items():
         if name.startswith("text_encoder"):
-            classes[name] = getattr(transformers, class_name)
+            classes[name] = getattr(transformers, entry[1])
     for name, cls in classes.items():
         config = json.loads((folder / name / "config.json").read_text())
         with torch.device("meta"):

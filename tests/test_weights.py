@@ -47,6 +47,9 @@ def test_padding_keeps_the_update_and_trimming_undoes_it(tail: tuple[int, ...]) 
 def test_trimming_keeps_what_is_zero_in_one_factor_only() -> None:
     untrained = LowRank(torch.randn(3, 4), torch.zeros(5, 3), 1.0)
     assert weights.trimmed(untrained).rank == 3
+    up = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 2.0, 0.0]])
+    down = torch.tensor([[1.0], [3.0], [0.0], [0.0]])  # inner dimensions: in use, up zero, down zero, padding
+    assert weights.trimmed(LowRank(down, up, 1.0)).down.tolist() == [[1.0], [3.0], [0.0]]
     assert weights.trimmed(LowRank(torch.zeros(3, 4), torch.zeros(5, 3), 1.0)).rank == 3
 
 
