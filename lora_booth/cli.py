@@ -52,7 +52,7 @@ def main() -> None:
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("stopped before anything was changed.", 130)
+        _fail("stopped.", 130)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors carry their own message and exit code
             raise
@@ -161,17 +161,17 @@ def config(
     if schema:
         print(json.dumps(Config.model_json_schema(), indent=2))
     else:
-        print(config_file.to_toml(_config(settings, None, None, None, None, None, None)), end="")
+        print(config_file.to_toml(_config(settings)), end="")
 
 
 def _config(
     settings: list[str] | None,
-    subject: Path | None,
-    class_noun: str | None,
-    token: str | None,
-    base: str | None,
-    vram: float | None,
-    out: Path | None,
+    subject: Path | None = None,
+    class_noun: str | None = None,
+    token: str | None = None,
+    base: str | None = None,
+    vram: float | None = None,
+    out: Path | None = None,
 ) -> Config:
     """The config of a command line. Options win over settings, settings over the file."""
     from lora_booth import config_file, presets

@@ -7,6 +7,7 @@ repeated now and then (log).
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +29,9 @@ SMOOTHING = 0.9
 @contextmanager
 def listening(*, as_json: bool, quiet: bool) -> Iterator[Report]:
     """The report that suits the caller's wish and standard output."""
-    if as_json:
+    if os.environ.get("RANK", "0") != "0":
+        yield Silent()  # of several processes only the first one speaks
+    elif as_json:
         yield JsonReport()
     elif quiet:
         yield QuietReport()

@@ -30,6 +30,7 @@ from lora_booth.prepare import Prepared
 from lora_booth.report import Report
 from lora_booth.run import Checkpoint, Run
 
+ROLES = ("instance", "class")
 MAX_SKIPPED_STEPS = 20
 """Overflowing fp16 steps in a row after which the run stops; the loss scale halves at each."""
 VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
@@ -84,7 +85,7 @@ def optimize(s: Session, start: int) -> None:
             weights = torch.tensor([row.weight for row in micro], device=loss.device)
             s.scaler.scale((loss * weights).sum()).backward()
             losses[[row.position for row in micro]] = loss.detach()
-        losses = _share(s, losses)
+        losses, is_stopping = _share(s, losses)
         grad_norm = _reduce_and_clip_(s)
         if grad_norm.isfinite():
             skipped = 0
@@ -94,18 +95,28 @@ def optimize(s: Session, start: int) -> None:
         s.scaler.step(s.optimizer)
         s.scaler.update()
         s.optimizer.zero_grad(set_to_none=True)
-        _after_step(s, step + 1, rows, losses, learning_rate, float(grad_norm), time.perf_counter() - began)
+        metrics = {
+            "learning_rate": learning_rate,
+            "grad_norm": float(grad_norm),
+            "seconds": time.perf_counter() - began,
+        }
+        _log(s, step + 1, rows, losses, metrics)
+        _save_and_draw(s, step + 1, is_stopping=is_stopping)
+        if is_stopping:
+            done = f"stopped after step {step + 1} of {train.steps}, everything is saved"
+            s.stop.check(f"{done}; continue with: {s.continue_command}")
 
 
-def _share(s: Session, losses: Tensor) -> Tensor:
-    """Losses of all processes, and with them the news that one of them was asked to stop."""
+def _share(s: Session, losses: Tensor) -> tuple[Tensor, bool]:
+    """Losses of all processes, and whether one of them was asked to stop, on which all must agree."""
     if s.accelerator.num_processes == 1:
-        return losses
+        return losses, bool(s.stop)
     asked = torch.tensor([float(bool(s.stop))], device=losses.device)
     shared = s.accelerator.reduce(torch.cat([losses, asked]), "sum")
-    if shared[-1] > 0 and not s.stop:
+    is_stopping = bool(shared[-1] > 0)
+    if is_stopping and not s.stop:
         s.stop.signal_number = signal.SIGTERM
-    return shared[:-1]
+    return shared[:-1], is_stopping
 
 
 def sample_losses(s: Session, micro: Sequence[Row], step: int) -> Tensor:
@@ -207,35 +218,26 @@ def _is_finite(value: float) -> bool:
     return abs(value) < float("inf")
 
 
-def _after_step(
-    s: Session,
-    done: int,
-    rows: Sequence[Row],
-    losses: Tensor,
-    learning_rate: float,
-    grad_norm: float,
-    seconds: float,
-) -> None:
-    """Log the step; at its turn save and draw; stop if asked."""
+def _log(s: Session, done: int, rows: Sequence[Row], losses: Tensor, metrics: dict[str, float]) -> None:
+    """Tell everybody who listens what the step brought (main process)."""
+    if not s.accelerator.is_main_process:
+        return
+    by_role = {role: [x for r, x in zip(rows, losses.tolist(), strict=True) if r.item.role == role] for role in ROLES}
+    values = {f"{role}_loss": sum(x) / len(x) for role, x in by_role.items() if x} | metrics
+    s.run.append_metrics({"step": done, **values})
+    s.accelerator.log(values, step=done)
+    memory = device_memory_gib(s.accelerator.device)
+    s.report.progress("train", done, s.config.train.steps or done, **values, memory_gib=memory)
+
+
+def _save_and_draw(s: Session, done: int, *, is_stopping: bool) -> None:
+    """A checkpoint and a preview, each at its turn; a checkpoint also after the last step there will be."""
     train, every = s.config.train, s.config.preview.every_steps
     assert train.steps is not None and train.save_every_steps is not None, "config is not resolved"
-    by_role = {role: [x for r, x in zip(rows, losses.tolist(), strict=True) if r.item.role == role] for role in ROLES}
-    values = {f"{role}_loss": sum(x) / len(x) for role, x in by_role.items() if x}
-    metrics = {"step": done, **values, "learning_rate": learning_rate, "grad_norm": grad_norm, "seconds": seconds}
-    if s.accelerator.is_main_process:
-        s.run.append_metrics(metrics)
-        s.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=done)
-        s.report.progress("train", done, train.steps, **metrics, memory_gib=device_memory_gib(s.accelerator.device))
-    if done % train.save_every_steps == 0 or done == train.steps or s.stop:
+    if done % train.save_every_steps == 0 or done == train.steps or is_stopping:
         save(s, done)
-    if every is not None and done % every == 0 and done < train.steps:
+    if every is not None and done % every == 0 and done < train.steps and not is_stopping:
         draw_preview(s, done)
-    s.stop.check(
-        f"stopped after step {done} of {train.steps}, everything is saved; continue with: {s.continue_command}"
-    )
-
-
-ROLES = ("instance", "class")
 
 
 def save(s: Session, done: int) -> None:
@@ -256,12 +258,14 @@ def restore(s: Session) -> int:
     """Load the newest valid checkpoint into the session; returns the number of steps done, 0 if there is none."""
     checkpoint = s.run.latest(s.report.warn)
     if checkpoint is None:
-        s.run.forget_metrics_after(0)
+        if s.accelerator.is_main_process:
+            s.run.forget_metrics_after(0)
         return 0
     inject.load_state_into_(s.adapted, checkpoint.adapter)
     s.optimizer.load_state_dict(checkpoint.optimizer)
     s.scaler.load_state_dict(checkpoint.state["scaler"])
-    s.run.forget_metrics_after(checkpoint.step)
+    if s.accelerator.is_main_process:
+        s.run.forget_metrics_after(checkpoint.step)
     s.report.event("continued", f"continuing after step {checkpoint.step}", step=checkpoint.step)
     return checkpoint.step
 

@@ -188,5 +188,5 @@ def _cut(config: Config, image: _Image) -> Any:
 
 
 def _write_sheet(config: Config, instances: Sequence[_Image], path: Path) -> None:
-    shown = [(f"{image.name}\n{image.crop.bucket}\n{image.prompt}", _cut(config, image)) for image in instances[:100]]
-    contact_sheet(shown, path, title=f"What the model will see: {len(instances)} instance images")
+    shown = [(f"{image.name}: {image.prompt}", _cut(config, image)) for image in instances]
+    contact_sheet(shown, path, title="What the model will see")

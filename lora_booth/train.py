@@ -95,6 +95,7 @@ def train(
             continue_command=continue_command,
             **listeners,
         )
+        accelerator.init_trackers("lora_booth")
         start = loop.restore(session)
         if start == 0 and config.preview.every_steps is not None:
             loop.draw_preview(session, 0)
@@ -177,7 +178,7 @@ def _finish(s: loop.Session, began: float) -> Summary:
     )
     if s.accelerator.is_main_process:
         files.write_text(s.run.summary_path, json.dumps(asdict(summary), indent=1))
-    s.accelerator.wait_for_everyone()
+    s.accelerator.end_training()
     return summary
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.booth_mini.compose import COLOURS, HUES, Composer, article, mean_hue, plural, turn_hue  # noqa: E402
+from tools.booth_mini.compose import COLOURS, HUES, PLAIN, Composer, Variety, article, mean_hue, plural, turn_hue  # noqa: E402
 from tools.booth_mini.names import IconName, NameTable, clean_label, name_icon  # noqa: E402
 from tools.booth_mini.nouns import is_training  # noqa: E402
 from tools.booth_mini.state import Schedule, Training  # noqa: E402
@@ -209,7 +209,7 @@ def test_a_picture_depends_on_its_generator_only():
 def test_a_named_background_has_its_colour_in_the_corner():
     composer, seen = made_up_composer(), set()
     for seed in range(200):
-        picture = composer.draw(0, np.random.default_rng(seed), composite_share=0.0)
+        picture = composer.draw(0, np.random.default_rng(seed), PLAIN)
         named = [colour for colour in COLOURS if picture.caption.endswith(f" {colour} background")]
         if named:
             seen.add(named[0])
@@ -220,7 +220,9 @@ def test_a_named_background_has_its_colour_in_the_corner():
 
 def test_every_kind_of_composition_says_so_in_its_caption():
     composer = made_up_composer()
-    captions = [composer.draw(0, np.random.default_rng(seed), composite_share=1.0).caption for seed in range(150)]
+    captions = [
+        composer.draw(0, np.random.default_rng(seed), Variety(composite_share=1.0)).caption for seed in range(150)
+    ]
     for words in (
         "wearing a top hat",
         "next to a balloon",

@@ -157,3 +157,16 @@ def test_the_hashes_in_the_header_are_those_of_the_final_files_data(tmp_path: Pa
     fields = json.loads(content[8:start])["__metadata__"]
     assert fields["sshs_model_hash"] == digest
     assert fields["modelspec.hash_sha256"] == "0x" + digest
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path: Path) -> None:
+    layers = {
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": LowRank(torch.ones(2, 4), torch.ones(4, 2), 1.0)
+    }
+    path = tmp_path / "x.safetensors"
+    for padding in range(256):
+        export.FORMATS["diffusers"].write(path, {"unet": layers}, "sd1", torch.float32, {"note": "x" * padding})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert list(export.read(path)["unet"]) == list(layers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -263,36 +262,17 @@ def test_the_text_encoders_are_gone_once_their_work_is_cached(
         s.family.text_encoders()
 
 
-WORKER = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from lora_booth import config_file, train
-train.train(config_file.load(Path(sys.argv[1])))
-"""
-
-
 def test_two_processes_give_the_result_of_one(make_config: MakeConfig, tmp_path: Path) -> None:
     settings = {"steps": 2, "images_per_step": 2, "batch_size": 4, "save_every_steps": 2}
     alone = trained(make_config(name="alone", train=settings))
     together = make_config(name="together", train=settings)
     (tmp_path / "config.toml").write_text(config_file.to_toml(together))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path / "config.toml")],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "lora_booth", "train", str(tmp_path / "config.toml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 2 saved") == 1, "only the main process speaks"
     newest = max((tmp_path / "together" / "checkpoints").iterdir())
     assert_near(alone, load_file(newest / "adapter.safetensors"), 2e-4)  # another order of summation, two steps of 1e-2
     assert len((tmp_path / "together" / "metrics.jsonl").read_text().splitlines()) == 2
@@ -306,3 +286,10 @@ def test_zero_terminal_snr_needs_v_prediction_and_reaches_the_loss(
     s = session_of(make_config("sd2", objective={"zero_terminal_snr": True}), monkeypatch)
     assert s.objective.schedule.has_zero_terminal_snr
     assert s.family.schedule.has_zero_terminal_snr
+
+
+def test_tensorboard_gets_the_metrics_when_asked(make_config: MakeConfig, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train.train(make_config(run={"trackers": ["tensorboard"]}, train={"steps": 1}))
+    (log,) = (tmp_path / "run").rglob("events.out.tfevents*")
+    assert b"instance_loss" in log.read_bytes()

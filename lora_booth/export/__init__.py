@@ -130,12 +130,12 @@ def _opened(path: Path) -> safe_open:
             start = file.read(8)
     except OSError as error:
         raise ModelError(f"{path} could not be read: {error.strerror}; check the path.") from error
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        raise ModelError(
-            f"{path.name} is a pickle, which can run any program when it is opened, so it is not read; ask its author "
-            "for a .safetensors file."
-        )
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
+        if start.startswith((b"PK\x03\x04", b"\x80")):  # asked last: a header's length may begin with 0x80 too
+            raise ModelError(
+                f"{path.name} is a pickle, which can run any program when it is opened, so it is not read; ask its "
+                "author for a .safetensors file."
+            ) from error
         raise ModelError(f"{path.name} is not a whole safetensors file ({error}); fetch or export it again.") from error

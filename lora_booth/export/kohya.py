@@ -1,6 +1,7 @@
 """The portable file: kohya's names and alphas, by the rules that give one effect in every Stable Diffusion program.
 
-The rules, each measured on the loaders' own code (versions and figures: CONTRIBUTING.md, "Files that load everywhere"):
+The rules, found by reading and running the loaders' own code (ComfyUI 0.3.64, A1111 1.10, Forge of 2025-06, InvokeAI of
+2026-08, SD.Next of 2026-07, sd-scripts of 2026-02, stable-diffusion.cpp of 2026-08, diffusers 0.42.1):
 
 R1  `lora_<component>_<module, dots as underscores>` + `.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 R2  SD 1.x and 2.x: the module names of diffusers. SDXL: those of the original code ("LDM": input_blocks …), since
