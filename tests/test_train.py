@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,11 @@ from safetensors.torch import load_file
 
 from lora_booth import config_file, export, families, loop, train
 from lora_booth.config import Config
-from lora_booth.errors import ConfigError, DataError, ModelError, NumericError
+from lora_booth.errors import ConfigError, DataError, Interrupted, ModelError, NumericError
 from lora_booth.report import Silent
 from tests import tiny
 from tests.conftest import MakeConfig
-from tests.test_invariants import assert_near, session_of, trained
+from tests.test_invariants import At, assert_near, session_of, trained
 
 
 class Recorder(Silent):
@@ -293,3 +294,13 @@ def test_tensorboard_gets_the_metrics_when_asked(make_config: MakeConfig, tmp_pa
     train.train(make_config(run={"trackers": ["tensorboard"]}, train={"steps": 1}))
     (log,) = (tmp_path / "run").rglob("events.out.tfevents*")
     assert b"instance_loss" in log.read_bytes()
+
+
+def test_the_learning_rate_follows_its_schedule_over_a_resumed_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(optimizer={"warmup_steps": 1, "schedule": "linear", "learning_rate": 1e-2})
+    with pytest.raises(Interrupted):
+        train.train(config, report=At(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    train.train(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    # One warm-up step at a half, then linearly towards 0 over the three that are left.
+    assert [line["learning_rate"] for line in lines] == pytest.approx([5e-3, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
