@@ -146,6 +146,18 @@ def generate(
 
 
 @app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An adapter file (.safetensors), kohya or diffusers naming.")],
+    as_json: Json = False,
+) -> None:
+    """Tell what an adapter file is: kind, layers, ranks, base family, trigger words. Runs nothing from it."""
+    from lora_booth.inspect import inspect as verb
+
+    with _listening(as_json, False) as report:
+        verb(file, report)
+
+
+@app.command()
 def config(
     settings: Settings = None,
     schema: Annotated[

@@ -11,10 +11,12 @@ from accelerate import Accelerator
 from PIL import Image
 
 from lora_booth import export, families, files
+from lora_booth.adapter.weights import AdapterWeights, find_module
 from lora_booth.config import ModelConfig
 from lora_booth.data.grid import save_grid
-from lora_booth.errors import ConfigError
+from lora_booth.errors import ConfigError, ModelError
 from lora_booth.families.base import Family
+from lora_booth.families.identify import BaseFacts
 from lora_booth.families.sampling import draw
 from lora_booth.precision import dtype_for
 from lora_booth.report import Report, Silent
@@ -49,10 +51,12 @@ def generate(
     """
     report = report or Silent()
     device = Accelerator().device
-    for path, _ in adapters:
-        export.read(path)  # refuses what is damaged, unsafe or foreign before a model is loaded
+    weights = [export.read(path) for path, _ in adapters]  # refuses what is damaged, unsafe or foreign
     config = ModelConfig(base=base)
+    size_px = _checked_size(picture.size_px, families.facts(config))
     family = families.load(config, device=device, dtype=dtype_for(config.precision, device))
+    for (path, _), layers in zip(adapters, weights, strict=True):
+        _require_fit(family, path, layers)
     pipeline = family.pipeline(picture.sampler)
     for number, (path, _) in enumerate(adapters):
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"adapter_{number}")
@@ -61,7 +65,7 @@ def generate(
         if adapters:
             names = [f"adapter_{number}" for number in range(len(adapters))]
             pipeline.set_adapters(names, adapter_weights=[own * strength for _, own in adapters])
-        columns.append(_column(family, prompts, picture))
+        columns.append(_column(family, prompts, picture, size_px))
         report.progress("strengths", done, len(strengths))
     return _write(folder, prompts, strengths, columns, report)
 
@@ -96,21 +100,44 @@ def parse_size(text: str) -> tuple[int, int] | None:
     return width, height
 
 
-@torch.no_grad()
-def _column(family: Family, prompts: Sequence[str], picture: PictureSettings) -> list[Image.Image]:
-    """One picture per prompt with the adapters as they are set now."""
-    width, height = picture.size_px or (family.native_resolution, family.native_resolution)
-    if width % family.bucket_step or height % family.bucket_step:
+def _checked_size(size_px: tuple[int, int] | None, facts: BaseFacts) -> tuple[int, int]:
+    """The size to draw at. Raises ConfigError for one that the base cannot draw."""
+    width, height = size_px or (facts.native_resolution, facts.native_resolution)
+    if min(width, height) <= 0 or width % facts.bucket_step or height % facts.bucket_step:
         raise ConfigError(
-            f"--size {width}x{height} is not a multiple of {family.bucket_step} pixels, which this base needs."
+            f"--size {width}x{height} is not a multiple of {facts.bucket_step} pixels, which this base needs."
         )
+    return width, height
+
+
+def _require_fit(family: Family, path: Path, weights: AdapterWeights) -> None:
+    """Raises ModelError when the base lacks a layer that the adapter changes, or has it in another size."""
+    modules = {"unet": family.denoiser, **family.text_encoders()}
+    for component, layers in weights.items():
+        for name, low_rank in layers.items():
+            try:
+                shape = find_module(modules[component], name).weight.shape
+            except (KeyError, AttributeError, ModelError):
+                shape = ()
+            if tuple(shape[:2]) != (low_rank.up.shape[0], low_rank.down.shape[1]):
+                raise ModelError(
+                    f"adapter {path.name} does not fit the base, a {family.name} model: {component} has no layer {name} "
+                    f"of its size. `lora-booth inspect {path.name}` tells its family; name such a base with --base."
+                )
+
+
+@torch.no_grad()
+def _column(
+    family: Family, prompts: Sequence[str], picture: PictureSettings, size_px: tuple[int, int]
+) -> list[Image.Image]:
+    """One picture per prompt with the adapters as they are set now."""
     return list(
         draw(
             family,
             [family.encode_prompts([prompt]) for prompt in prompts],
             family.encode_prompts([picture.negative_prompt]),
-            width_px=width,
-            height_px=height,
+            width_px=size_px[0],
+            height_px=size_px[1],
             seeds=[picture.seed] * len(prompts),
             sampler=picture.sampler,
             sampler_steps=picture.sampler_steps,

@@ -11,7 +11,7 @@ FLOORS = {
     0: ("errors", "config", "config_file", "presets", "files", "report", "interrupts"),
     1: ("run", "objectives", "optim", "precision", "subject", "data", "adapter", "export"),
     2: ("families", "class_images"),
-    3: ("prepare", "preview", "plan", "generate"),
+    3: ("prepare", "preview", "plan", "generate", "inspect"),
     4: ("loop",),
     5: ("train",),
     6: ("demo", "console", "cli", "__init__", "__main__"),

@@ -78,3 +78,9 @@ def test_command_line_values_are_read_as_written(tmp_path: Path) -> None:
     assert parse_adapter("C:\\a.safetensors") == (Path("C:\\a.safetensors"), 1.0)
     assert parse_strengths("0,0.5,1") == (0.0, 0.5, 1.0)
     assert (parse_size(""), parse_size("512x768")) == (None, (512, 768))
+
+
+def test_an_adapter_of_another_family_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    file = adapter_file(tmp_path / "a.safetensors", 0)
+    with pytest.raises(ModelError, match="does not fit the base, a sdxl model"):
+        generate.generate(base=str(bases["sdxl"]), prompts=["x"], adapters=[(file, 1.0)], folder=tmp_path / "out")
