@@ -121,7 +121,7 @@ def _require_fit(family: Family, path: Path, weights: AdapterWeights) -> None:
                 shape = ()
             if tuple(shape[:2]) != (low_rank.up.shape[0], low_rank.down.shape[1]):
                 raise ModelError(
-                    f"adapter {path.name} does not fit the base, a {family.name} model: {component} has no layer {name} "
+                    f"adapter {path.name} does not fit the base, a {family.name} model: {component} lacks layer {name} "
                     f"of its size. `lora-booth inspect {path.name}` tells its family; name such a base with --base."
                 )
 
