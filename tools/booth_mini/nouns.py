@@ -1,0 +1,65 @@
+"""Which icons each training step sees, and how often.
+
+The autoencoder and the contrastive pair train on everything (the pair on COMMON labels more); the denoiser, on a
+CPU, on the few nouns of DENOISER. Give it COMMON, or everything, where a GPU is at hand.
+"""
+
+import hashlib
+
+from tools.booth_mini.names import IconName
+
+VALIDATION_SHARE = 36
+"""One icon in this many (by hash, outside COMMON) is never trained on: held-out art and retrieval pairs."""
+
+ANIMALS = "dog face|dog|cat face|cat|fox|lion|tiger face|bear|panda|koala|rabbit face|mouse face|hamster|frog|pig face"
+ANIMALS += "|cow face|horse face|monkey face|chicken|penguin|owl|duck|baby chick|fish|tropical fish|octopus|whale"
+ANIMALS += "|dolphin|crab|turtle|snail|butterfly|honeybee|lady beetle|elephant|unicorn|wolf|poodle|bird"
+FOOD = "red apple|green apple|banana|strawberry|cherries|grapes|watermelon|tangerine|lemon|pineapple|pear|peach|carrot"
+FOOD += (
+    "|avocado|eggplant|tomato|ear of corn|pizza|hamburger|hot dog|doughnut|cookie|birthday cake|ice cream|cheese wedge"
+)
+FOOD += "|hot beverage|egg|bread|mushroom|lollipop"
+VEHICLES = "rocket|automobile|bus|airplane|bicycle|sailboat|helicopter|fire engine|locomotive|tractor|flying saucer"
+FACES = "grinning face|smiling face with sunglasses|smiling face with heart eyes|crying face|angry face|sleeping face"
+FACES += "|ghost|alien|robot|jack o lantern|skull|clown face|pile of poo|snowman"
+OBJECTS = "red heart|star|sun|sun with face|full moon face|crescent moon|balloon|wrapped gift|umbrella|house|key|bell"
+OBJECTS += (
+    "|light bulb|guitar|teddy bear|soccer ball|basketball|tennis|pool 8 ball|alarm clock|hourglass done|open book"
+)
+OBJECTS += "|camera|television|mobile phone|laptop|gem stone|money bag|fire|snowflake|droplet|rainbow|cloud"
+PLANTS_AND_HATS = "sunflower|tulip|rose|cherry blossom|hibiscus|cactus|evergreen tree|deciduous tree|palm tree"
+PLANTS_AND_HATS += "|christmas tree|four leaf clover|top hat|crown|graduation cap|billed cap|womans hat"
+PLANTS_AND_HATS += "|rescue workers helmet|glasses|sunglasses|t shirt|dress|running shoe|desert|cityscape|sunset"
+
+COMMON: tuple[str, ...] = tuple("|".join((ANIMALS, FOOD, VEHICLES, FACES, OBJECTS, PLANTS_AND_HATS)).split("|"))
+"""Labels that half of the contrastive pair's draws fall on; none of their icons is kept for validation."""
+
+DENOISER_FIRST = "fox|panda|bear|lion|tiger face|rabbit face|mouse face|pig face|frog|monkey face|cow face|koala"
+DENOISER_FIRST += "|chicken|penguin|banana|strawberry|watermelon|tangerine|pizza|doughnut|airplane|sun|sun with face"
+DENOISER_FIRST += "|star|balloon|ghost|robot|sunflower|tulip"
+DENOISER: dict[str, float] = dict.fromkeys(DENOISER_FIRST.split("|"), 1.0) | {
+    "dog face": 7.0,
+    "dog": 4.0,
+    "cat face": 4.0,
+    "cat": 2.0,
+    "rocket": 2.0,
+    "red apple": 1.5,
+    "green apple": 0.5,
+    "automobile": 1.5,
+    "red heart": 1.5,
+}
+"""Label -> how often the denoiser sees it: few things that it can learn in CPU hours, dogs (the demo's) most."""
+
+SET_WEIGHTS: dict[str, float] = {"noto": 1.5, "3d": 1.0, "flat": 1.0, "twemoji": 1.0}
+"""How often the denoiser sees a set; the other four sets only train the autoencoder and the contrastive pair."""
+
+
+def is_validation(name: IconName) -> bool:
+    """Whether an icon is kept for validation; the same on every machine, since it hangs on the slug's hash."""
+    digest = hashlib.sha256(f"{name.set_name}/{name.slug}".encode()).digest()
+    return name.subject is None and name.label not in COMMON and digest[0] % VALIDATION_SHARE == 0
+
+
+def is_training(name: IconName) -> bool:
+    """Whether any of the three training steps may show this icon."""
+    return name.subject is None and not is_validation(name)
