@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint types tests test-slow test-gpu clean
+.PHONY: demo test check lint types tests test-slow test-gpu miniature-data miniature-weights clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lora-booth demo
@@ -30,6 +30,13 @@ test-slow: $(VENV)/.installed-dev
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/pytest -m gpu
 
+# The two commands that rebuild booth-mini: its data (needs npm) and its weights (hours on a CPU, resumable).
+miniature-data: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.booth_mini.data --out build/booth_mini
+
+miniature-weights: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.booth_mini.train all --data build/booth_mini --out build/booth_mini/train
+
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -41,7 +48,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev,optim,tracking,heic]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,optim,tracking,heic,miniature]'
 	touch $@
 
 clean:

@@ -324,3 +324,11 @@ def test_the_denoisers_optimizer_resumes_and_moves_every_parameter():
     assert len(straight) == len(resumed) == len(fresh) == 4
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
     assert all(not torch.equal(a, b) for a, b in zip(straight, fresh, strict=True))
+
+
+def test_the_captions_of_the_mascot_are_those_of_its_script():
+    from tools.booth_mini.mascot import INSTANCE, caption
+
+    written = {path.stem: path.read_text() for path in (MASCOT / "instance").glob("*.txt")}
+    assert written == {pose.name: caption(pose) + "\n" for pose in INSTANCE}
+    assert written["sitting_on_orange"] == "a {token} {class} on an orange background\n"

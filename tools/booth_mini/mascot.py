@@ -109,12 +109,26 @@ def draw_pose(pose: Pose, size_px: int) -> Image.Image:
 
 
 def write_mascot(folder: Path, size_px: int = 256) -> None:
-    """Writes `folder`/instance/*.png (5) and `folder`/held_out/*.png (15), 64 colours each to stay at a few KB."""
+    """Writes `folder`/instance/*.png (5) with captions, and `folder`/held_out/*.png (15).
+
+    Each picture has 64 colours, to stay at a few KB. A caption names the background, so that it is not taken for a part
+    of the subject.
+    """
     for name, poses in (("instance", INSTANCE), ("held_out", HELD_OUT)):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for pose in poses:
             image = draw_pose(pose, size_px).quantize(64, dither=Image.Dither.NONE)
             image.save(folder / name / f"{pose.name}.png", optimize=True)
+            if name == "instance":
+                (folder / name / f"{pose.name}.txt").write_text(caption(pose) + "\n")
+
+
+def caption(pose: Pose) -> str:
+    """What a picture shows, with the slots that training fills."""
+    if pose.background in SCENES:
+        return f"a {{token}} {{class}} in a {pose.background}"
+    article = "an" if pose.background[0] in "aeiou" else "a"
+    return f"a {{token}} {{class}} on {article} {pose.background} background"
 
 
 def write_overview(path: Path, size_px: int = 128) -> None:
