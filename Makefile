@@ -47,7 +47,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed Makefile
 	$(BIN)/python -m pip install --quiet --editable '.[dev,optim,tracking,heic,miniature]'
 	touch $@
 
