@@ -19,7 +19,7 @@ from tools.booth_mini.export import load_evaluator
 
 MODEL = MASCOT.parent / "booth_mini"
 SEEDS = (11, 12, 13, 14)
-SUBJECT, CLASS, OTHERS = "a sks dog", "a dog", ("a rocket", "a cat")
+SUBJECT, CLASS, OTHERS = "a emo dog", "a dog", ("a rocket", "a cat")
 
 
 @pytest.fixture(scope="module")
