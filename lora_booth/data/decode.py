@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """RGB through the embedded colour profile, if there is one that fits and is not sRGB already."""
     plain = image if image.mode in ("L", "CMYK") else image.convert("RGB")
     if profile:
-        try:
+        with suppress(ImageCms.PyCMSError, OSError):  # A broken profile says nothing about the pixels.
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             fits = {"L": "GRAY", "CMYK": "CMYK", "RGB": "RGB "}[plain.mode] == source.profile.xcolor_space
             if fits and "srgb" not in ImageCms.getProfileDescription(source).lower():
@@ -138,6 +139,4 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
                 converted = ImageCms.profileToProfile(plain, source, target, outputMode="RGB")
                 assert converted is not None, "profileToProfile gives None only when it works in place"
                 return converted
-        except (ImageCms.PyCMSError, OSError):
-            pass  # A broken profile says nothing about the pixels; viewers ignore it too.
     return plain.convert("RGB")
