@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,15 +30,17 @@ SIDE_PX = 64
 SEEDS = (11, 12, 13, 14)
 SUBJECT, CLASS, OTHERS = "a emo dog", "a dog", ("a rocket", "a cat")
 IN_CONTEXT = f"{SUBJECT} on a green background"
+PROMPTS = (SUBJECT, CLASS, *OTHERS, IN_CONTEXT)
 
 Drawn = dict[tuple[str, str], list[Image.Image]]
 """("before" or "after", prompt) to one picture per seed."""
 
 
-def draw_both(adapter: Path, preview: PreviewConfig) -> Drawn:
-    """Every prompt by the miniature alone and through the adapter file, from the same noise."""
-    family = families.load(ModelConfig(base="booth-mini"), device="cpu", dtype=torch.float32)
-    prompts = (SUBJECT, CLASS, *OTHERS, IN_CONTEXT)
+def draw_both(
+    adapter: Path, preview: PreviewConfig, prompts: Sequence[str] = PROMPTS, *, base: str = "booth-mini"
+) -> Drawn:
+    """Every prompt by the base alone and through the adapter file, from the same noise."""
+    family = families.load(ModelConfig(base=base), device="cpu", dtype=torch.float32)
     before = {("before", prompt): sketch(family, prompt, preview) for prompt in prompts}
     family.pipeline("ddim").load_lora_weights(str(adapter.parent), weight_name=adapter.name)
     return before | {("after", prompt): sketch(family, prompt, preview) for prompt in prompts}
@@ -71,11 +74,11 @@ def features(pictures: list[Image.Image]) -> Tensor:
     return torch.nn.functional.normalize(vectors, dim=-1)
 
 
-def likeness(pictures: list[Image.Image]) -> float:
-    """Mean cosine similarity to the mascot's pictures that were not trained on."""
-    held_out = [Image.open(path) for path in sorted((MASCOT / "held_out").glob("*.png"))]
-    assert len(held_out) >= 10, f"{len(held_out)} held-out pictures"
-    return float((features(pictures) @ features(held_out).T).mean())
+def likeness(pictures: list[Image.Image], held_out: Path = MASCOT / "held_out") -> float:
+    """Mean cosine similarity to the subject's pictures in `held_out`, which were not trained on."""
+    unseen = [Image.open(path) for path in sorted(held_out.glob("*.png"))]
+    assert len(unseen) >= 5, f"{len(unseen)} held-out pictures"
+    return float((features(pictures) @ features(unseen).T).mean())
 
 
 def change(drawn: Drawn, prompt: str) -> float:
@@ -93,7 +96,7 @@ def main() -> None:
             "likeness_after": round(likeness(drawn["after", prompt]), 3),
             "change": round(change(drawn, prompt), 3),
         }
-        for prompt in (SUBJECT, CLASS, *OTHERS, IN_CONTEXT)
+        for prompt in PROMPTS
     }
     print(json.dumps(figures, indent=1))
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from lora_booth import cli_adapters
+from lora_booth.cli_adapters import Json, Quiet
+
 if TYPE_CHECKING:
     from lora_booth.config import Config
     from lora_booth.train import Summary
@@ -36,17 +39,17 @@ Token = Annotated[str | None, typer.Option(help="The word that will name it (sub
 Base = Annotated[str | None, typer.Option(help="sd15, sd21, sdxl, booth-mini, a hub id, folder or .safetensors file.")]
 Vram = Annotated[float | None, typer.Option(help="GiB of device memory to stay within (memory.budget_gib).")]
 Out = Annotated[Path | None, typer.Option(help="Run folder (run.folder).")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for programs.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")]
 
 
 def main() -> None:
     """Entry point: every error a user can cause becomes one message and its exit code."""
     from lora_booth.errors import LoraBoothError
+    from lora_booth.interrupts import exit_on_term
 
     _speak_plainly()
     try:
-        app(standalone_mode=False)
+        with exit_on_term():
+            app(standalone_mode=False)
     except LoraBoothError as error:
         _fail(str(error), error.exit_code)
     except typer.Exit as stop:
@@ -146,18 +149,6 @@ def generate(
 
 
 @app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(help="An adapter file (.safetensors), kohya or diffusers naming.")],
-    as_json: Json = False,
-) -> None:
-    """Tell what an adapter file is: kind, layers, ranks, base family, trigger words. Runs nothing from it."""
-    from lora_booth.inspect import inspect as verb
-
-    with _listening(as_json, False) as report:
-        verb(file, report)
-
-
-@app.command()
 def config(
     settings: Settings = None,
     schema: Annotated[
@@ -174,6 +165,16 @@ def config(
         print(json.dumps(Config.model_json_schema(), indent=2))
     else:
         print(config_file.to_toml(_config(settings)), end="")
+
+
+for _command in (
+    cli_adapters.inspect,
+    cli_adapters.export,
+    cli_adapters.merge,
+    cli_adapters.resize,
+    cli_adapters.extract,
+):
+    app.command()(_command)
 
 
 def _config(

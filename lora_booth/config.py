@@ -137,7 +137,8 @@ class AdapterConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="Chance to drop an adapter's input while training.")
     rslora: bool = Field(False, description="Scale = alpha / sqrt(rank) (arXiv 2312.03732).")
     dora: bool = Field(
-        False, description="Weight-decomposed LoRA (arXiv 2402.09353): slower, and no portable file exists."
+        False,
+        description="Weight-decomposed LoRA (arXiv 2402.09353): slower; its portable file is the nearest plain LoRA.",
     )
     init: Literal["default", "gaussian", "orthogonal"] = Field(
         "default", description="How A starts (PEFT init_lora_weights); the adapter changes nothing before step 1."
@@ -248,6 +249,9 @@ class ExportConfig(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}$",
         description="File name without ending. Default: token_class.",
     )
+    cover: bool = Field(
+        True, description="Keep a small preview picture in the file and beside it, for programs that show adapters."
+    )
     author: str | None = Field(None, description="Written into the file's metadata if given.")
     license: str | None = Field(None, description="Written into the file's metadata if given.")
 
@@ -333,11 +337,6 @@ def _contradictions(config: Config) -> list[str]:
             faults.append('prior.prompts has an empty prompt; write the class prompt, e.g. ["a photo of {class}"].')
     if not adapter.targets.startswith("regex:") and adapter.targets not in TARGET_PRESETS:
         faults.append(f'adapter.targets is "{adapter.targets}"; use one of {", ".join(TARGET_PRESETS)}, or "regex:…".')
-    if adapter.dora and "kohya" in config.export.formats:
-        faults.append(
-            "adapter.dora is true, but export.formats has kohya, for which no DoRA form works in all programs; "
-            'set export.formats = ["diffusers"].'
-        )
     if config.objective.loss == "mse" and config.objective.huber_delta != 0.1:
         faults.append('objective.huber_delta is set but objective.loss is "mse"; set objective.loss = "huber".')
     if "{class}" not in config.subject.prompt:

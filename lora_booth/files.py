@@ -51,6 +51,14 @@ def writing(path: Path, *, needed_bytes: int | None = None) -> Iterator[None]:
         raise DiskError(_message(path, needed_bytes, error)) from error
 
 
+def require_space(path: Path, needed_bytes: int) -> None:
+    """Raise DiskError when the disk that `path` will lie on has fewer than `needed_bytes` free."""
+    with writing(path, needed_bytes=needed_bytes):
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if shutil.disk_usage(folder).free < needed_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
     with replacing(path, needed_bytes=len(data)) as temporary:
@@ -81,7 +89,7 @@ def _message(path: Path, needed_bytes: int | None, error: OSError) -> str:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         remedy = _REMEDIES.get(error.errno or 0, "choose another folder")
         return f"{path} cannot be written ({error.strerror or error}); {remedy}."
-    folder = next(parent for parent in path.parents if parent.exists())
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
     needed = "" if needed_bytes is None else f"it needs {needed_bytes} bytes and "
     free = shutil.disk_usage(folder).free
     return f"no space for {path}: {needed}{free} are free; free some space, or choose a folder on another disk."

@@ -49,6 +49,7 @@ FREE_TO_CHANGE = (
     "export.formats",
     "export.dtype",
     "export.name",
+    "export.cover",
     "export.author",
     "export.license",
 )

@@ -8,15 +8,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import nn
 
-from lora_booth import export, families, files, loop, optim, plan, prepare, preview
+from lora_booth import deliver, export, families, files, loop, optim, plan, prepare, preview
 from lora_booth.adapter import inject
 from lora_booth.config import Config
 from lora_booth.data.grid import save_grid
@@ -161,11 +163,17 @@ def _checkpoint_bytes(parameters: Mapping[str, Sequence[nn.Parameter]]) -> int:
 
 def _finish(s: loop.Session, began: float) -> Summary:
     """Export the adapter, draw before and after, and write the summary, which marks the run as finished."""
-    paths: dict[str, Path] = {}
     loop.set_training_(s, False)
     if s.accelerator.is_main_process:
-        paths = _export(s)
-    comparison = _draw_before_and_after(s)
+        weights, weight_of = inject.collect(s.adapted), partial(inject.base_weight, s.adapted)
+        forms = deliver.forms(s.config.export.formats, weights, weight_of, s.report)
+        deliver.write_files(_delivery(s), forms, Silent())  # before the pictures, which may fail
+    comparison, cover = _draw_before_and_after(s)
+    paths: dict[str, Path] = {}
+    if s.accelerator.is_main_process:
+        paths = deliver.write_files(_delivery(s, cover), forms, s.report)
+        if "kohya" in paths and s.config.model.base != "booth-mini":  # no program but this one draws with the miniature
+            deliver.tell_use(paths["kohya"], "kohya", _delivery(s), s.report)
     summary = Summary(
         folder=str(s.run.folder),
         files={name: str(path) for name, path in paths.items()},
@@ -182,23 +190,17 @@ def _finish(s: loop.Session, began: float) -> Summary:
     return summary
 
 
-def _export(s: loop.Session) -> dict[str, Path]:
-    """Write the adapter in every format asked for; returns the paths by format."""
-    weights, config = inject.collect(s.adapted), s.config
-    header = export.metadata(_facts(s))
-    paths = {}
-    for name in config.export.formats:
-        path = s.run.folder / f"{config.name}{EXPORT_SUFFIX[name]}.safetensors"
-        export.FORMATS[name].write(path, weights, s.family.name, export.DTYPES[config.export.dtype], header)
-        paths[name] = path
-    if "kohya" in config.export.formats:
-        for fault in export.kohya.faults(weights, s.family.name, export.DTYPES[config.export.dtype]):
-            s.report.warn(fault)
-    return paths
-
-
-EXPORT_SUFFIX = {"kohya": "", "diffusers": "_diffusers"}
-"""The portable file has the plain name, since it is the one that people hand on."""
+def _delivery(s: loop.Session, cover: Image.Image | None = None) -> deliver.Delivery:
+    config = s.config
+    return deliver.Delivery(
+        folder=s.run.folder,
+        name=config.name,
+        family=s.family.name,
+        header=export.metadata(_facts(s)),
+        dtype=config.export.dtype,
+        trigger=export.trigger_words(config),
+        cover=cover if config.export.cover else None,
+    )
 
 
 def _facts(s: loop.Session) -> export.Facts:
@@ -223,19 +225,18 @@ def _facts(s: loop.Session) -> export.Facts:
     )
 
 
-def _draw_before_and_after(s: loop.Session) -> Path | None:
-    """The preview prompts without and with the adapter, side by side (main process)."""
-    if not s.config.preview.images_per_prompt:
-        return None
+def _draw_before_and_after(s: loop.Session) -> tuple[Path | None, Image.Image | None]:
+    """The preview prompts without and with the adapter, side by side (main process); the file and the first "with"."""
+    if not s.config.preview.images_per_prompt or not s.accelerator.is_main_process:
+        return None, None
     path = s.run.folder / "before_after.png"
-    if s.accelerator.is_main_process:
-        with inject.disabled(s.adapted):
-            before = loop.draw_rows(s)
-        after = loop.draw_rows(s)
-        rows = preview.before_and_after(before, after)
-        title = f"{s.config.name}: {s.config.train.steps} steps"
-        save_grid(rows, path, title=title, columns=("before", "after") * s.config.preview.images_per_prompt)
-    return path
+    with inject.disabled(s.adapted):
+        before = loop.draw_rows(s)
+    after = loop.draw_rows(s)
+    rows = preview.before_and_after(before, after)
+    title = f"{s.config.name}: {s.config.train.steps} steps"
+    save_grid(rows, path, title=title, columns=("before", "after") * s.config.preview.images_per_prompt)
+    return path, after[0][1][0]
 
 
 def _free_gib(device: torch.device) -> float | None:

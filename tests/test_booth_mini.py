@@ -15,7 +15,7 @@ from tools.booth_mini.compose import COLOURS, HUES, PLAIN, Composer, Variety, ar
 from tools.booth_mini.names import IconName, NameTable, clean_label, name_icon  # noqa: E402
 from tools.booth_mini.nouns import is_training  # noqa: E402
 from tools.booth_mini.state import Schedule, Training  # noqa: E402
-from tools.booth_mini.train_clip import pair_masks  # noqa: E402
+from tools.booth_mini.train_clip import draw_batch, pair_masks  # noqa: E402
 from tools.booth_mini.train_unet import timestep_sampler  # noqa: E402
 
 MODEL = ROOT / "lora_booth" / "assets" / "booth_mini"
@@ -332,3 +332,18 @@ def test_the_captions_of_the_mascot_are_those_of_its_script():
     written = {path.stem: path.read_text() for path in (MASCOT / "instance").glob("*.txt")}
     assert written == {pose.name: caption(pose) + "\n" for pose in INSTANCE}
     assert written["sitting_on_orange"] == "a {token} {class} on an orange background\n"
+
+
+def test_a_noun_batch_differs_in_nouns_alone():
+    composer = made_up_composer()
+    weights = np.full(len(composer.names), 1 / len(composer.names))
+    for seed in range(3):
+        pictures = draw_batch(composer, np.random.default_rng(seed), weights, 12, is_noun_batch=True)
+        corners = np.stack([picture.pixels[0, 0].astype(int) for picture in pictures])
+        assert np.ptp(corners, axis=0).max() <= 90  # one colour word, of which every picture has its own shade
+        places = {picture.caption.partition(" on a")[2] for picture in pictures} - {""}
+        assert len(places) <= 1
+        assert len({picture.label for picture in pictures}) > 2
+    mixed = draw_batch(composer, np.random.default_rng(0), weights, 12, is_noun_batch=False)
+    assert len(mixed) == 12
+    assert np.ptp(np.stack([picture.pixels[0, 0].astype(int) for picture in mixed]), axis=0).max() > 90

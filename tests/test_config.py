@@ -68,7 +68,6 @@ def test_a_missing_section_names_its_required_keys() -> None:
         ("subject.prompt=a {class} {", "has a broken slot"),
         ('prior.prompts=[""]', "prior.prompts has an empty prompt"),
         ("objective.huber_delta=0.5", 'objective.loss is "mse"'),
-        ("adapter.dora=true", 'set export.formats = ["diffusers"]'),
         ("train.steps=1.5", "train.steps is 1.5"),
         ("train.gradient_checkpointing=1", "train.gradient_checkpointing is 1"),
         ("adapter.dropout=1", "adapter.dropout is 1"),

@@ -167,9 +167,9 @@ def test_alpha_patterns_are_whole_names_or_ends_of_names_and_never_run_as_regex(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"unet.mid_block.x.lora.up.weight": (5, 2)}, "is no part of a LoRA"),
+        ({"unet.mid_block.x.lora.mid.weight": (5, 2)}, "is no part of a LoRA"),
         ({"transformer.x.lora_A.weight": (5, 2)}, "is no part of a LoRA"),
-        ({"unet.y.lora_A.weight": (2, 4)}, "has only lora_A of unet.y"),
+        ({"unet.y.lora_A.weight": (2, 4)}, "has only lora_down of unet.y"),
         ({"unet.y.lora_A.weight": (2, 4), "unet.y.lora_B.weight": (5, 3)}, "do not multiply"),
         ({"unet.y.lora_A.weight": (2, 4, 1), "unet.y.lora_B.weight": (5, 2, 1)}, "do not multiply"),
         ({"unet.mid_block.x.lora_magnitude_vector": (4,)}, "has 4 magnitudes, expected 5"),

@@ -117,7 +117,7 @@ def good_bytes() -> bytes:
         (b"\xff" * 100, "not a whole safetensors file"),
         ((1 << 40).to_bytes(8, "little") + b"{}", "not a whole safetensors file"),
         (save({}), "holds no tensors"),
-        (save({"model.diffusion_model.out.weight": torch.ones(2)}), "no LoRA in kohya or diffusers naming"),
+        (save({"model.diffusion_model.out.weight": torch.ones(2)}), "no LoRA in kohya, diffusers or PEFT naming"),
         (save({"unet.x.lora_A.default.weight": torch.ones(2, 2)}), "is no part of a LoRA"),
     ],
 )

@@ -9,12 +9,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "lora_booth"
 FLOORS = {
     0: ("errors", "config", "config_file", "presets", "files", "report", "interrupts"),
-    1: ("run", "objectives", "optim", "precision", "subject", "data", "adapter", "export"),
+    1: ("run", "objectives", "optim", "precision", "subject", "charts", "data", "adapter", "export"),
     2: ("families", "class_images"),
-    3: ("prepare", "preview", "plan", "generate", "inspect"),
+    3: ("prepare", "preview", "plan", "generate", "inspect", "deliver", "merge", "resize", "extract"),
     4: ("loop",),
     5: ("train",),
-    6: ("demo", "console", "cli", "__init__", "__main__"),
+    6: ("demo", "console", "cli", "cli_adapters", "__init__", "__main__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 THIRD_PARTY = {
@@ -22,8 +22,9 @@ THIRD_PARTY = {
     "diffusers": ("families",),
     "transformers": ("families",),
     "accelerate": ("train", "loop", "generate"),
-    "typer": ("cli",),
+    "typer": ("cli", "cli_adapters"),
     "rich": ("console",),
+    "matplotlib": ("charts",),
     "pydantic": ("config", "config_file"),
 }
 """Where a library may be imported. torch, numpy, Pillow and safetensors are everywhere above floor 0."""

@@ -347,9 +347,9 @@ def test_foreign_kohya_files_are_read_whichever_naming_and_without_alpha() -> No
     ("tensors", "message"),
     [
         ({"lora_unet_x.lora_down.weight": (2, 4), "lora_unet_x.lora_up.weight": (5, 2)}, "is no layer"),
-        ({"bundle_emb.x": (2, 4)}, "not part of a plain LoRA"),
-        ({"lora_unet_conv_in.hada_w1_a": (2, 4)}, "LoHa"),
-        ({"lora_unet_conv_in.lora_down.weight": (2, 4)}, "has only lora_down.weight of lora_unet_conv_in"),
+        ({"bundle_emb.x": (2, 4)}, "no part of a LoRA, DoRA"),
+        ({"lora_unet_conv_in.hada_w1_a": (2, 4)}, "has only hada_w1_a of unet.conv_in"),
+        ({"lora_unet_conv_in.lora_down.weight": (2, 4)}, "has only lora_down of unet.conv_in"),
         ({"lora_unet_conv_in.lora_down.weight": (2, 4), "lora_unet_conv_in.lora_up.weight": (5, 3)}, "do not multiply"),
         ({"lora_unet_conv_in.lora_down.weight": (0, 4), "lora_unet_conv_in.lora_up.weight": (5, 0)}, "do not multiply"),
         ({"lora_unet_input_blocks_0_0.lora_down.weight": (2, 4), "lora_unet_input_blocks_0_0.lora_up.weight": (5, 2),

@@ -142,6 +142,11 @@ def collect(modules: Mapping[str, nn.Module]) -> AdapterWeights:
     return weights
 
 
+def base_weight(modules: Mapping[str, nn.Module], component: str, path: str) -> Tensor:
+    """The frozen weight under an adapted layer."""
+    return _layers(modules[component])[path].get_base_layer().get_parameter("weight")
+
+
 def load_into_(modules: Mapping[str, nn.Module], weights: AdapterWeights) -> None:
     """Overwrite the injected adapter's values with `weights`, which must cover exactly its layers.
 

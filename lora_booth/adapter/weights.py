@@ -7,7 +7,8 @@ it says nothing about the layer. `find_module` looks a path up in either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,8 +45,37 @@ class LowRank:
         return (self.down, self.up) if self.magnitude is None else (self.down, self.up, self.magnitude)
 
 
+@dataclass(frozen=True)
+class Dense:
+    """The update of one layer as one tensor in the shape of its weight: what foreign kinds come to when read.
+
+    `kind`: "loha", "lokr", "tucker" or "diff". `change`: the tensor, or what computes it from `factors` when asked, so
+    that a file of factors never stands in memory multiplied out. `rank`: of the factors, None where there are none.
+    """
+
+    kind: str
+    change: Tensor | Callable[[], Tensor]
+    rank: int | None = None
+    factors: tuple[Tensor, ...] = ()
+    shape: tuple[int, ...] | None = None
+    """Of delta, where `change` is computed."""
+
+    @property
+    def delta(self) -> Tensor:
+        """What is added to the weight."""
+        return self.change if isinstance(self.change, Tensor) else self.change()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor stored of the update."""
+        return (self.change,) if isinstance(self.change, Tensor) else self.factors
+
+
 AdapterWeights = dict[str, dict[str, LowRank]]
 """Component ("unet", "text_encoder", "text_encoder_2") to module path in that component to its update."""
+
+AnyWeights = dict[str, dict[str, LowRank | Dense]]
+"""The same for files of every kind: what can be inspected, merged and turned into low rank, but not trained on."""
 
 
 def plain_path(name: str) -> str:
@@ -66,24 +96,88 @@ def find_module(module: nn.Module, path: str) -> nn.Module:
     )
 
 
-def delta(low_rank: LowRank) -> Tensor:
-    """scale * up @ down in float32, in the shape of the layer's weight: `[out, in]` or `[out, in, k, k]`.
+def delta(update: LowRank | Dense) -> Tensor:
+    """What is added to the layer's weight, float32, in its shape: `[out, in]` or `[out, in, k, k]`.
 
     For a DoRA layer this is the low-rank part only: the merged weight also rescales each row to `magnitude`.
     """
-    down, up = low_rank.down.float(), low_rank.up.float()
+    if isinstance(update, Dense):
+        return update.delta.float()
+    down, up = update.down.float(), update.up.float()
     product = up.flatten(1) @ down.flatten(1)
-    return (low_rank.scale * product).reshape(up.shape[0], *down.shape[1:])
+    return (update.scale * product).reshape(up.shape[0], *down.shape[1:])
 
 
-def num_parameters(weights: AdapterWeights) -> int:
+def weight_change(weight: Tensor, update: LowRank | Dense) -> Tensor:
+    """What the update adds to the layer's `weight` at strength 1, float32, in the weight's shape.
+
+    Plain: delta. DoRA: W' - W, W' = magnitude * (W + delta) / |W + delta|, the norm over each output row (arXiv
+    2402.09353, equation 5).
+    Raises ModelError when the shapes differ. A 1x1 convolution's weight takes a linear update and the reverse.
+    """
+    base, added = weight.float(), delta(update)
+    if added.numel() != base.numel() or added.shape[0] != base.shape[0]:
+        raise ModelError(f"an update of shape {list(added.shape)} does not fit a weight of {list(base.shape)}.")
+    added = added.reshape(base.shape)
+    if isinstance(update, LowRank) and update.magnitude is not None:
+        whole = (base + added).flatten(1)
+        rescaled: Tensor = whole * (update.magnitude.float().reshape(-1, 1) / whole.norm(dim=1, keepdim=True))
+        return rescaled.reshape(base.shape) - base
+    return added
+
+
+def merged_weight(weight: Tensor, update: LowRank | Dense, strength: float = 1.0) -> Tensor:
+    """The layer's weight with the update in it, float32, in the weight's shape: W + strength * change.
+
+    Strength moves a DoRA layer in a straight line from W to W', as in ComfyUI; PEFT scales delta inside the norm, which
+    agrees at strength 1 only. Raises ModelError when the shapes differ.
+    """
+    return weight.float() + strength * weight_change(weight, update)
+
+
+def weight_shape(update: LowRank | Dense) -> tuple[int, ...]:
+    """The shape of the update, which is that of the layer's weight up to the two ones of a 1x1 convolution."""
+    if isinstance(update, LowRank):
+        return (update.up.shape[0], *update.down.shape[1:])
+    return update.shape or tuple(update.delta.shape)
+
+
+def context_width(weights: AdapterWeights | AnyWeights) -> int | None:
+    """Width of the text embeddings that the adapted cross-attention reads, which tells the families apart.
+
+    None where no cross-attention key or value is adapted, or where they disagree.
+    """
+    layers = weights.get("unet", {})
+    found = {weight_shape(update)[1] for path, update in layers.items() if path.endswith(("attn2.to_k", "attn2.to_v"))}
+    return found.pop() if len(found) == 1 else None
+
+
+def norm_of(update: LowRank | Dense) -> float:
+    """|delta|, the Frobenius norm; of a LowRank without multiplying it out: |U D|^2 = <U^T U, D D^T>."""
+    if isinstance(update, Dense):
+        return float(torch.linalg.vector_norm(update.delta.double()))
+    up, down = update.up.double().flatten(1), update.down.double().flatten(1)
+    square = float(((up.T @ up) * (down @ down.T)).sum())
+    return abs(update.scale) * math.sqrt(max(square, 0.0))
+
+
+def block_of(component: str, path: str) -> str:
+    """The part of the model that a layer lies in: "down_blocks.1", "mid_block", "conv_in", "text_encoder"."""
+    if component != "unet":
+        return component
+    first, _, rest = path.partition(".")
+    return f"{first}.{rest.split('.')[0]}" if first in ("down_blocks", "up_blocks") else first
+
+
+def num_parameters(weights: AdapterWeights | AnyWeights) -> int:
     """Count of stored numbers."""
-    return sum(t.numel() for layers in weights.values() for low_rank in layers.values() for t in low_rank.tensors)
+    return sum(t.numel() for layers in weights.values() for update in layers.values() for t in update.tensors)
 
 
-def uses_dora(weights: AdapterWeights) -> bool:
+def uses_dora(weights: AdapterWeights | AnyWeights) -> bool:
     """True when any layer has a magnitude."""
-    return any(low_rank.magnitude is not None for layers in weights.values() for low_rank in layers.values())
+    updates = (update for layers in weights.values() for update in layers.values())
+    return any(isinstance(update, LowRank) and update.magnitude is not None for update in updates)
 
 
 def require_finite(weights: AdapterWeights) -> None:
@@ -95,7 +189,7 @@ def require_finite(weights: AdapterWeights) -> None:
         )
 
 
-def nonfinite(weights: AdapterWeights) -> list[str]:
+def nonfinite(weights: AdapterWeights | AnyWeights) -> list[str]:
     """`component.module` of every update that holds a NaN or an infinity."""
     return [
         f"{component}.{path}"
@@ -133,7 +227,7 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
         if not torch.isfinite(result[name]).all():
             raise ModelError(
                 f"{name} reaches {tensor.abs().max().item():.3g}, more than {_short(dtype)} holds "
-                f'({torch.finfo(dtype).max:.5g}); set export.dtype = "fp32".'
+                f"({torch.finfo(dtype).max:.5g}); store it as fp32 (export.dtype, or --dtype fp32)."
             )
     return result
 
@@ -155,7 +249,7 @@ def rounding_faults(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[s
         return []
     return [
         f"{len(lossy)} of {len(tensors)} tensors lose more than 1 % in {_short(dtype)}, first {lossy[0]}; "
-        'set export.dtype = "fp32".'
+        "store it as fp32 (export.dtype, or --dtype fp32)."
     ]
 
 

@@ -1,10 +1,11 @@
 """Adapter files: writing them in the formats that programs load, and reading them without trusting them.
 
-A format is one module with `to_tensors` and `from_tensors`, and one line in FORMATS.
+A format is one module with `to_tensors` and `split_key`, and a line in FORMATS and NAMINGS.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,26 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lora_booth import files
-from lora_booth.adapter.weights import AdapterWeights, nonfinite
+from lora_booth.adapter.weights import AdapterWeights, AnyWeights, LowRank, nonfinite
 from lora_booth.errors import ModelError
 from lora_booth.export import diffusers, kohya
-from lora_booth.export.metadata import MAX_HEADER_BYTES, Facts, metadata, with_hashes
+from lora_booth.export.kinds import gather, strictly
+from lora_booth.export.metadata import MAX_HEADER_BYTES, Facts, metadata, trigger_words, with_hashes
 
-__all__ = ["DTYPES", "FORMATS", "Facts", "Format", "detect", "metadata", "read", "read_metadata"]
+__all__ = [
+    "DTYPES",
+    "FORMATS",
+    "Contents",
+    "Facts",
+    "Format",
+    "contents",
+    "detect",
+    "metadata",
+    "read",
+    "read_any",
+    "read_metadata",
+    "trigger_words",
+]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Values of `export.dtype`."""
@@ -32,10 +47,6 @@ class Format:
 
     to_tensors: Callable[[AdapterWeights, str, torch.dtype], dict[str, Tensor]]
     """(weights, family, dtype) to the file's tensors."""
-    from_tensors: Callable[[Mapping[str, Tensor], Mapping[str, str]], AdapterWeights]
-    """(tensors, header) to weights, float32."""
-    prefixes: tuple[str, ...]
-    """How a key of this format begins."""
 
     def write(
         self, path: Path, weights: AdapterWeights, family: str, dtype: torch.dtype, metadata: Mapping[str, str]
@@ -59,62 +70,117 @@ class Format:
 
 
 FORMATS = {
-    "diffusers": Format(
-        to_tensors=lambda weights, family, dtype: diffusers.to_tensors(weights, dtype),
-        from_tensors=diffusers.from_tensors,
-        prefixes=("unet.", "text_encoder.", "text_encoder_2."),
-    ),
-    "kohya": Format(
-        to_tensors=kohya.to_tensors,
-        from_tensors=lambda tensors, header: kohya.from_tensors(tensors),
-        prefixes=("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"),
-    ),
+    "diffusers": Format(lambda weights, family, dtype: diffusers.to_tensors(weights, dtype)),
+    "kohya": Format(kohya.to_tensors),
 }
-"""Values of `export.formats`."""
+"""Values of `export.formats`: what can be written."""
+
+NAMINGS = {
+    "kohya": ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_"),
+    "diffusers": ("unet.", "text_encoder.", "text_encoder_2."),
+    "peft": ("base_model.model.",),
+}
+"""What can be read, and how its keys begin."""
 
 
-def read(path: Path) -> AdapterWeights:
-    """The adapter in a file of any of FORMATS, float32 on the CPU.
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds: its naming (a key of NAMINGS), layers in float32 on the CPU, header, and what is wrong."""
 
-    Nothing in the file is executed. Raises ModelError when it is missing, a pickle, damaged, of no known format, half
-    an adapter, or holds a NaN or an infinity.
+    naming: str
+    weights: AnyWeights
+    header: dict[str, str]
+    dtypes: dict[str, int]
+    """Type, as "F16", to the count of tensors that have it."""
+    faults: tuple[str, ...]
+    """One sentence each; layers with a fault are not among `weights`, except those that are not finite."""
+
+
+def contents(path: Path) -> Contents:
+    """Everything in an adapter file of any naming and kind, sound or not; for telling about it, not for using it.
+
+    Nothing in the file is executed. Raises ModelError when it is missing, a pickle, cut off, or of no known naming.
     """
     tensors, header = _load(path)
-    format_name = _format_of(path, tensors)
-    try:
-        weights = FORMATS[format_name].from_tensors(tensors, header)
-    except ModelError as error:
-        raise ModelError(f"{path.name}: {error}") from error
+    naming = _naming_of(path, tensors)
+    dtypes = dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()))
+    split_key, scale_of = kohya.split_key, None
+    if naming != "kohya":
+        fields = _beside(path) if naming == "peft" else header
+        split_key, scale_of = diffusers.split_key, diffusers.scale_from(fields)
+    weights, faults = gather(tensors, split_key, *([scale_of] if scale_of else []))
     broken = nonfinite(weights)
     if broken:
-        raise ModelError(
+        faults.append(
             f"{path.name} holds NaN or infinity in {len(broken)} layers, first {broken[0]}; its training diverged. Use "
             "an earlier checkpoint."
         )
+    return Contents(naming, weights, header, dtypes, tuple(faults))
+
+
+def read_any(path: Path) -> AnyWeights:
+    """The adapter in a sound file of any naming and kind, float32 on the CPU.
+
+    Raises ModelError when it is missing, a pickle, damaged, of no known naming or kind, half an adapter, or not finite.
+    """
+    found = contents(path)
+    try:
+        return strictly(found.weights, found.faults)
+    except ModelError as error:
+        raise ModelError(str(error) if path.name in str(error) else f"{path.name}: {error}") from error
+
+
+def read(path: Path) -> AdapterWeights:
+    """The adapter in a sound file of plain LoRA or DoRA, float32 on the CPU: what can be trained on.
+
+    Raises ModelError as `read_any` does, and for other kinds.
+    """
+    weights: AdapterWeights = {}
+    for component, layers in read_any(path).items():
+        for module, update in layers.items():
+            if not isinstance(update, LowRank):
+                raise ModelError(
+                    f"{path.name} is {update.kind} at {component}.{module}, which cannot be used here; "
+                    f"`lora-booth resize {path.name} --rank 16` makes a plain LoRA of it."
+                )
+            weights.setdefault(component, {})[module] = update
     return weights
 
 
 def detect(path: Path) -> str:
-    """The key in FORMATS of a file. Raises ModelError as `read` does."""
+    """The key in NAMINGS of a file. Raises ModelError as `contents` does."""
     with _opened(path) as file:
-        return _format_of(path, dict.fromkeys(file.keys()))
+        return _naming_of(path, dict.fromkeys(file.keys()))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The header's fields; empty when there are none. Raises ModelError as `read` does."""
+    """The header's fields; empty when there are none. Raises ModelError as `contents` does."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
 
-def _format_of(path: Path, keys: Mapping[str, object]) -> str:
+def _beside(path: Path) -> dict[str, str]:
+    """What PEFT's adapter_config.json beside `path` says of scales. Raises ModelError when there is none."""
+    config = path.with_name("adapter_config.json")
+    try:
+        with config.open(encoding="utf-8") as file:
+            return diffusers.peft_metadata(file.read(MAX_HEADER_BYTES))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"{path.name} is in PEFT's naming, whose strength stands in adapter_config.json beside it, and {config} "
+            f"cannot be read ({error}); put it there."
+        ) from error
+
+
+def _naming_of(path: Path, keys: Mapping[str, object]) -> str:
     if not keys:
         raise ModelError(f"{path.name} holds no tensors, so it is no adapter.")
-    for name, row in FORMATS.items():
-        if any(key.startswith(row.prefixes) for key in keys):
+    for name, prefixes in NAMINGS.items():
+        if any(key.startswith(prefixes) for key in keys):
             return name
     raise ModelError(
-        f"{path.name} is no LoRA in kohya or diffusers naming; its first key is {next(iter(keys))}. A full model, an "
-        "embedding or a checkpoint of a run is something else."
+        f"{path.name} is no LoRA in kohya, diffusers or PEFT naming; its first key is {next(iter(keys))}. A full "
+        "model, an embedding or a checkpoint of a run is something else."
     )
 
 

@@ -13,16 +13,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_booth.adapter.weights import AdapterWeights, LowRank, cast, padded, plain_path, require_finite, trimmed
+from lora_booth.adapter.weights import AdapterWeights, AnyWeights, LowRank, cast, padded, plain_path, require_finite
 from lora_booth.errors import ModelError
+from lora_booth.export.kinds import gather, leaf_of, strictly
 
-_KEY = re.compile(r"(unet|text_encoder|text_encoder_2)\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
+_PEFT = "base_model.model"
+_KEY = re.compile(
+    rf"(unet|text_encoder|text_encoder_2|{re.escape(_PEFT)})\.(.+)"
+    r"\.((?:lora_[AB]|lora_magnitude_vector|lora\.(?:up|down)|lora_linear_layer\.(?:up|down)|hada_\w+|lokr_\w+|alpha)"
+    r"(?:\.weight)?)"
+)
+_OLD_KEY = re.compile(
+    r"(unet|text_encoder|text_encoder_2)\.(.+\.processor\.to_(?:q|k|v|out))(_lora\.(?:up|down)\.weight)"
+)
 _METADATA = "lora_adapter_metadata"
 
 
@@ -50,28 +59,56 @@ def unrounded(weights: AdapterWeights) -> dict[str, Tensor]:
     return tensors
 
 
-def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> AdapterWeights:
+def split_key(key: str) -> tuple[str, str, str]:
+    """Component, module path and leaf (a word of `kinds.ALIASES`) of a key of diffusers, old or new, or of PEFT.
+
+    Raises ModelError for other keys.
+    """
+    match = _KEY.fullmatch(key) or _OLD_KEY.fullmatch(key)
+    leaf = leaf_of(match[3]) if match else None
+    if match is None or leaf is None:
+        raise ModelError(
+            f"The adapter file holds {key}, which is no part of a LoRA in diffusers naming "
+            "(<component>.<module>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector)."
+        )
+    component, path = match[1], plain_path(match[2]).replace(".processor.", ".")
+    if component == _PEFT:  # PEFT's own file does not say whose layers these are
+        component = "text_encoder" if path.startswith("encoder.layers") else "unet"
+    return component, f"{path}.0" if path.endswith(".to_out") else path, leaf
+
+
+def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> AnyWeights:
     """The adapter in a diffusers or PEFT file, float32; `metadata` is the file's header, read for alpha and patterns.
 
     Raises ModelError for foreign keys, missing halves and shapes that do not multiply.
     """
-    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise ModelError(
-                f"The adapter file holds {key}, which is no part of a LoRA in diffusers naming "
-                "(<component>.<module>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector)."
-            )
-        leaves = parts.setdefault((match[1], plain_path(match[2])), {})
-        if match[3] in leaves:
-            raise ModelError(f"The adapter file holds {key} twice, under two names of one layer.")
-        leaves[match[3]] = tensor
-    settings = _settings(metadata or {})
-    weights: AdapterWeights = {}
-    for (component, path), leaves in parts.items():
-        weights.setdefault(component, {})[path] = _low_rank(f"{component}.{path}", leaves, settings.get(component, {}))
-    return weights
+    return strictly(*gather(tensors, split_key, scale_from(metadata or {})))
+
+
+def scale_from(metadata: Mapping[str, str]) -> Callable[[str, str, int], float | None]:
+    """A function (component, module path, rank) to the scale that the header gives, None where it gives none."""
+    settings = _settings(metadata)
+
+    def scale_of(component: str, path: str, rank: int) -> float | None:
+        own = settings.get(component)
+        return _scale(f"{component}.{path}", rank, own) if own else None
+
+    return scale_of
+
+
+def peft_metadata(config: str) -> dict[str, str]:
+    """The text of PEFT's adapter_config.json as the header that `scale_from` takes, for UNet and text encoder alike.
+
+    Raises ModelError when it is no JSON object.
+    """
+    try:
+        fields = json.loads(config)
+        collated = {
+            f"{component}.{key}": value for component in ("unet", "text_encoder") for key, value in fields.items()
+        }
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"adapter_config.json cannot be read ({error}); save the adapter again.") from error
+    return {_METADATA: json.dumps(collated)}
 
 
 def _magnitude_key(component: str, name: str) -> str:
@@ -83,19 +120,6 @@ def _magnitude_key(component: str, name: str) -> str:
 def _magnitude_shape(low_rank: LowRank) -> tuple[int, ...]:
     """PEFT's shape of the magnitudes: `[out]`, for a convolution `[1, out, 1, 1]`."""
     return (-1,) if low_rank.down.ndim == 2 else (1, -1, 1, 1)
-
-
-def _low_rank(name: str, leaves: Mapping[str, Tensor], settings: Mapping[str, Any]) -> LowRank:
-    if "lora_A" not in leaves or "lora_B" not in leaves:
-        raise ModelError(f"The adapter file has only {', '.join(sorted(leaves))} of {name}; it is damaged or cut off.")
-    down, up = leaves["lora_A"].float(), leaves["lora_B"].float()
-    if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0] or 0 in (*down.shape, *up.shape):
-        raise ModelError(f"The shapes {list(down.shape)} and {list(up.shape)} of {name} do not multiply.")
-    magnitude = leaves.get("lora_magnitude_vector")
-    if magnitude is not None and magnitude.numel() != up.shape[0]:
-        raise ModelError(f"{name} has {magnitude.numel()} magnitudes, expected {up.shape[0]}.")
-    flat = None if magnitude is None else magnitude.float().reshape(-1)
-    return trimmed(LowRank(down, up, _scale(name, down.shape[0], settings), flat))
 
 
 def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:

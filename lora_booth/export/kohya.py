@@ -31,15 +31,17 @@ from torch import Tensor
 
 from lora_booth.adapter.weights import (
     AdapterWeights,
+    AnyWeights,
     LowRank,
     cast,
     padded,
     require_finite,
     rounding_faults,
-    trimmed,
     uses_dora,
 )
 from lora_booth.errors import ModelError
+from lora_booth.export import ldm
+from lora_booth.export.kinds import gather, leaf_of, strictly
 
 PREFIXES = {
     "sd1": {"unet": "lora_unet", "text_encoder": "lora_te"},
@@ -49,24 +51,11 @@ PREFIXES = {
 """Family to component to key prefix (R2, R3)."""
 
 _COMPONENTS = {
+    "lycoris": "unet",
     "lora_unet": "unet",
     "lora_te": "text_encoder",
     "lora_te1": "text_encoder",
     "lora_te2": "text_encoder_2",
-}
-_LDM_OUTSIDE = {
-    "conv_in": "input_blocks_0_0",
-    "conv_out": "out_2",
-    "time_embedding.linear_1": "time_embed_0",
-    "time_embedding.linear_2": "time_embed_2",
-    "add_embedding.linear_1": "label_emb_0_0",
-    "add_embedding.linear_2": "label_emb_0_2",
-}
-_LDM_RESNET = {
-    "conv1": "in_layers_2",
-    "time_emb_proj": "emb_layers_1",
-    "conv2": "out_layers_3",
-    "conv_shortcut": "skip_connection",
 }
 _WORDS = """
     down_blocks mid_block up_blocks attentions resnets downsamplers upsamplers transformer_blocks
@@ -80,7 +69,6 @@ _PORTABLE = re.compile(
     r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(attentions|resnets|downsamplers|upsamplers)\..+"
     r"|encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 )
-_LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
 def kohya_name(component: str, module: str, family: str) -> str:
@@ -95,7 +83,7 @@ def kohya_name(component: str, module: str, family: str) -> str:
     if component != "unet":
         module = "text_model." + module.removeprefix("text_model.")
     elif family == "sdxl":
-        module = _ldm_name(module)
+        module = ldm.original_name(module)
     return f"{prefixes[component]}_{module.replace('.', '_')}"
 
 
@@ -109,27 +97,24 @@ def to_tensors(weights: AdapterWeights, family: str, dtype: torch.dtype) -> dict
     return cast(factors, dtype) | alphas
 
 
-def from_tensors(tensors: Mapping[str, Tensor]) -> AdapterWeights:
-    """The adapter in a kohya-named file, float32, whichever family and either naming of the UNet.
+def split_key(key: str) -> tuple[str, str, str]:
+    """Component, module path and leaf (a word of `kinds.ALIASES`) of a key, whichever family and naming of the UNet.
 
-    Raises ModelError for names that are no layer of a Stable Diffusion model and for kinds other than plain LoRA.
+    Raises ModelError for names that are no layer of a Stable Diffusion model and for leaves of no known kind.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, leaf = key.partition(".")
-        if leaf not in _LEAVES:
-            raise ModelError(
-                f"The adapter file holds {key}, which is not part of a plain LoRA ({', '.join(_LEAVES)}); other kinds "
-                "(DoRA, LoHa, LoKr …) in kohya naming cannot be read yet."
-            )
-        parts.setdefault(name, {})[leaf] = tensor
-    weights: AdapterWeights = {}
-    for name, leaves in parts.items():
-        component, path = _module_path(name)
-        if path in weights.get(component, {}):
-            raise ModelError(f"The adapter file holds {component}.{path} twice, under two names; the second is {name}.")
-        weights.setdefault(component, {})[path] = _low_rank(name, leaves)
-    return weights
+    name, _, text = key.partition(".")
+    leaf = leaf_of(text)
+    if leaf is None:
+        raise ModelError(f"The adapter file holds {key}, which is no part of a LoRA, DoRA, LoHa or LoKr layer.")
+    return *_module_path(name), leaf
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> AnyWeights:
+    """The adapter in a kohya-named file, float32, whichever kind, family and naming of the UNet.
+
+    Raises ModelError for what is no layer of a Stable Diffusion model or no known kind of update.
+    """
+    return strictly(*gather(tensors, split_key))
 
 
 def faults(weights: AdapterWeights, family: str, dtype: torch.dtype = torch.float16) -> list[str]:
@@ -175,66 +160,14 @@ def _common_alpha(layers: Iterable[LowRank]) -> float:
     return alphas.most_common(1)[0][0] if alphas else 1.0
 
 
-def _low_rank(name: str, leaves: Mapping[str, Tensor]) -> LowRank:
-    if "lora_down.weight" not in leaves or "lora_up.weight" not in leaves:
-        raise ModelError(f"The adapter file has only {', '.join(sorted(leaves))} of {name}; it is damaged or cut off.")
-    down, up = leaves["lora_down.weight"].float(), leaves["lora_up.weight"].float()
-    if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0] or 0 in (*down.shape, *up.shape):
-        raise ModelError(f"The shapes {list(down.shape)} and {list(up.shape)} of {name} do not multiply.")
-    alpha = leaves.get("alpha")
-    if alpha is not None and alpha.numel() != 1:
-        raise ModelError(f"{name}.alpha has {alpha.numel()} numbers, expected one.")
-    scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
-    return trimmed(LowRank(down, up, scale))
-
-
 def _module_path(name: str) -> tuple[str, str]:
     """Component and module path behind a kohya name; the inverse of `kohya_name`."""
-    match = re.fullmatch(r"(lora_unet|lora_te[12]?)_(?:text_model_)?(.+)", name)
-    path = _from_ldm_name(match[2]) if match else ""
+    match = re.fullmatch(r"(lora_unet|lora_te[12]?|lycoris)_(?:text_model_)?(.+)", name)
+    path = ldm.diffusers_name(match[2]) if match else ""
     if match is None or not re.fullmatch(f"(?:{_WORD})(?:_(?:{_WORD}))*", path):
         raise ModelError(f"The adapter file holds {name}, which is no layer of a Stable Diffusion 1, 2 or XL model.")
-    return _COMPONENTS[match[1]], ".".join(re.findall(_WORD, path))
-
-
-_BLOCK = re.compile(r"(down|mid|up)_blocks?\.?(\d*)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.+)")
-
-
-def _ldm_name(module: str) -> str:
-    """SDXL's original name of a diffusers UNet module: each level is 3 places of a list, resnet in column 0, attention
-    in column 1; after the second comes the sampler (Stability-AI/generative-models, openaimodel.py, UNetModel)."""
-    match = _BLOCK.fullmatch(module)
-    if match is None:
-        return _LDM_OUTSIDE.get(module, module)
-    level, place = int(match[2] or 0), int(match[4])
-    rest = _LDM_RESNET.get(match[5], match[5]) if match[3] == "resnets" else match[5]
-    column = 0 if match[3] == "resnets" else 1
-    if match[1] == "mid":
-        return f"middle_block_{1 if column else 2 * place}_{rest}"
-    if match[3] == "downsamplers":
-        return f"input_blocks_{3 * level + 3}_0_op"
-    if match[3] == "upsamplers":
-        return f"output_blocks_{3 * level + 2}_2_conv"
-    if match[1] == "down":
-        return f"input_blocks_{3 * level + place + 1}_{column}_{rest}"
-    return f"output_blocks_{3 * level + place}_{column}_{rest}"
-
-
-def _from_ldm_name(name: str) -> str:
-    """The diffusers name, in underscores, of an original one; any other name as it is."""
-    outside = {ldm: module.replace(".", "_") for module, ldm in _LDM_OUTSIDE.items()}
-    match = re.fullmatch(r"(input_blocks|middle_block|output_blocks)_(\d+)_(?:([0-2])_)?(.+)", name)
-    if match is None or name in outside:
-        return outside.get(name, name)
-    side, place, column, rest = match[1], int(match[2]), match[3], match[4]
-    resnet = {ldm: part for part, ldm in _LDM_RESNET.items()}.get(rest)
-    if side == "middle_block":
-        return f"mid_block_attentions_0_{rest}" if place == 1 else f"mid_block_resnets_{place // 2}_{resnet}"
-    level, place = divmod(place - 1 if side == "input_blocks" else place, 3)
-    block = f"{'down' if side == 'input_blocks' else 'up'}_blocks_{level}"
-    if rest in ("op", "conv"):
-        return f"{block}_{'downsamplers' if rest == 'op' else 'upsamplers'}_0_conv"
-    return f"{block}_resnets_{place}_{resnet}" if column == "0" else f"{block}_attentions_{place}_{rest}"
+    is_text = match[1] == "lycoris" and path.startswith("encoder_layers")  # LyCORIS has one prefix for everything
+    return "text_encoder" if is_text else _COMPONENTS[match[1]], ".".join(re.findall(_WORD, path))
 
 
 def _outside(weights: AdapterWeights) -> list[str]:

@@ -29,13 +29,14 @@ from typing import Any, Literal
 from safetensors.torch import save
 from torch import Tensor
 
+from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config import Config
 
 MAX_HEADER_BYTES = 1 << 20
 """ComfyUI shows no metadata of a file whose header is longer."""
 _MAX_CONFIG_BYTES = 1 << 18
 
-_ARCHITECTURES = {
+ARCHITECTURES = {
     ("sd1", "epsilon"): "stable-diffusion-v1/lora",
     ("sd1", "v_prediction"): "stable-diffusion-v1/lora",
     ("sd2", "epsilon"): "stable-diffusion-v2-512/lora",
@@ -43,7 +44,9 @@ _ARCHITECTURES = {
     ("sdxl", "epsilon"): "stable-diffusion-xl-v1-base/lora",
     ("sdxl", "v_prediction"): "stable-diffusion-xl-v1-base/lora",
 }
-_KOHYA_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+"""Family and prediction type to `modelspec.architecture`."""
+KOHYA_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+"""Family to `ss_base_model_version`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,44 @@ class Facts:
 
 def metadata(facts: Facts) -> dict[str, str]:
     """The header of the adapter file, without hashes; `with_hashes` adds those once the tensors are known."""
-    return _modelspec(facts) | _kohya_base(facts) | _kohya_training(facts) | _own(facts)
+    fields = base_fields(facts.family, facts.prediction_type, facts.config.name)
+    return fields | _modelspec(facts) | _kohya_base(facts) | _kohya_training(facts) | _own(facts)
+
+
+def base_fields(family: str, prediction_type: str, name: str) -> dict[str, str]:
+    """What programs sort and label an adapter by, for one made without a training: its base's kind and its own `name`.
+
+    `prediction_type`: "epsilon" or "v_prediction".
+    """
+    fields = {
+        "sai_model_spec": "1.0.1",
+        "architecture": ARCHITECTURES[family, prediction_type],
+        "implementation": "https://github.com/Stability-AI/generative-models" if family == "sdxl" else "diffusers",
+        "title": name,
+        "prediction_type": "epsilon" if prediction_type == "epsilon" else "v",
+    }
+    version = KOHYA_VERSIONS[family]
+    if prediction_type == "v_prediction" and family != "sdxl":
+        version += "_v"
+    return {f"modelspec.{key}": value for key, value in fields.items()} | {
+        "ss_base_model_version": version,
+        "ss_v2": str(family == "sd2"),
+        "ss_network_module": "networks.lora",
+        "ss_output_name": name,
+        "ss_clip_skip": "None",
+    }
+
+
+def network_fields(weights: AdapterWeights) -> dict[str, str]:
+    """Rank and alpha of finished weights; "Dynamic" where layers differ, alpha also where ranks do."""
+    layers = [low_rank for layers in weights.values() for low_rank in layers.values()]
+    ranks = {low_rank.rank for low_rank in layers}
+    alphas = {round(low_rank.scale * low_rank.rank, 6) for low_rank in layers}
+    has_one_rank = len(ranks) == 1
+    return {
+        "ss_network_dim": str(ranks.pop()) if has_one_rank else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if has_one_rank and len(alphas) == 1 else "Dynamic",
+    }
 
 
 def with_hashes(fields: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -104,15 +144,9 @@ def base_name(base: str) -> str:
 def _modelspec(facts: Facts) -> dict[str, str]:
     config, words = facts.config, trigger_words(facts.config)
     finished = datetime.fromtimestamp(int(facts.finished_at), UTC)
-    is_sdxl = facts.family == "sdxl"
     fields = {
-        "sai_model_spec": "1.0.1",
-        "architecture": _ARCHITECTURES[facts.family, facts.prediction_type],
-        "implementation": "https://github.com/Stability-AI/generative-models" if is_sdxl else "diffusers",
-        "title": config.name,
         "resolution": f"{facts.resolution_px}x{facts.resolution_px}",
         "date": finished.strftime("%Y-%m-%dT%H:%M:%S"),
-        "prediction_type": "epsilon" if facts.prediction_type == "epsilon" else "v",
         "trigger_phrase": words,
         "usage_hint": f"Trigger word: {words}",
         "tags": config.subject.class_noun,
@@ -122,23 +156,15 @@ def _modelspec(facts: Facts) -> dict[str, str]:
 
 
 def _kohya_base(facts: Facts) -> dict[str, str]:
-    """What programs sort and label by."""
+    """Rank, alpha and the base's name."""
     adapter = facts.config.adapter
     alpha = float(adapter.rank if adapter.alpha is None else adapter.alpha)
     if adapter.rslora:
         alpha *= adapter.rank**0.5
-    version = _KOHYA_VERSIONS[facts.family]
-    if facts.prediction_type == "v_prediction" and facts.family != "sdxl":
-        version += "_v"
     fields = {
-        "ss_base_model_version": version,
-        "ss_v2": str(facts.family == "sd2"),
-        "ss_network_module": "networks.lora",
         "ss_network_dim": "Dynamic" if adapter.rank_pattern else str(adapter.rank),
         "ss_network_alpha": "Dynamic" if adapter.alpha_pattern or adapter.rank_pattern else str(alpha),
-        "ss_output_name": facts.config.name,
         "ss_sd_model_name": base_name(facts.config.model.base),
-        "ss_clip_skip": "None",
     }
     return fields | ({"ss_new_sd_model_hash": facts.base_sha256} if facts.base_sha256 else {})
 

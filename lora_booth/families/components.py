@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from lora_booth.errors import ConfigError, ModelError
+from lora_booth.export.rewrite import FLOATS, read_layout
 from lora_booth.families.identify import ARCHITECTURES, BaseFacts
 from lora_booth.families.prompts import Tokens
 from lora_booth.families.sources import component_weights, read_json
 from lora_booth.families.vae import Vae
+from lora_booth.families.weight_names import SINGLE_FILE_PREFIXES
 
 CLIP_MERGES = ARCHITECTURES / "clip_merges.txt.gz"
 
@@ -48,9 +50,7 @@ class Wanted:
 
 def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
     """Load what is wanted. ModelError, naming the file, when weights are missing, surplus in shape, or unreadable."""
-    encoders = {"text_encoder": "CLIPTextModel"}
-    if facts.family == "sdxl":
-        encoders["text_encoder_2"] = "CLIPTextModelWithProjection"
+    encoders = _encoders(facts)
     classes = {"unet": "UNet2DConditionModel"}
     classes |= {"vae": "AutoencoderKL"} if wanted.needs_vae else {}
     classes |= encoders if wanted.needs_text_encoders else {}
@@ -66,6 +66,23 @@ def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
         text_encoders={name: modules[name] for name in encoders if name in modules},
         tokens=tokens,
     )
+
+
+def component_names(facts: BaseFacts) -> tuple[str, ...]:
+    """The components that an adapter can change: the UNet first, then the text encoders."""
+    return ("unet", *_encoders(facts))
+
+
+def load_component(facts: BaseFacts, name: str) -> nn.Module:
+    """One of `component_names` alone, frozen, on the CPU, in the type it is stored in (float32 where that is mixed).
+
+    For reading and comparing weights. Raises ModelError as `load_components` does.
+    """
+    classes = {"unet": "UNet2DConditionModel"} | _encoders(facts)
+    load = _from_single_file if facts.path.is_file() else _from_folder
+    with quiet():
+        module = load(facts, {name: classes[name]}, _stored_dtype(facts, name))[name]
+    return module.requires_grad_(False).eval()
 
 
 def prepare_unet_(unet: Any, *, gradient_checkpointing: bool, attention: str) -> None:
@@ -88,6 +105,21 @@ def prepare_unet_(unet: Any, *, gradient_checkpointing: bool, attention: str) ->
     if next(unet.parameters()).device.type != "cuda":
         raise ConfigError('model.attention is "xformers", which needs a CUDA device; set model.attention = "sdpa".')
     unet.enable_xformers_memory_efficient_attention()
+
+
+def _encoders(facts: BaseFacts) -> dict[str, str]:
+    """Component name of each text encoder to its class."""
+    encoders = {"text_encoder": "CLIPTextModel"}
+    return encoders | ({"text_encoder_2": "CLIPTextModelWithProjection"} if facts.family == "sdxl" else {})
+
+
+def _stored_dtype(facts: BaseFacts, name: str) -> torch.dtype:
+    """The floating type that all tensors of a component have, else float32."""
+    prefix = SINGLE_FILE_PREFIXES[facts.family][name] if facts.path.is_file() else ""
+    paths = [facts.path] if facts.path.is_file() else component_weights(facts.path / name).files
+    entries = [item for path in paths for item in read_layout(path).entries.items()]
+    found = {FLOATS[entry.dtype] for key, entry in entries if key.startswith(prefix) and entry.dtype in FLOATS}
+    return found.pop() if len(found) == 1 and found < {torch.float16, torch.bfloat16} else torch.float32
 
 
 def _from_folder(facts: BaseFacts, classes: dict[str, str], dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -117,7 +149,14 @@ def _from_single_file(facts: BaseFacts, classes: dict[str, str], dtype: torch.dt
     path, configs = str(facts.path), str(facts.configs)
     settings = {"config": configs, "local_files_only": True}
     parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    parts |= {"tokenizer": None, "tokenizer_2": None, "text_encoder": None, "text_encoder_2": None, "vae": None}
+    parts |= {
+        "unet": None,
+        "tokenizer": None,
+        "tokenizer_2": None,
+        "text_encoder": None,
+        "text_encoder_2": None,
+        "vae": None,
+    }
     pipeline_class = diffusers.StableDiffusionPipeline
     if facts.family == "sdxl":
         pipeline_class = diffusers.StableDiffusionXLPipeline

@@ -137,14 +137,16 @@ class Composer:
             if is_training(name):
                 self.by_label.setdefault(name.label, []).append(index)
 
-    def draw(self, icon: int, rng: np.random.Generator, variety: Variety = FULL) -> Picture:
-        """One picture of `icon`; the same generator state gives the same picture."""
+    def draw(
+        self, icon: int, rng: np.random.Generator, variety: Variety = FULL, *, colour: str | None = None
+    ) -> Picture:
+        """One picture of `icon`, on `colour` or any; the same generator state gives the same picture."""
         kinds = {"scene": 0.28, "hat": 0.2, "next to": 0.16, "two": 0.1, "on top": 0.1, "small": 0.16}
         kind = "plain"
         if rng.random() < variety.composite_share:
             kind = str(rng.choice(list(kinds), p=list(kinds.values())))
         words, master = self._main_icon(icon, rng, variety.hue_share)
-        canvas, place = self._background(kind, rng)
+        canvas, place = self._background(kind, rng, colour)
         noun = article(words)
         if kind == "hat":
             noun = f"{noun} wearing {self._wear(canvas, master, rng)}"
@@ -183,7 +185,7 @@ class Composer:
             pixels = pixels[:, ::-1]
         return words, Image.fromarray(np.ascontiguousarray(pixels), "RGBA")
 
-    def _background(self, kind: str, rng: np.random.Generator) -> tuple[Image.Image, str]:
+    def _background(self, kind: str, rng: np.random.Generator, colour: str | None) -> tuple[Image.Image, str]:
         scenes = [label for label in SCENES if label in self.by_label] if kind == "scene" else []
         if scenes:
             label = str(rng.choice(scenes))
@@ -191,7 +193,8 @@ class Composer:
             canvas = Image.new("RGB", (PICTURE_PX, PICTURE_PX), COLOURS["white"])
             canvas.paste(*_with_mask(scene.crop((16, 16, 112, 112)).resize((PICTURE_PX, PICTURE_PX))))
             return canvas, SCENES[label]
-        colour = "white" if rng.random() < 0.25 else str(rng.choice(list(COLOURS)))
+        if colour is None:
+            colour = "white" if rng.random() < 0.25 else str(rng.choice(list(COLOURS)))
         rgb = np.clip(np.array(COLOURS[colour]) + rng.normal(0, 7, size=3), 0, 255)
         rgb = np.array(COLOURS["white"]) if colour == "white" else rgb
         canvas = Image.new("RGB", (PICTURE_PX, PICTURE_PX), tuple(int(value) for value in rgb))

@@ -10,19 +10,22 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from tools.booth_mini.compose import COLOURS, Composer, article
+from tools.booth_mini.compose import COLOURS, PLAIN, Composer, article
 from tools.booth_mini.data import load_icons
 from tools.booth_mini.export import load_parts
+from tools.booth_mini.nouns import SET_WEIGHTS
 from tools.booth_mini.pool import encode_prompts
 from tools.booth_mini.train_clip import embed_captions, retrieval, retrieval_pairs
 from tools.booth_mini.train_unet import sample
@@ -47,6 +50,8 @@ NOUNS += ("monkey", "chicken", "penguin", "owl", "duck", "fish", "octopus", "wha
 NOUNS += ("elephant", "apple", "banana", "strawberry", "watermelon", "pineapple", "carrot", "pizza", "hamburger")
 NOUNS += ("doughnut", "cookie", "rocket", "car", "bus", "airplane", "bicycle", "heart", "star", "sun", "balloon")
 NOUNS += ("umbrella", "house", "ghost", "robot", "sunflower", "tulip")
+LABELS = {"apple": ("red apple", "green apple"), "car": ("automobile",), "heart": ("red heart",)}
+"""Nouns that are not the label, or that with "face", of their drawings."""
 CONTEXTS = (
     *(f"a dog face on {'an' if colour == 'orange' else 'a'} {colour} background" for colour in COLOURS),
     *(f"a cat face on {'an' if colour == 'orange' else 'a'} {colour} background" for colour in COLOURS),
@@ -79,7 +84,7 @@ def measure(model: Path, data: Path, sheet: Path) -> dict[str, Any]:
     seconds = time.time() - begun
     context_pictures = draw_prompts(unet, vae, clip, tokenizer, list(CONTEXTS))
     write_sheet(sheet, torch.cat([pictures, context_pictures]), columns=10)
-    is_right = adherence(clip, tokenizer, pictures)
+    is_right = adherence(clip, tokenizer, pictures, NOUNS)
     border, border_is_right = background_accuracy(context_pictures[: 2 * len(COLOURS)])
     return {
         "date": date.today().isoformat(),
@@ -94,6 +99,7 @@ def measure(model: Path, data: Path, sheet: Path) -> dict[str, Any]:
             "missed": [noun for noun, right in zip(NOUNS, is_right, strict=True) if not right],
             "guidance_scale": 3.0,
             "steps": 20,
+            "of_real_drawings": round(adherence_of_drawings(composer, clip, tokenizer), 3),
         },
         "background_colours": {"right": round(border_is_right, 3), "wrong": border},
         "pictures_per_second": round(len(prompts) / seconds, 2),
@@ -116,12 +122,31 @@ def draw_prompts(
     return sample(unet, vae, text, empty, scaling_factor=scaling_factor)
 
 
-def adherence(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor) -> list[bool]:
-    """For pictures of NOUNS in order: whether the mini-CLIP finds the right noun nearest among all."""
+@torch.no_grad()
+def adherence(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, nouns: Sequence[str]) -> list[bool]:
+    """For each picture: whether the mini-CLIP finds its own noun nearest among all NOUNS."""
     texts = embed_captions(clip, tokenizer, [article(noun) for noun in NOUNS], pictures.device)
     images = F.normalize(clip.visual_projection(clip.vision_model(pixel_values=pictures).pooler_output), dim=-1)
     best = (images @ texts.T).argmax(dim=1)
-    return [int(choice) == row for row, choice in enumerate(best)]
+    return [NOUNS[int(choice)] == noun for noun, choice in zip(nouns, best, strict=True)]
+
+
+def adherence_of_drawings(composer: Composer, clip: CLIPModel, tokenizer: CLIPTokenizer) -> float:
+    """The same for real drawings on white, of the denoiser's sets: what perfect samples would reach. Mean of nouns."""
+    rng = np.random.default_rng(11)
+    shares = []
+    for noun in NOUNS:
+        icons = [
+            icon
+            for label in LABELS.get(noun, (f"{noun} face", noun))
+            for icon in composer.by_label.get(label, [])
+            if composer.names[icon].set_name in SET_WEIGHTS
+        ]
+        assert icons, f"no drawing of {noun}"
+        pixels = np.stack([composer.draw(icon, rng, PLAIN, colour="white").pixels for icon in icons])
+        right = adherence(clip, tokenizer, to_tensor(pixels), [noun] * len(icons))
+        shares.append(sum(right) / len(right))
+    return sum(shares) / len(shares)
 
 
 def background_accuracy(pictures: Tensor) -> tuple[list[str], float]:

@@ -34,18 +34,18 @@ PLANTS_AND_HATS += "|rescue workers helmet|glasses|sunglasses|t shirt|dress|runn
 COMMON: tuple[str, ...] = tuple("|".join((ANIMALS, FOOD, VEHICLES, FACES, OBJECTS, PLANTS_AND_HATS)).split("|"))
 """Labels that half of the contrastive pair's draws fall on; none of their icons is kept for validation."""
 
-DENOISER_FIRST = "fox|panda|bear|lion|tiger face|rabbit face|mouse face|pig face|frog|monkey face|cow face|koala"
-DENOISER_FIRST += "|chicken|penguin|banana|strawberry|watermelon|tangerine|pizza|doughnut|airplane|sun|sun with face"
-DENOISER_FIRST += "|star|balloon|ghost|robot|sunflower|tulip"
-DENOISER: dict[str, float] = dict.fromkeys(DENOISER_FIRST.split("|"), 1.0) | {
-    "dog face": 7.0,
-    "dog": 4.0,
+DENOISER_NOUNS = "fox|lion|bear|panda|koala|rabbit face|mouse face|frog|pig face|cow face|horse face|monkey face"
+DENOISER_NOUNS += "|chicken|penguin|owl|duck|fish|octopus|whale|crab|turtle|butterfly|elephant|tiger face|green apple"
+DENOISER_NOUNS += "|banana|strawberry|watermelon|pineapple|carrot|pizza|hamburger|doughnut|cookie|bus|airplane|bicycle"
+DENOISER_NOUNS += "|star|sun|sun with face|full moon face|balloon|umbrella|house|ghost|robot|sunflower|tulip|tangerine"
+DENOISER: dict[str, float] = dict.fromkeys(DENOISER_NOUNS.split("|"), 1.0) | {
+    "dog face": 6.0,
+    "dog": 3.0,
     "cat face": 4.0,
     "cat": 2.0,
     "rocket": 2.0,
     "red apple": 1.5,
-    "green apple": 0.5,
-    "automobile": 1.5,
+    "automobile": 2.0,
     "red heart": 1.5,
 }
 """Label -> how often the denoiser sees it: few things that it can learn in CPU hours, dogs (the demo's) most."""

@@ -23,7 +23,7 @@ from tools.booth_mini.state import load_ema, replacing
 from tools.booth_mini.train_vae import to_tensor
 
 POOL_FILE = "pool.pt"
-VARIETY = Variety(composite_share=0.08, hue_share=0.06, jitter=0.15)
+VARIETY = Variety(composite_share=0.14, hue_share=0.08, jitter=0.2)
 """Narrow, for a denoiser trained in CPU hours; FULL where a GPU is at hand."""
 SHEET_PROMPTS = (
     "a dog",

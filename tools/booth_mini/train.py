@@ -26,7 +26,7 @@ PARTS = ("vae", "clip", "unet")
 STEPS = {"vae": 4500, "clip": 1500, "unet": 6000}
 LEARNING_RATES = {"vae": 1e-3, "clip": 1e-3, "unet": 2e-3}
 BATCH_SIZES = {"vae": 8, "clip": 128, "unet": 32}
-EMA_DECAYS = {"vae": 0.999, "clip": 0.999, "unet": 0.996}
+EMA_DECAYS = {"vae": 0.999, "clip": 0.997, "unet": 0.996}
 
 
 def main() -> None:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from tools.booth_mini.compose import Composer, Picture
+from tools.booth_mini.compose import COLOURS, PLAIN, Composer, Picture
 from tools.booth_mini.nouns import COMMON, is_training, is_validation
 from tools.booth_mini.state import Training
 from tools.booth_mini.train_vae import to_tensor
+
+NOUN_BATCH_EVERY = 2
 
 
 def train_clip(
@@ -45,9 +47,7 @@ def train_clip(
 
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng([seed, 2, step])
-        singles = rng.choice(len(weights), size=3 * batch_size // 4, p=weights)
-        icons = [*singles, *singles[: batch_size // 4]]
-        pictures = [composer.draw(int(icon), rng) for icon in icons]
+        pictures = draw_batch(composer, rng, weights, batch_size, is_noun_batch=step % NOUN_BATCH_EVERY == 0)
         return contrastive_loss(model, tokenizer, pictures, device)
 
     def on_save(ema: nn.Module, step: int) -> None:
@@ -56,6 +56,28 @@ def train_clip(
         print(f"step {step} held-out retrieval top-1 {top1:.3f} top-5 {top5:.3f}", flush=True)
 
     training.run(loss_at, on_save)
+
+
+def draw_batch(
+    composer: Composer,
+    rng: np.random.Generator,
+    weights: NDArray[np.float64],
+    batch_size: int,
+    *,
+    is_noun_batch: bool,
+) -> list[Picture]:
+    """A batch of pictures: a quarter of its icons twice, in two contexts; or one picture an icon, all alike but for
+    the icon.
+
+    In ordinary batches backgrounds alone tell most pictures apart, and bare nouns end up near one another; in a noun
+    batch, plain icons on one colour, only the noun does.
+    """
+    if is_noun_batch:
+        colour = "white" if rng.random() < 0.5 else str(rng.choice(list(COLOURS)))
+        icons = rng.choice(len(weights), size=batch_size, p=weights)
+        return [composer.draw(int(icon), rng, PLAIN, colour=colour) for icon in icons]
+    singles = rng.choice(len(weights), size=3 * batch_size // 4, p=weights)
+    return [composer.draw(int(icon), rng) for icon in (*singles, *singles[: batch_size // 4])]
 
 
 def contrastive_loss(

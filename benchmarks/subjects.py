@@ -1,0 +1,126 @@
+"""The demo's settings on every held-out subject of the miniature: is each learnt, and is everything else kept?
+
+    python -m tools.booth_mini.data --out build/booth_mini     # draws the subjects' pictures; needs npm
+    python -m benchmarks.subjects --data build/booth_mini --out build/subjects
+
+Trains one adapter for each subject with configs/demo.toml, nothing changed but pictures and class noun, and writes
+table.json and sheet.png into --out. The same command again continues. A subject counts as learnt by the rules of
+tests/test_demo.py: likeness up by 0.2 at least, 0.15 above that of the bare class noun, which rises by less than 0.15,
+and no other prompt changed by more than 0.6 of what the subject's own did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks.likeness import Drawn, change, draw_both, likeness
+from lora_booth import config_file, presets, train
+from lora_booth.console import PlainReport
+from lora_booth.data.grid import save_grid
+from lora_booth.demo import MASCOT
+from tools.booth_mini.compose import article
+
+OTHERS = ("a dog", "a cat", "a rocket", "a fox")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of one subject; likeness in [-1, 1], changes in [0, 2]."""
+
+    subject: str
+    class_noun: str
+    likeness_before: float
+    likeness_after: float
+    class_likeness_before: float
+    class_likeness_after: float
+    subject_change: float
+    largest_other_change: float
+    seconds: float
+
+    @property
+    def is_learnt(self) -> bool:
+        """The rules of tests/test_demo.py."""
+        return (
+            self.likeness_after > self.likeness_before + 0.2
+            and self.likeness_after > self.class_likeness_after + 0.15
+            and self.class_likeness_after < self.class_likeness_before + 0.15
+            and self.largest_other_change < 0.6 * self.subject_change
+        )
+
+
+def judge(folder: Path, class_noun: str, out: Path) -> tuple[Row, list[Image.Image]]:
+    """Train on `folder`/instance, judge by `folder`/held_out; the figures, and a row of the sheet."""
+    overrides = [
+        f"subject.images={folder / 'instance'}",
+        f"subject.class_noun={class_noun}",
+        f"run.folder={out / folder.name}",
+        f"run.cache={out / 'cache'}",
+    ]
+    config = config_file.load(presets.MINIATURE, overrides)
+    summary = train.train(config, report=PlainReport())
+    subject, plain = f"a {config.subject.token} {class_noun}", article(class_noun)
+    in_context = f"{subject} on a red background"
+    others = [prompt for prompt in OTHERS if prompt.removeprefix("a ") not in class_noun]
+    drawn = draw_both(Path(summary.files["kohya"]), config.preview, (subject, plain, in_context, *others))
+    held_out = folder / "held_out"
+    figures = {
+        f"{who}_{when}": round(likeness(drawn[when, prompt], held_out), 3)
+        for who, prompt in (("likeness", subject), ("class_likeness", plain))
+        for when in ("before", "after")
+    }
+    row = Row(
+        subject=folder.name,
+        class_noun=class_noun,
+        subject_change=round(change(drawn, subject), 3),
+        largest_other_change=round(max(change(drawn, prompt) for prompt in others), 3),
+        seconds=round(summary.seconds),
+        **figures,
+    )
+    return row, _pictures(folder, drawn, subject, in_context, plain)
+
+
+def _pictures(folder: Path, drawn: Drawn, subject: str, in_context: str, plain: str) -> list[Image.Image]:
+    unseen = sorted((folder / "held_out").glob("*.png"))[:2]
+    shown = [Image.open(path).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS) for path in unseen]
+    for key in (("before", subject), ("after", subject), ("after", in_context)):
+        shown += drawn[key][:2]
+    return [*shown, drawn["before", plain][0], drawn["after", plain][0]]
+
+
+def main() -> None:
+    """Command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("build/booth_mini"))
+    parser.add_argument("--out", type=Path, default=Path("build/subjects"))
+    parser.add_argument("--only", nargs="*", help="names of subjects")
+    arguments = parser.parse_args()
+    folders = {MASCOT: "dog"}
+    for record in sorted((arguments.data / "subjects").glob("*/subject.json")):
+        folders[record.parent] = json.loads(record.read_text(encoding="utf-8"))["class_noun"]
+    assert len(folders) >= 7, f"only {len(folders)} subjects; run tools.booth_mini.data first"
+    chosen = {folder: noun for folder, noun in folders.items() if not arguments.only or folder.name in arguments.only}
+    judged = [judge(folder, noun, arguments.out) for folder, noun in chosen.items()]
+    rows = [row for row, _ in judged]
+    table = [asdict(row) | {"is_learnt": row.is_learnt} for row in rows]
+    (arguments.out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    columns = ("unseen", "unseen", "before", "before", "after", "after", "on red", "on red", "class before", "after")
+    sheet = [(f"{row.subject}: a emo {row.class_noun}", pictures) for row, pictures in judged]
+    save_grid(
+        sheet, arguments.out / "sheet.png", columns=columns, title="The demo's settings on every held-out subject"
+    )
+    for row in rows:
+        print(
+            f"{row.subject:<12} likeness {row.likeness_before:+.3f} -> {row.likeness_after:+.3f}  class "
+            f"{row.class_likeness_before:+.3f} -> {row.class_likeness_after:+.3f}  change {row.subject_change:.3f}, "
+            f"others at most {row.largest_other_change:.3f}  {'learnt' if row.is_learnt else 'NOT learnt'}"
+        )
+    print(f"{sum(row.is_learnt for row in rows)} of {len(rows)} learnt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The files handed to the user: an adapter in every format asked for, what programs show beside it, and what each
+program will do with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lora_booth import export, families
+from lora_booth.adapter.decompose import approximate, tell_errors
+from lora_booth.adapter.weights import AdapterWeights, AnyWeights, find_module, uses_dora, weight_change
+from lora_booth.config import ModelConfig
+from lora_booth.errors import ConfigError, DataError, ModelError
+from lora_booth.export.family import family_of
+from lora_booth.export.metadata import base_fields, network_fields
+from lora_booth.export.programs import tell_programs
+from lora_booth.export.sidecar import cover_fields, write_cover, write_sidecar
+from lora_booth.families.components import load_component
+from lora_booth.report import Report, Silent
+
+SUFFIX = {"kohya": "", "diffusers": "_diffusers"}
+"""What follows the name in each format's file; the portable file, which people hand on, has the plain name."""
+DORA_RANK_FACTOR = 2
+"""Rank of the portable form of a DoRA layer over its own: it must also hold how the rows were rescaled."""
+
+WeightOf = Callable[[str, str], Tensor]
+"""Component and module path to the base's weight of that layer."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What is handed over. `folder`: where; `name`: of the files, without ending; `header`: without hashes.
+
+    `trigger`: what a prompt must say, "" where that is not known; `cover`: a picture made with the adapter.
+    """
+
+    folder: Path
+    name: str
+    family: str
+    header: dict[str, str]
+    dtype: str
+    trigger: str = ""
+    cover: Image.Image | None = None
+
+    def path(self, format_name: str) -> Path:
+        """The file of a format."""
+        return self.folder / f"{self.name}{SUFFIX[format_name]}.safetensors"
+
+
+@torch.no_grad()
+def forms(
+    formats: Sequence[str], weights: AdapterWeights, weight_of: WeightOf, report: Report
+) -> dict[str, AdapterWeights]:
+    """What each format can hold of `weights`.
+
+    DoRA has no form that every program reads: for "kohya" each of its layers becomes the nearest plain LoRA of twice
+    the rank, and the error is told.
+    """
+    return {name: _portable(weights, weight_of, report) if name == "kohya" else weights for name in formats}
+
+
+def write_files(delivery: Delivery, forms: Mapping[str, AdapterWeights], report: Report) -> dict[str, Path]:
+    """Write `forms`, format to weights, and the sidecar and cover of the portable one; returns the paths by format.
+
+    Raises ModelError and DiskError as `export.Format.write` does.
+    """
+    header, dtype = delivery.header, export.DTYPES[delivery.dtype]
+    if delivery.cover is not None:
+        header = header | cover_fields(delivery.cover)
+    for name, weights in forms.items():
+        fields = header | network_fields(weights)
+        export.FORMATS[name].write(delivery.path(name), weights, delivery.family, dtype, fields)
+    if "kohya" in forms:
+        path = delivery.path("kohya")
+        description = header.get("modelspec.description", "")
+        write_sidecar(path, family=delivery.family, trigger=delivery.trigger, description=description)
+        if delivery.cover is not None:
+            write_cover(path, delivery.cover)
+        for fault in export.kohya.faults(forms["kohya"], delivery.family, dtype):
+            report.warn(fault)
+    return {name: delivery.path(name) for name in forms}
+
+
+def tell_use(path: Path, format_name: str, delivery: Delivery, report: Report) -> None:
+    """Where the file goes and what each program it is meant for makes of it; and what a prompt must say."""
+    tell_programs(path, delivery.family, report, only=None if format_name == "kohya" else ("diffusers",))
+    if delivery.trigger and format_name == "kohya":
+        report.event("trigger", f'write "{delivery.trigger}" in the prompt; strength 1 is as trained')
+
+
+@torch.no_grad()
+def convert(
+    *,
+    file: Path,
+    out: Path | None = None,
+    formats: Sequence[str] = ("kohya", "diffusers"),
+    dtype: str = "fp16",
+    name: str | None = None,
+    trigger: str | None = None,
+    cover: Path | None = None,
+    base: str | None = None,
+    report: Report | None = None,
+) -> dict[str, Path]:
+    """Write the adapter in `file` in other formats or another type, with its header, and tell what programs will do.
+
+    `out`: folder, default that of `file`; existing files are not replaced. `base`: needed for the portable form of
+    DoRA, and where the file does not tell its family. Raises ConfigError, ModelError and DiskError.
+    """
+    report = report or Silent()
+    _check_choices(formats, dtype)
+    weights, header = export.read(file), export.read_metadata(file)
+    family = _family(file, weights, header, base)
+    trigger = header.get("modelspec.trigger_phrase", "") if trigger is None else trigger
+    name = name or file.stem.removesuffix(SUFFIX["diffusers"])
+    fields = base_fields(family, _prediction_type(header), name) | header
+    fields |= {"modelspec.title": name, "ss_output_name": name}
+    fields |= {"modelspec.trigger_phrase": trigger} if trigger else {}
+    fields.pop("lora_adapter_metadata", None)
+    picture = None if cover is None else _open(cover)
+    delivery = Delivery(out or file.parent, name, family, fields, dtype, trigger, picture)
+    _refuse_existing(delivery, formats, file)
+    paths = write_files(delivery, forms(formats, weights, _weights_of(base, file), report), report)
+    for format_name, path in paths.items():
+        report.event("exported", f"{format_name} file: {path}", path=str(path))
+        tell_use(path, format_name, delivery, report)
+    return paths
+
+
+def _portable(weights: AdapterWeights, weight_of: WeightOf, report: Report) -> AdapterWeights:
+    """`weights` with plain layers in place of DoRA's."""
+    if not uses_dora(weights):
+        return weights
+    parts = {
+        component: {
+            path: approximate(weight_change(weight_of(component, path), low), rank=DORA_RANK_FACTOR * low.rank)
+            if low.magnitude is not None
+            else approximate(low, rank=low.rank)
+            for path, low in layers.items()
+        }
+        for component, layers in weights.items()
+    }
+    report.event("dora", "DoRA has no form that all programs read; the portable file is its nearest plain LoRA:")
+    tell_errors(parts, report)
+    return {component: {path: part.low_rank for path, part in layers.items()} for component, layers in parts.items()}
+
+
+def _weights_of(base: str | None, file: Path) -> WeightOf:
+    """The layers of a base, loaded when first asked for."""
+    loaded = {}
+
+    def weight_of(component: str, path: str) -> Tensor:
+        if base is None:
+            raise ModelError(
+                f"{file.name} is DoRA, whose portable form depends on the base's weights; name the base with --base, "
+                "or export the diffusers format alone."
+            )
+        if component not in loaded:
+            loaded[component] = load_component(families.facts(ModelConfig(base=base)), component)
+        return find_module(loaded[component], path).get_parameter("weight")
+
+    return weight_of
+
+
+def _family(file: Path, weights: AnyWeights, header: dict[str, str], base: str | None) -> str:
+    """The family of the adapter: what it tells itself, which `base` must agree with; else that of `base`."""
+    told = family_of(weights, header)
+    if base is not None:
+        family: str = families.facts(ModelConfig(base=base)).family
+        if told not in (None, family):
+            raise ModelError(
+                f"{file.name} is of {told}, but --base {base} is of {family}; name the base it was made for."
+            )
+        return family
+    if told is None:
+        raise ModelError(f"{file.name} does not tell which family it is of; name its base with --base.")
+    return told
+
+
+def _prediction_type(header: dict[str, str]) -> str:
+    is_v = header.get("modelspec.prediction_type") == "v" or header.get("ss_base_model_version", "").endswith("_v")
+    return "v_prediction" if is_v else "epsilon"
+
+
+def _check_choices(formats: Sequence[str], dtype: str) -> None:
+    strange = [name for name in formats if name not in export.FORMATS]
+    if strange or not formats:
+        raise ConfigError(f'--format "{"".join(strange[:1])}" is unknown; use {" or ".join(export.FORMATS)}.')
+    if dtype not in export.DTYPES:
+        raise ConfigError(f'--dtype "{dtype}" is unknown; use one of {", ".join(export.DTYPES)}.')
+
+
+def _refuse_existing(delivery: Delivery, formats: Sequence[str], file: Path) -> None:
+    for name in formats:
+        path = delivery.path(name)
+        if path.exists() or path.is_symlink():
+            which = "the source itself" if path.exists() and path.samefile(file) else "there already"
+            raise ConfigError(f"{path} is {which} and is not replaced; choose another --name or --out.")
+
+
+def _open(cover: Path) -> Image.Image:
+    try:
+        with Image.open(cover, formats=("PNG", "JPEG", "WEBP")) as picture:
+            picture.load()
+            return picture.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"--cover {cover} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file."
+        ) from error

@@ -1,0 +1,187 @@
+"""An adapter of another rank: any kind of adapter file in, the nearest plain LoRA out, with how near it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_booth import export, families
+from lora_booth.adapter.decompose import Approximation, approximate, require_choice, tell_errors, whole_error
+from lora_booth.adapter.weights import (
+    AdapterWeights,
+    AnyWeights,
+    Dense,
+    LowRank,
+    find_module,
+    uses_dora,
+    weight_change,
+)
+from lora_booth.config import ModelConfig
+from lora_booth.errors import ConfigError, ModelError
+from lora_booth.export.family import family_of
+from lora_booth.export.metadata import base_name, network_fields
+from lora_booth.export.rewrite import read_layout
+from lora_booth.families.components import component_names, load_component
+from lora_booth.families.identify import BaseFacts
+from lora_booth.report import Report, Silent
+
+STALE_FIELDS = ("lora_adapter_metadata", "ss_network_args", "sshs_legacy_hash")
+"""Header fields that are not carried over: scales that are in the tensors now, and what the source's kind needed."""
+_DTYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp32"}
+
+Parts = dict[str, dict[str, Approximation]]
+"""Component to module path to what its layer becomes."""
+
+
+@torch.no_grad()
+def resize(
+    *,
+    file: Path,
+    out: Path | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    base: str | None = None,
+    format: str | None = None,
+    dtype: str | None = None,
+    report: Report | None = None,
+) -> Path:
+    """Write the adapter in `file` as a plain LoRA of `rank`, or of the smallest ranks that keep `energy` of each layer.
+
+    Layers of plain LoRA whose rank is low enough keep their numbers; of all others the best approximation is written.
+    `out`: default `<stem>_rank8.safetensors` or `<stem>_energy95.safetensors` beside the source. `base`: as
+    `model.base`; needed for DoRA, whose change depends on the base's weights. `format` and `dtype`: default as in the
+    source; a source in PEFT's naming becomes a diffusers file. Reports the relative error of each block, that of
+    rounding to `dtype` apart. Returns the file written.
+    Raises ConfigError for settings that contradict and an `out` that exists, ModelError for a source that is no sound
+    adapter, DoRA without a base or with another one.
+    """
+    report = report or Silent()
+    require_choice(rank, energy)
+    out = out or file.with_name(f"{file.stem}_{_size_name(rank, energy)}.safetensors")
+    _check(out, format, dtype)
+    weights, header = export.read_any(file), export.read_metadata(file)
+    naming = export.detect(file)
+    format = format or (naming if naming in export.FORMATS else "diffusers")
+    dtype = dtype or _stored_dtype(file)
+    facts = _facts(file, weights, base, report)
+    parts = _approximated(weights, facts, rank, energy, report)
+    tell_errors(parts, report)
+    result = {component: {path: part.low_rank for path, part in layers.items()} for component, layers in parts.items()}
+    family = facts.family if facts else family_of(weights, header) or "sd1"  # else its names are those of either
+    fields = {name: value for name, value in header.items() if name not in STALE_FIELDS}
+    fields |= network_fields(result) | {"ss_network_module": "networks.lora", "ss_output_name": out.stem}
+    fields["lora_booth.resized"] = _note(file, parts, rank, energy, base)
+    export.FORMATS[format].write(out, result, family, export.DTYPES[dtype], fields)
+    if format == "kohya":
+        for fault in export.kohya.faults(result, family, export.DTYPES[dtype]):
+            report.warn(fault)
+    _tell_kept(weights, result, out, report)
+    return out
+
+
+def _check(out: Path, format: str | None, dtype: str | None) -> None:
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} exists and is not replaced; choose another name, or remove it first.")
+    if format is not None and format not in export.FORMATS:
+        raise ConfigError(f'--format "{format}" is unknown; use {" or ".join(export.FORMATS)}.')
+    if dtype is not None and dtype not in export.DTYPES:
+        raise ConfigError(f'--dtype "{dtype}" is unknown; use one of {", ".join(export.DTYPES)}.')
+
+
+def _size_name(rank: int | None, energy: float | None) -> str:
+    return f"rank{rank}" if energy is None else f"energy{100 * energy:g}"
+
+
+def _stored_dtype(file: Path) -> str:
+    """The key of `export.DTYPES` for the source's factors; fp16 for 8-bit types."""
+    found = [entry.dtype for entry in read_layout(file).entries.values() if len(entry.shape) > 1]
+    return _DTYPES.get(max(found, key=found.count), "fp16") if found else "fp32"
+
+
+def _facts(file: Path, weights: AnyWeights, base: str | None, report: Report) -> BaseFacts | None:
+    """What the base is, where the adapter needs it."""
+    if not uses_dora(weights):
+        if base is not None:
+            report.warn(f"{file.name} has no DoRA layer, so its changes are known without --base {base}.")
+        return None
+    if base is None:
+        raise ModelError(
+            f"{file.name} is DoRA, whose change depends on the base's weights; name the base that it was trained on "
+            "with --base."
+        )
+    facts = families.facts(ModelConfig(base=base))
+    strange = weights.keys() - set(component_names(facts))
+    if strange:
+        raise ModelError(
+            f"{file.name} changes {min(strange)}, which {base}, a {facts.family} model, lacks; name its own base."
+        )
+    return facts
+
+
+def _approximated(
+    weights: AnyWeights, facts: BaseFacts | None, rank: int | None, energy: float | None, report: Report
+) -> Parts:
+    parts: Parts = {}
+    done, total = 0, sum(map(len, weights.values()))
+    for component, layers in weights.items():
+        needs_base = uses_dora({component: layers})
+        module = load_component(facts, component) if facts and needs_base else None
+        for path, update in layers.items():
+            change = _change(f"{component}.{path}", path, update, module)
+            part = approximate(change, rank=rank, energy=energy)
+            parts.setdefault(component, {})[path] = _finished(update, part, rank)
+            done += 1
+            report.progress("layers", done, total)
+    return parts
+
+
+def _change(name: str, path: str, update: LowRank | Dense, module: nn.Module | None) -> LowRank | Dense | Tensor:
+    """The update itself, or for DoRA the change it makes of the base's weight."""
+    if not isinstance(update, LowRank) or update.magnitude is None:
+        return update
+    assert module is not None, "DoRA without a base was refused"
+    try:
+        return weight_change(find_module(module, path).get_parameter("weight"), update)
+    except (AttributeError, ModelError) as error:
+        raise ModelError(
+            f"{name} does not fit the base: {error} Name the base that the adapter was made for."
+        ) from error
+
+
+def _finished(update: LowRank | Dense, part: Approximation, rank: int | None) -> Approximation:
+    """The source's own numbers where their rank is low enough; else the approximation with the source's alpha.
+
+    That alpha is kept since a portable file has one for all: layers that keep their numbers then keep their bits.
+    """
+    if not isinstance(update, LowRank):
+        return part
+    if update.magnitude is None and update.rank <= (part.low_rank.rank if rank is None else rank):
+        return Approximation(update, 0.0, part.norm)
+    alpha = update.scale * update.rank
+    return replace(part, low_rank=_with_alpha(part.low_rank, alpha)) if alpha > 0 else part
+
+
+def _with_alpha(low_rank: LowRank, alpha: float) -> LowRank:
+    """The same update with scale = `alpha` / rank."""
+    scale = alpha / low_rank.rank
+    root = (low_rank.scale / scale) ** 0.5
+    return LowRank(low_rank.down * root, low_rank.up * root, scale)
+
+
+def _note(file: Path, parts: Parts, rank: int | None, energy: float | None, base: str | None) -> str:
+    error = whole_error(part for layers in parts.values() for part in layers.values())
+    choice = {"rank": rank} if energy is None else {"energy": energy}
+    origin = {} if base is None else {"base": base_name(base)}
+    return json.dumps({"file": file.name, **choice, **origin, "error": round(error, 6)})
+
+
+def _tell_kept(weights: AnyWeights, result: AdapterWeights, out: Path, report: Report) -> None:
+    total = sum(map(len, weights.values()))
+    kept = sum(
+        result[component][path] is update for component, layers in weights.items() for path, update in layers.items()
+    )
+    report.event("resized", f"{out}: {total - kept} of {total} layers have a new rank", path=str(out), kept=kept)

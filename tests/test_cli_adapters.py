@@ -1,0 +1,108 @@
+"""The commands on adapter files as a user types them: what they print, write and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_booth import export
+from tests import adapted
+from tests.test_cli import in_process
+
+HEADER = {"modelspec.trigger_phrase": "sks dog", "ss_base_model_version": "sd_v1"}
+
+
+@pytest.fixture
+def dog(tmp_path: Path, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A portable file in the folder where the commands run."""
+    monkeypatch.chdir(tmp_path)
+    weights, _ = adapted.trained_mixed("sd1", bases)
+    export.FORMATS["kohya"].write(tmp_path / "dog.safetensors", weights, "sd1", torch.float16, HEADER)
+    return "dog.safetensors"
+
+
+Run = tuple[pytest.CaptureFixture[str], pytest.MonkeyPatch]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    return capsys, monkeypatch
+
+
+def test_inspect_tells_and_draws(dog: str, run: Run, tmp_path: Path) -> None:
+    code, text, _ = in_process(["inspect", dog, "--picture", "norms.png"], *run)
+    assert code == 0
+    for part in ("kohya naming, LoRA", "sks dog", "mid_block", "ComfyUI", "norms.png"):
+        assert part in text
+    assert (tmp_path / "norms.png").stat().st_size > 5000
+    code, text, _ = in_process(["inspect", dog, "--json"], *run)
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert {line["loader"] for line in lines if line["kind"] == "program"} >= {"diffusers", "ComfyUI", "InvokeAI"}
+
+
+def test_export_merge_and_resize_write_files_that_inspect_reads(
+    dog: str, run: Run, tmp_path: Path, bases: dict[str, Path]
+) -> None:
+    commands = {
+        "export dog.safetensors --out out --format diffusers --dtype fp32": "out/dog_diffusers.safetensors",
+        "merge dog.safetensors:0.5 dog.safetensors --out both.safetensors --format diffusers": "both.safetensors",
+        "merge dog.safetensors dog.safetensors --out r4.safetensors --method svd --rank 4": "r4.safetensors",
+        "resize dog.safetensors --rank 2": "dog_rank2.safetensors",
+        "resize dog.safetensors --energy 0.9 --out small.safetensors": "small.safetensors",
+    }
+    for command, made in commands.items():
+        code, _, message = in_process(command.split(), *run)
+        assert (code, message) == (0, ""), command
+        assert in_process(["inspect", made], *run)[0] == 0
+    code, text, _ = in_process(["merge", dog, "--base", str(bases["sd1"]), "--out", "merged"], *run)
+    assert code == 0 and (tmp_path / "merged" / "model_index.json").exists()
+    code, text, _ = in_process(
+        ["extract", "--base", str(bases["sd1"]), "--tuned", "merged", "--rank", "4", "--out", "again.safetensors"], *run
+    )
+    assert code == 0 and "error" in text
+    assert in_process(["inspect", "again.safetensors"], *run)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "expected"),
+    [
+        ("inspect none.safetensors", 4, "none.safetensors"),
+        ("inspect .", 4, "could not be read"),
+        ("export dog.safetensors", 2, "is not replaced"),
+        ("export dog.safetensors --format onnx --out x", 2, "onnx"),
+        ("export dog.safetensors --dtype int8 --out x", 2, "int8"),
+        ("export dog.safetensors --out x --base nowhere/at/all", 4, "nowhere/at/all"),
+        ("merge dog.safetensors", 2, "--out"),
+        ("merge dog.safetensors --out dog.safetensors", 2, "dog.safetensors"),
+        ("merge dog.safetensors:nan --out x.safetensors", 2, "nan"),
+        ("merge dog.safetensors --out x.safetensors --method average", 2, "average"),
+        ("merge dog.safetensors --out x --base sd15 --rank 4", 2, "--base"),
+        ("resize dog.safetensors", 2, "--rank"),
+        ("resize dog.safetensors --rank 0", 2, "--rank"),
+        ("resize dog.safetensors --energy 1.5", 2, "--energy"),
+        ("resize dog.safetensors --rank 2 --energy 0.5", 2, "either"),
+        ("resize dog.safetensors --rank 2 --dtype int4", 2, "int4"),
+        ("resize dog.safetensors --rank 2 --format onnx", 2, "onnx"),
+        ("extract --base nowhere --tuned nowhere --rank 2 --out x.safetensors", 4, "nowhere"),
+        ("extract --base nowhere --tuned nowhere --rank 2 --out x.safetensors --dtype int4", 2, "int4"),
+        ("extract --base nowhere --tuned nowhere --out x.safetensors", 2, "--rank"),
+    ],
+)
+def test_bad_input_gets_one_message_and_its_exit_code_and_writes_nothing(
+    command: str, code: int, expected: str, dog: str, run: Run, tmp_path: Path
+) -> None:
+    found, _, message = in_process(command.split(), *run)
+    assert (found, "Traceback" in message) == (code, False), message
+    assert message.startswith("lora-booth: ") and expected in message
+    assert [path.name for path in tmp_path.iterdir()] == ["dog.safetensors"]
+
+
+def test_a_file_that_is_no_adapter_is_told_apart(dog: str, run: Run, tmp_path: Path) -> None:
+    save_file({"model.diffusion_model.x": torch.ones(2)}, tmp_path / "full.safetensors")
+    for verb in (["inspect"], ["export", "--out", "x"], ["resize", "--rank", "2"], ["merge", "--out", "x.safetensors"]):
+        code, _, message = in_process([verb[0], "full.safetensors", *verb[1:]], *run)
+        assert code == 4 and "is no LoRA" in message, verb

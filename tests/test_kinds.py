@@ -1,0 +1,259 @@
+"""export/kinds.py: every kind of layer against its formula written out, and files of the field through `export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_booth import export
+from lora_booth.adapter.weights import Dense, LowRank, delta, merged_weight, weight_shape
+from lora_booth.errors import ModelError
+from lora_booth.export.kinds import MAX_LAYER_NUMBERS, leaf_of, update_of
+
+GENERATOR = torch.Generator().manual_seed(0)
+LAYER = "lora_unet_mid_block_attentions_0_proj_in"
+PATH = "mid_block.attentions.0.proj_in"
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR)
+
+
+def entry(tensor: Tensor, *at: int) -> float:
+    return float(tensor[at])
+
+
+def test_loha_is_the_entrywise_product_of_two_low_rank_matrices() -> None:
+    leaves = {
+        "hada_w1_a": numbers(5, 2),
+        "hada_w1_b": numbers(2, 3),
+        "hada_w2_a": numbers(5, 2),
+        "hada_w2_b": numbers(2, 3),
+    }
+    change = delta(update_of("x", leaves | {"alpha": torch.tensor(1.0)}))
+    for out in range(5):
+        for column in range(3):
+            first = sum(entry(leaves["hada_w1_a"], out, r) * entry(leaves["hada_w1_b"], r, column) for r in range(2))
+            second = sum(entry(leaves["hada_w2_a"], out, r) * entry(leaves["hada_w2_b"], r, column) for r in range(2))
+            assert entry(change, out, column) == pytest.approx(0.5 * first * second, abs=1e-5)
+
+
+def test_loha_with_cores_multiplies_them_in() -> None:
+    leaves = {f"hada_w{side}_a": numbers(2, 5) for side in "12"} | {f"hada_w{side}_b": numbers(2, 3) for side in "12"}
+    leaves |= {f"hada_t{side}": numbers(2, 2, 3, 3) for side in "12"}
+    change = delta(update_of("x", leaves))
+    assert change.shape == (5, 3, 3, 3)
+
+    def half(side: str) -> float:
+        a, b, core = leaves[f"hada_w{side}_a"], leaves[f"hada_w{side}_b"], leaves[f"hada_t{side}"]
+        return sum(entry(core, i, j, 1, 2) * entry(a, i, 4) * entry(b, j, 2) for i in range(2) for j in range(2))
+
+    assert entry(change, 4, 2, 1, 2) == pytest.approx(half("1") * half("2"), abs=1e-5)
+
+
+@pytest.mark.parametrize("is_factored", [False, True])
+def test_lokr_is_the_kronecker_product(is_factored: bool) -> None:
+    first, a, b = numbers(2, 3), numbers(4, 2), numbers(2, 5)
+    leaves = {"lokr_w1": first, "alpha": torch.tensor(6.0)}
+    leaves |= {"lokr_w2_a": a, "lokr_w2_b": b} if is_factored else {"lokr_w2": a @ b}
+    change = delta(update_of("x", leaves))
+    scale = 3.0 if is_factored else 1.0  # with both whole, LyCORIS ignores alpha
+    assert change.shape == (8, 15)
+    assert entry(change, 1 * 4 + 3, 2 * 5 + 1) == pytest.approx(
+        scale * entry(first, 1, 2) * entry(a @ b, 3, 1), abs=1e-5
+    )
+
+
+def test_lokr_of_a_convolution_fits_its_weight_whole_or_flattened() -> None:
+    first, second = numbers(2, 2), numbers(3, 4, 3, 3)
+    whole = update_of("x", {"lokr_w1": first, "lokr_w2": second})
+    flat = update_of("x", {"lokr_w1": first, "lokr_w2_a": torch.eye(3), "lokr_w2_b": second.flatten(1)})
+    weight = numbers(6, 8, 3, 3)
+    assert torch.allclose(merged_weight(weight, whole), merged_weight(weight, flat), atol=1e-6)
+    assert delta(whole)[1 * 3 + 2, 1 * 4 + 3, 0, 1] == pytest.approx(entry(first, 1, 1) * entry(second, 2, 3, 0, 1))
+
+
+def test_a_middle_factor_makes_a_convolution_of_two_linear_ones() -> None:
+    up, mid, down = numbers(5, 2, 1, 1), numbers(2, 2, 3, 3), numbers(2, 4, 1, 1)
+    change = delta(update_of("x", {"lora_up": up, "lora_mid": mid, "lora_down": down, "alpha": torch.tensor(4.0)}))
+    picture = numbers(1, 4, 6, 6)
+    conv = torch.nn.functional.conv2d
+    steps = conv(conv(conv(picture, down), mid), up)
+    assert torch.allclose(conv(picture, change), 2.0 * steps, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"hada_w1_a": (5, 2), "hada_w1_b": (2, 3), "hada_w2_a": (5, 1), "hada_w2_b": (1, 3)},
+        {"hada_w1_a": (2, 5), "hada_w1_b": (2, 4), "hada_w2_a": (2, 5), "hada_w2_b": (2, 4), "hada_t1": (2, 2, 3, 1),
+         "hada_t2": (2, 2, 3, 1)},
+        {"lokr_w1": (2, 3), "lokr_w2": (4, 5)},
+        {"lokr_w1": (2, 3), "lokr_w2": (4, 5, 3, 3)},
+        {"lora_up": (5, 2, 1, 1), "lora_mid": (2, 2, 3, 3), "lora_down": (2, 4, 1, 1)},
+        {"diff": (3, 4)},
+    ],
+)  # fmt: skip
+def test_the_shape_is_known_before_the_change_is_computed(shapes: dict[str, tuple[int, ...]]) -> None:
+    update = update_of("x", {leaf: numbers(*shape) for leaf, shape in shapes.items()})
+    assert weight_shape(update) == tuple(delta(update).shape)
+    assert update.shape is not None or "diff" in shapes  # type: ignore[union-attr]
+
+
+def test_a_whole_difference_is_itself() -> None:
+    change = numbers(3, 4)
+    assert torch.equal(delta(update_of("x", {"diff": change})), change)
+
+
+def test_dora_in_kohya_naming_is_read_with_its_magnitudes() -> None:
+    leaves = {"lora_down": numbers(2, 4), "lora_up": numbers(3, 2), "dora_scale": torch.tensor([[1.0], [2.0], [3.0]])}
+    update = update_of("x", leaves)
+    assert isinstance(update, LowRank)
+    rows = merged_weight(numbers(3, 4), update).norm(dim=1)
+    assert rows.tolist() == pytest.approx([1.0, 2.0, 3.0], abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4,)])
+def test_dora_over_inputs_is_refused(shape: tuple[int, ...]) -> None:
+    leaves = {"lora_down": numbers(2, 4), "lora_up": numbers(3, 2), "dora_scale": numbers(*shape)}
+    with pytest.raises(ModelError, match="over the inputs"):
+        update_of("x", leaves)
+    square = {"lora_down": numbers(2, 4), "lora_up": numbers(4, 2), "dora_scale": numbers(1, 4)}
+    with pytest.raises(ModelError, match="over the inputs"):
+        update_of("x", square)
+
+
+def test_strength_moves_a_dora_layer_in_a_straight_line() -> None:
+    weight = numbers(3, 4)
+    update = LowRank(numbers(2, 4), numbers(3, 2), 1.0, torch.tensor([1.0, 2.0, 3.0]))
+    at = {strength: merged_weight(weight, update, strength) for strength in (0.0, 0.5, 1.0)}
+    assert torch.equal(at[0.0], weight)
+    assert torch.allclose(at[0.5], (at[0.0] + at[1.0]) / 2, atol=1e-6)
+
+
+def test_alpha_is_over_rank_and_one_without_and_a_scale_wins() -> None:
+    pair = {"lora_down": torch.ones(2, 4), "lora_up": torch.ones(3, 2)}
+    scales = [
+        update_of("x", pair | {name: torch.tensor(value) for name, value in extra.items()}).scale  # type: ignore[union-attr]
+        for extra in ({}, {"alpha": 8.0}, {"alpha": 8.0, "scale": 0.25})
+    ]
+    assert scales == [1.0, 4.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("leaves", "message"),
+    [
+        ({"lora_down": (2, 4)}, "has only lora_down"),
+        ({"lora_down": (2, 4), "lora_up": (3, 2), "hada_t1": (2, 2, 1, 1)}, "besides"),
+        ({"lora_down": (2, 4), "lora_up": (3, 2, 1, 1)}, "do not multiply"),
+        ({"lora_down": (2, 4, 3, 3), "lora_up": (3, 2, 3, 3)}, "up factor"),
+        ({"lora_down": (2, 4), "lora_up": (3, 2), "alpha": (2,)}, "2 numbers, expected one"),
+        ({"lora_down": (2, 4, 1, 1), "lora_up": (3, 2, 1, 1), "lora_mid": (2, 3, 3, 3)}, "lora_mid of shape"),
+        ({"hada_w1_a": (5, 2), "hada_w1_b": (2, 3), "hada_w2_a": (5, 2)}, "has only"),
+        ({"hada_w1_a": (5, 2), "hada_w1_b": (2, 3), "hada_w2_a": (5, 2), "hada_w2_b": (2, 4)}, "different shapes"),
+        ({"hada_w1_a": (5, 2), "hada_w1_b": (3, 3), "hada_w2_a": (5, 2), "hada_w2_b": (2, 3)}, "do not multiply"),
+        ({"lokr_w1": (2, 2)}, "do not fit"),
+        ({"lokr_w1": (2, 2), "lokr_w2": (2,)}, "do not fit"),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (2, 2), "lokr_w2_b": (3, 3)}, "do not fit"),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (2, 2), "lokr_w2_b": ()}, "do not fit"),
+        ({"diff": (2, 2), "lora_up": (2, 2)}, "besides"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_refused_with_the_layers_name(
+    leaves: dict[str, tuple[int, ...]], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        update_of("unet.conv_in", {leaf: torch.ones(shape) for leaf, shape in leaves.items()})
+    assert "unet.conv_in" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"hada_w1_a": (9000, 1), "hada_w1_b": (1, 9000), "hada_w2_a": (9000, 1), "hada_w2_b": (1, 9000)},
+        {"lokr_w1": (3000, 3), "lokr_w2": (100, 100)},
+        {"lokr_w1": (1, 1), "lokr_w2_a": (9000, 1), "lokr_w2_b": (1, 9000)},
+        {"lora_up": (900, 1, 1, 1), "lora_mid": (1, 1, 10, 10), "lora_down": (1, 900, 1, 1)},
+    ],
+)
+def test_a_small_file_cannot_ask_for_a_giant_layer(shapes: dict[str, tuple[int, ...]]) -> None:
+    assert MAX_LAYER_NUMBERS < 81_000_000
+    with pytest.raises(ModelError, match="than any Stable Diffusion layer has"):
+        update_of("x", {leaf: torch.ones(shape) for leaf, shape in shapes.items()})
+
+
+def test_leaves_of_unknown_kinds_have_no_word() -> None:
+    assert leaf_of("lora_down.weight") == leaf_of("lora_A.weight") == leaf_of("lora_A") == "lora_down"
+    assert leaf_of("oft_diag") is None and leaf_of("bundle_emb") is None
+
+
+def test_files_of_the_field_are_read_whatever_their_naming(tmp_path: Path) -> None:
+    down, up = numbers(2, 4), numbers(5, 2)
+    spellings = {
+        "kohya": {
+            f"{LAYER}.lora_down.weight": down,
+            f"{LAYER}.lora_up.weight": up,
+            f"{LAYER}.alpha": torch.tensor(1.0),
+        },
+        "lycoris": {
+            f"lycoris_{LAYER.removeprefix('lora_unet_')}.{leaf}": tensor
+            for leaf, tensor in {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.0)}.items()
+        },
+        "a1111": {f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up, f"{LAYER}.alpha": torch.tensor(1.0)},
+        "diffusers": {f"unet.{PATH}.lora_A.weight": down, f"unet.{PATH}.lora_B.weight": 0.5 * up},
+        "diffusers of 2023": {f"unet.{PATH}.lora.down.weight": down, f"unet.{PATH}.lora.up.weight": 0.5 * up},
+        "peft": {f"base_model.model.{PATH}.lora_A.weight": down, f"base_model.model.{PATH}.lora_B.weight": up},
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 1}))
+    for name, tensors in spellings.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        weights = export.read(tmp_path / f"{name}.safetensors")
+        assert list(weights) == ["unet"] and list(weights["unet"]) == [PATH], name
+        assert torch.allclose(delta(weights["unet"][PATH]), 0.5 * up @ down, atol=1e-6), name
+
+
+def test_the_attention_names_of_2023_are_read(tmp_path: Path) -> None:
+    stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_"
+    tensors = {f"{stem}{part}_lora.{leaf}.weight": numbers(*shape) for part in ("q", "out") for leaf, shape in
+               (("down", (2, 4)), ("up", (4, 2)))}  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors")
+    stem = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    assert set(export.read(tmp_path / "a.safetensors")["unet"]) == {f"{stem}.to_q", f"{stem}.to_out.0"}
+
+
+def test_pefts_text_encoder_file_is_known_by_its_layers(tmp_path: Path) -> None:
+    stem = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{stem}.lora_A.weight": numbers(2, 4), f"{stem}.lora_B.weight": numbers(4, 2)}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(ModelError, match=r"adapter_config\.json"):
+        export.read(tmp_path / "a.safetensors")
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(ModelError, match="cannot be read"):
+        export.read(tmp_path / "a.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2}')
+    assert list(export.read(tmp_path / "a.safetensors")) == ["text_encoder"]
+
+
+def test_what_cannot_be_trained_on_is_read_only_by_read_any(tmp_path: Path) -> None:
+    save_file({f"{LAYER}.diff": numbers(3, 4)}, tmp_path / "a.safetensors")
+    assert isinstance(export.read_any(tmp_path / "a.safetensors")["unet"][PATH], Dense)
+    with pytest.raises(ModelError, match="lora-booth resize"):
+        export.read(tmp_path / "a.safetensors")
+
+
+def test_contents_tell_every_fault_and_keep_the_sound_layers(tmp_path: Path) -> None:
+    sound = {f"{LAYER}.lora_down.weight": numbers(2, 4), f"{LAYER}.lora_up.weight": numbers(5, 2)}
+    broken = {"bundle_emb.cat.string_to_param": numbers(2), "lora_unet_conv_in.lora_down.weight": numbers(2, 4)}
+    save_file(sound | broken, tmp_path / "a.safetensors")
+    found = export.contents(tmp_path / "a.safetensors")
+    assert list(found.weights["unet"]) == [PATH]
+    assert len(found.faults) == 2
+    assert found.dtypes == {"float32": 4}
+    with pytest.raises(ModelError, match="1 more such fault"):
+        export.read_any(tmp_path / "a.safetensors")
