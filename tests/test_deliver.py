@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_booth import deliver, export
 from lora_booth.adapter import inject
@@ -72,6 +72,20 @@ def test_a_conversion_keeps_updates_header_and_name_and_adds_what_programs_show(
     assert 'write "sks dog" in the prompt' in text
 
 
+def test_the_scales_that_stood_in_the_header_are_in_the_tensors_now_and_not_twice(source: Path, tmp_path: Path) -> None:
+    tensors, weights = load_file(source), export.read(source)
+    collated = {
+        f"{component}.{key}": value for component in weights for key, value in {"r": 4, "lora_alpha": 4}.items()
+    }
+    with_header = tmp_path / "h_diffusers.safetensors"
+    save_file(tensors, with_header, metadata=HEADER | {"lora_adapter_metadata": json.dumps(collated)})
+    expected = export.read(with_header)
+    for path in deliver.convert(file=with_header, out=tmp_path / "out", dtype="fp32").values():
+        assert "lora_adapter_metadata" not in export.read_metadata(path)
+        for name, low in expected["unet"].items():
+            assert torch.allclose(delta(export.read(path)["unet"][name]), delta(low), atol=1e-6)
+
+
 def test_every_program_takes_every_layer_of_the_portable_file(source: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     deliver.convert(file=source, out=tmp_path / "out", formats=("kohya",), report=recorder)
@@ -127,7 +141,8 @@ def test_the_portable_form_of_dora_is_near_and_its_error_is_told(bases: dict[str
     for component, layers in weights.items():
         for path, low in layers.items():
             plain = forms["kohya"][component][path]
-            assert plain.magnitude is None and plain.rank <= deliver.DORA_RANK_FACTOR * low.rank
+            assert plain.magnitude is None
+            assert plain.rank == min(deliver.DORA_RANK_FACTOR * low.rank, *low.up.shape[:1], low.down[0].numel())
             true = weight_change(weight_of(component, path), low)
             lost += float((true - delta(plain).reshape(true.shape)).square().sum())
             whole += float(true.square().sum())

@@ -217,6 +217,16 @@ def test_files_of_the_field_are_read_whatever_their_naming(tmp_path: Path) -> No
         assert torch.allclose(delta(weights["unet"][PATH]), 0.5 * up @ down, atol=1e-6), name
 
 
+def test_lycoris_has_one_prefix_for_the_unet_and_the_text_encoder(tmp_path: Path) -> None:
+    name = "lycoris_text_model_encoder_layers_0_mlp_fc1"
+    save_file(
+        {f"{name}.lora_down.weight": numbers(2, 4), f"{name}.lora_up.weight": numbers(5, 2)}, tmp_path / "a.safetensors"
+    )
+    assert {c: list(layers) for c, layers in export.read(tmp_path / "a.safetensors").items()} == {
+        "text_encoder": ["encoder.layers.0.mlp.fc1"]
+    }
+
+
 def test_the_attention_names_of_2023_are_read(tmp_path: Path) -> None:
     stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_"
     tensors = {f"{stem}{part}_lora.{leaf}.weight": numbers(*shape) for part in ("q", "out") for leaf, shape in
