@@ -47,7 +47,8 @@ def test_a_run_leaves_adapter_files_pictures_metrics_and_a_summary(make_config: 
     config = make_config(
         preview={"images_per_prompt": 1, "sampler_steps": 2, "every_steps": 2, "prompts": ["a {class}"]}
     )
-    summary = train.train(config)
+    recorder = Recorder()
+    summary = train.train(config, report=recorder)
     folder = tmp_path / "run"
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert names >= {
@@ -57,6 +58,8 @@ def test_a_run_leaves_adapter_files_pictures_metrics_and_a_summary(make_config: 
         "summary.json",
         "sks_dog.safetensors",
         "sks_dog_diffusers.safetensors",
+        "sks_dog.json",
+        "sks_dog.png",
         "before_after.png",
         "previews/step-000000.png",
         "previews/step-000002.png",
@@ -66,7 +69,23 @@ def test_a_run_leaves_adapter_files_pictures_metrics_and_a_summary(make_config: 
     assert all(0 < line["instance_loss"] < 10 and 0 < line["class_loss"] < 10 for line in lines)
     assert config_file.load(folder / "config.toml").train.steps == 4
     assert json.loads((folder / "summary.json").read_text())["steps"] == summary.steps == 4
+    rows = [text for kind, text in recorder.events if kind == "program"]
+    assert len(rows) == 8 and all("  128 of 128  " in row for row in rows)
     assert train.train(config) == summary
+
+
+def test_the_cover_is_the_first_picture_made_with_the_adapter_or_none(make_config: MakeConfig, tmp_path: Path) -> None:
+    pictures = {"images_per_prompt": 1, "sampler_steps": 2, "prompts": ["a {class}"]}
+    train.train(make_config(preview=pictures))
+    folder = tmp_path / "run"
+    for name in ("sks_dog", "sks_dog_diffusers"):
+        assert "modelspec.thumbnail" in export.read_metadata(folder / f"{name}.safetensors")
+    assert json.loads((folder / "sks_dog.json").read_text())["activation text"] == "sks dog"
+    with Image.open(folder / "sks_dog.png") as cover:
+        assert cover.size == (512, 512)
+    train.train(make_config(name="bare", preview=pictures, export={"cover": False}))
+    assert "modelspec.thumbnail" not in export.read_metadata(tmp_path / "bare" / "sks_dog.safetensors")
+    assert not (tmp_path / "bare" / "sks_dog.png").exists()
 
 
 def test_the_files_say_what_they_are_and_hold_no_path(make_config: MakeConfig, tmp_path: Path) -> None:
