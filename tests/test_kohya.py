@@ -300,7 +300,13 @@ def test_what_leaves_the_portable_set_is_told() -> None:
     text = {f"encoder.layers.0.self_attn.{leaf}_proj": layer() for leaf in ("q", "k", "v", "out")}
     good = unet_layers("attn2.to_k", "ff.net.2")
     assert kohya.faults(good | {"text_encoder": text}, "sd1") == []
-    assert "No cross-attention" in faults(unet_layers("attn1.to_q"))
+    assert "InvokeAI will refuse" in faults(unet_layers("attn1.to_q"))
+    assert "InvokeAI will refuse" in faults({"text_encoder": text}, "sdxl") and faults({"text_encoder": text}) == ""
+    late = {
+        "down_blocks.3.resnets.0.time_emb_proj": layer(),
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k": layer(),
+    }
+    assert "before any time_emb_proj" in faults({"unet": late}) and faults({"unet": late}, "sdxl") == ""
     outside = {"unet": good["unet"] | {"conv_in": layer(), "time_embedding.linear_1": layer()}}
     assert "2 of 4 adapted layers, first unet.conv_in" in faults(outside)
     assert "2 of 4" in faults(outside, "sdxl")

@@ -378,9 +378,21 @@ def test_invokeai_knows_the_base_by_widths_alone() -> None:
     assert "takes the file for SDXL" in text_of(check("sd1", "resnets"))
     assert check("sdxl", "attn1").notes == (), "ten transformer blocks in a row are SDXL's"
     assert check("sdxl", r"down_blocks\.1.+attn1").matched == 0
-    assert File("sdxl").add(texts("sdxl")).verdicts()[INVOKEAI].notes == (), "768 + 1280 is SDXL's 2048"
+    only_texts = File("sdxl").add(texts("sdxl")).verdicts()[INVOKEAI]
+    assert only_texts.matched == 0 and "refuses to import" in text_of(only_texts)
+    embedding_first = check("sd1", r"mid_block.+attn2\.to_k|down_blocks\.3.+time_emb_proj")
+    assert embedding_first.matched == 0 and "takes the file for SDXL" in text_of(embedding_first)
+    assert check("sd1", r"down_blocks\.0.+attn2\.to_k|down_blocks\.3.+time_emb_proj").notes == ()
     both = File("sd1").add([*unet("sd1", "attn1"), *texts("sd1")]).verdicts()[INVOKEAI]
     assert both.matched == 64 + 72 and both.notes == ()
+
+
+def test_sdnext_loses_the_first_upsampler_of_sd1_and_2_under_original_names() -> None:
+    for family in ("sd1", "sd2"):
+        upsamplers = unet(family, r"up_blocks\.[01]\.upsamplers")
+        verdict = File(family).add(upsamplers, kohya(family, "ldm")).verdicts()[SDNEXT]
+        assert (verdict.matched, verdict.total) == (1, 2)
+        assert File(family).add(upsamplers).verdicts()[SDNEXT].matched == 2
 
 
 def test_invokeai_refuses_two_namings_and_strangers_in_an_sdxl_file() -> None:

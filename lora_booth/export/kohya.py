@@ -14,7 +14,8 @@ R7  Only layers inside attentions, resnets and samplers, and the text encoders' 
 R8  Of a text encoder's attention q, k, v and out together: A1111 merges OpenCLIP's fused projection only so.
 R9  No DoRA, no other keys.
 R10 Rank 2 at least, by zero padding: stable-diffusion.cpp reads the rank of a rank-1 layer wrongly.
-R11 Some cross-attention k or v, or a text encoder: InvokeAI recognises the base by their width.
+R11 Some cross-attention k or v, in SD 1.x and 2.x or a text encoder: InvokeAI recognises the base by the first such
+    layer in the file, and takes a time_emb_proj before it for SDXL.
 
 `to_tensors` holds R1-R6, R9 and R10 by construction; `faults` tells where an adapter breaks R7, R8 or R11.
 """
@@ -121,7 +122,7 @@ def faults(weights: AdapterWeights, family: str, dtype: torch.dtype = torch.floa
     """What in this adapter would be lost or differ in some program, one sentence each; empty when it is portable."""
     if uses_dora(weights):
         return [_DORA]
-    found = [*_outside(weights), *_split_attention(weights), *_unrecognisable(weights)]
+    found = [*_outside(weights), *_split_attention(weights), *_unrecognisable(weights, family)]
     return found + rounding_faults(_unrounded(weights, family)[0], dtype)
 
 
@@ -199,12 +200,19 @@ def _split_attention(weights: AdapterWeights) -> list[str]:
     return []
 
 
-def _unrecognisable(weights: AdapterWeights) -> list[str]:
+def _unrecognisable(weights: AdapterWeights, family: str) -> list[str]:
     """R11."""
-    has_text = any(layers for component, layers in weights.items() if component != "unet")
-    if has_text or any(re.search(r"\.attn2\.to_[kv]$", path) for path in weights.get("unet", {})):
+    names = sorted(kohya_name(component, path, family) for component, layers in weights.items() for path in layers)
+    telling = r".+_(attn2_to_[kv]|time_emb_proj|emb_layers_1)|lora_te_.+_self_attn_.+"
+    first = next((name for name in names if re.fullmatch(telling, name)), "")
+    if family == "sdxl":
+        is_known = bool(first) or any(re.search(r"_transformer_blocks_[2-9]_", name) for name in names)
+    else:
+        is_known = bool(first) and not first.endswith("_time_emb_proj")
+    if is_known:
         return []
     return [
-        "No cross-attention k or v (attn2.to_k, attn2.to_v) is adapted: InvokeAI tells the base by their width and "
-        "will refuse the file or take it for another family."
+        "InvokeAI will refuse the file or take it for another family: it tells the base by the width of the first "
+        "cross-attention k or v (attn2.to_k, attn2.to_v) in the file, which must come before any time_emb_proj; adapt "
+        "attn2.to_k in every block."
     ]

@@ -110,24 +110,19 @@ def _invokeai_base(file: AdapterFile) -> str | None:
         return None
     effect = f"takes the file for {BASES[told]}" if told else "refuses to import the file"
     return (
-        f"InvokeAI {effect}: it tells the base by the width of attn2.to_k and attn2.to_v or of a text encoder; adapt "
-        "one of these too."
+        f"InvokeAI {effect}: it tells the base by the first layer in the file of attn2.to_k, attn2.to_v, time_emb_proj "
+        "or, for SD 1 and 2, a text encoder; adapt attn2.to_k in every block."
     )
 
 
 def _invokeai_family(file: AdapterFile) -> str | None:
-    """`lora_token_vector_length` and, where it finds nothing, the depth of the transformers."""
-    texts = {layer.prefix: layer.fan_in for layer in file.layers if ".self_attn." in layer.path}
-    first, second = texts.get("lora_te1"), texts.get("lora_te2")
-    widths = [
-        *(layer.fan_in for layer in file.layers if layer.path.endswith(("attn2.to_k", "attn2.to_v"))),
-        texts.get("lora_te"),
-        first + second if first and second else None,
-        *(layer.fan_in for layer in file.layers if layer.name.endswith("time_emb_proj")),
-    ]
-    width = next((width for width in widths if width), None)
-    if width:
-        return {768: "sd1", 1024: "sd2", 1280: "sdxl", 2048: "sdxl"}.get(width)
+    """`lora_token_vector_length`, which stops at the first key by name that has a width, and where it finds none the
+    depth of the transformers. The text encoders of SDXL tell nothing: their width is forgotten at the next key."""
+    for layer in sorted(file.layers, key=lambda layer: layer.name):
+        is_text = layer.prefix == "lora_te" and ".self_attn." in layer.path
+        is_telling = layer.path.endswith(("attn2.to_k", "attn2.to_v")) or layer.name.endswith("time_emb_proj")
+        if layer.fan_in and (is_text or is_telling):
+            return {768: "sd1", 1024: "sd2", 1280: "sdxl", 2048: "sdxl"}.get(layer.fan_in)
     deep = tuple(f".transformer_blocks.{i}." for i in range(2, 10))
     return "sdxl" if any(part in layer.path for layer in file.layers for part in deep) else None
 
@@ -289,7 +284,7 @@ LOADERS = (
     ),
     Loader(
         name="ComfyUI",
-        source="Comfy-Org/ComfyUI 0.3.64, comfy/lora.py, comfy/weight_adapter; lora.py of 2026 read",
+        source="Comfy-Org/ComfyUI 0.3.64 and 0.28.0 of 2026-07, comfy/lora.py, comfy/weight_adapter",
         folder="models/loras",
         spellings=_COMFY_SPELLINGS,
         text_prefixes=_ANY_TEXT_PREFIX,
@@ -308,8 +303,9 @@ LOADERS = (
     ),
     Loader(
         name="SD.Next",
-        source="vladmandic/sdnext of 2026-07-23, modules/lora; names without text_model_ read",
+        source="vladmandic/sdnext of 2026-07-23, modules/lora",
         folder="models/Lora",
+        nameless={(family, "ldm"): frozenset({"up_blocks.0.upsamplers.0.conv"}) for family in ("sd1", "sd2")},
         needs_text_model=frozenset({"text_encoder_2"}),
         keeps_dora=lambda layer: layer.dora_axis in ("input", "output"),
         reads_scale_tensor=True,
