@@ -23,8 +23,8 @@ from tools.booth_mini.train_unet import train_unet
 from tools.booth_mini.train_vae import train_vae
 
 PARTS = ("vae", "clip", "unet")
-STEPS = {"vae": 4500, "clip": 1500, "unet": 6000}
-LEARNING_RATES = {"vae": 1e-3, "clip": 1e-3, "unet": 2e-3}
+STEPS = {"vae": 4500, "clip": 3500, "unet": 9000}
+LEARNING_RATES = {"vae": 1e-3, "clip": 1e-3, "unet": 4e-3}
 BATCH_SIZES = {"vae": 8, "clip": 128, "unet": 32}
 EMA_DECAYS = {"vae": 0.999, "clip": 0.997, "unet": 0.996}
 
@@ -85,7 +85,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="the schedule's end, counted from the very start")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--pool", type=int, default=16_000, help="unet: pictures in the pool of latents")
+    parser.add_argument("--pool", type=int, default=20_000, help="unet: pictures in the pool of latents")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--freeze",
