@@ -37,25 +37,30 @@ Drawn = dict[tuple[str, str], list[Image.Image]]
 
 
 def draw_both(
-    adapter: Path, preview: PreviewConfig, prompts: Sequence[str] = PROMPTS, *, base: str = "booth-mini"
+    adapter: Path,
+    preview: PreviewConfig,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    base: str = "booth-mini",
+    seeds: Sequence[int] = SEEDS,
 ) -> Drawn:
     """Every prompt by the base alone and through the adapter file, from the same noise."""
     family = families.load(ModelConfig(base=base), device="cpu", dtype=torch.float32)
-    before = {("before", prompt): sketch(family, prompt, preview) for prompt in prompts}
+    before = {("before", prompt): sketch(family, prompt, preview, seeds) for prompt in prompts}
     family.pipeline("ddim").load_lora_weights(str(adapter.parent), weight_name=adapter.name)
-    return before | {("after", prompt): sketch(family, prompt, preview) for prompt in prompts}
+    return before | {("after", prompt): sketch(family, prompt, preview, seeds) for prompt in prompts}
 
 
 @torch.no_grad()
-def sketch(family: Family, prompt: str, preview: PreviewConfig) -> list[Image.Image]:
+def sketch(family: Family, prompt: str, preview: PreviewConfig, seeds: Sequence[int]) -> list[Image.Image]:
     """One picture per seed."""
     pictures = draw(
         family,
-        [family.encode_prompts([prompt])] * len(SEEDS),
+        [family.encode_prompts([prompt])] * len(seeds),
         family.encode_prompts([""]),
         width_px=SIDE_PX,
         height_px=SIDE_PX,
-        seeds=SEEDS,
+        seeds=seeds,
         sampler=preview.sampler,
         sampler_steps=preview.sampler_steps,
         guidance_scale=preview.guidance_scale,
@@ -74,11 +79,11 @@ def features(pictures: list[Image.Image]) -> Tensor:
     return torch.nn.functional.normalize(vectors, dim=-1)
 
 
-def likeness(pictures: list[Image.Image], held_out: Path = MASCOT / "held_out") -> float:
-    """Mean cosine similarity to the subject's pictures in `held_out`, which were not trained on."""
-    unseen = [Image.open(path) for path in sorted(held_out.glob("*.png"))]
-    assert len(unseen) >= 5, f"{len(unseen)} held-out pictures"
-    return float((features(pictures) @ features(unseen).T).mean())
+def likeness(pictures: list[Image.Image], unseen: Sequence[Path] | None = None) -> float:
+    """Mean cosine similarity to the pictures `unseen`, default the mascot's, none of which was trained on."""
+    paths = sorted((MASCOT / "held_out").glob("*.png")) if unseen is None else unseen
+    assert paths, "no pictures to compare with"
+    return float((features(pictures) @ features([Image.open(path) for path in paths]).T).mean())
 
 
 def change(drawn: Drawn, prompt: str) -> float:
