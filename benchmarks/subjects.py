@@ -9,8 +9,8 @@ table.json and sheet.png into --out. The same command again continues.
 Likeness is the mean cosine, by the miniature's image tower, between each unseen picture on a plain colour and the
 subject drawn on a background of that colour: backgrounds weigh more in these features than subjects do, so they must
 agree. A subject counts as learnt when its likeness rises by 0.15 at least and ends 0.1 above that of the bare class
-noun on the same backgrounds, that rises by less than 0.1, and no other prompt changes by more than 0.6 of what the subject's
-do.
+noun on the same backgrounds, that rises by less than 0.1, and no other prompt changes by more than 0.6 of what the
+subject's do.
 """
 
 from __future__ import annotations
