@@ -196,8 +196,11 @@ def _check_choices(formats: Sequence[str], dtype: str) -> None:
 
 
 def _refuse_existing(delivery: Delivery, formats: Sequence[str], file: Path) -> None:
-    for name in formats:
-        path = delivery.path(name)
+    paths = [delivery.path(name) for name in formats]
+    if "kohya" in formats:
+        portable = delivery.path("kohya")
+        paths += [portable.with_suffix(".json")] + ([portable.with_suffix(".png")] if delivery.cover else [])
+    for path in paths:
         if path.exists() or path.is_symlink():
             which = "the source itself" if path.exists() and path.samefile(file) else "there already"
             raise ConfigError(f"{path} is {which} and is not replaced; choose another --name or --out.")

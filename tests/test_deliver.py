@@ -105,6 +105,17 @@ def test_nothing_is_replaced_not_even_the_source(source: Path) -> None:
     assert source.read_bytes() == content
 
 
+@pytest.mark.parametrize("ending", [".json", ".png"])
+def test_a_sidecar_or_picture_of_the_users_is_not_replaced(ending: str, source: Path) -> None:
+    own = source.with_name(f"dog{ending}")
+    Image.new("RGB", (8, 8)).save(own, format="PNG")
+    content = own.read_bytes()
+    with pytest.raises(ConfigError, match=f"dog{ending} is there already"):
+        deliver.convert(file=source, formats=("kohya",), cover=own)
+    assert own.read_bytes() == content
+    assert sorted(p.name for p in source.parent.iterdir()) == [own.name, source.name]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
