@@ -58,8 +58,10 @@ def generate(
     for (path, _), layers in zip(adapters, weights, strict=True):
         _require_fit(family, path, layers)
     pipeline = family.pipeline(picture.sampler)
-    for number, (path, _) in enumerate(adapters):
-        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"adapter_{number}")
+    to_tensors = export.FORMATS["diffusers"].to_tensors  # diffusers itself knows fewer namings, and drops kohya's DoRA
+    for number, layers in enumerate(weights):
+        tensors = to_tensors(layers, family.name, torch.float32)
+        pipeline.load_lora_weights(tensors, adapter_name=f"adapter_{number}")
     columns = []
     for done, strength in enumerate(strengths, start=1):
         if adapters:

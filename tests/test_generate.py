@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from lora_booth import export, generate
 from lora_booth.adapter.weights import LowRank
@@ -53,6 +54,32 @@ def test_two_adapters_differ_from_either(bases: dict[str, Path], tmp_path: Path)
         generate.generate(base=str(bases["sd1"]), prompts=["a dog"], adapters=adapters, picture=PICTURE, folder=folder)
         pictures.append(pixels(folder, "00_a_dog_1.png"))
     assert not any(np.array_equal(a, b) for a, b in ((pictures[0], pictures[2]), (pictures[1], pictures[2])))
+
+
+def test_every_naming_draws_the_same_dora_too(bases: dict[str, Path], tmp_path: Path) -> None:
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 16, generator=generator), torch.randn(16, 2, generator=generator)
+    magnitude = 3 * torch.rand(16, generator=generator)
+    low = LowRank(down, up, 0.5, magnitude)
+    export.FORMATS["diffusers"].write(
+        tmp_path / "diffusers.safetensors", {"unet": {path: low}}, "sd1", torch.float32, {}
+    )
+    for naming, prefix in (("kohya", "lora_unet_"), ("lycoris", "lycoris_")):
+        leaves = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
+        leaves["dora_scale"] = magnitude[:, None]
+        tensors = {f"{prefix}{path.replace('.', '_')}.{leaf}": tensor for leaf, tensor in leaves.items()}
+        save_file(tensors, tmp_path / f"{naming}.safetensors")
+    drawn = {}
+    for naming in ("diffusers", "kohya", "lycoris"):
+        adapters = [(tmp_path / f"{naming}.safetensors", 1.0)]
+        folder = tmp_path / naming
+        generate.generate(
+            base=str(bases["sd1"]), prompts=["x"], adapters=adapters, strengths=(0, 1), picture=PICTURE, folder=folder
+        )
+        drawn[naming] = pixels(folder, "00_x_1.png")
+        assert not np.array_equal(drawn[naming], pixels(folder, "00_x_0.png"))
+    assert np.array_equal(drawn["diffusers"], drawn["kohya"]) and np.array_equal(drawn["kohya"], drawn["lycoris"])
 
 
 def test_existing_pictures_are_not_replaced(bases: dict[str, Path], tmp_path: Path) -> None:
