@@ -18,7 +18,7 @@ from lora_booth.adapter.weights import AdapterWeights, AnyWeights, find_module, 
 from lora_booth.config import ModelConfig
 from lora_booth.errors import ConfigError, DataError, ModelError
 from lora_booth.export.family import family_of
-from lora_booth.export.metadata import base_fields, network_fields
+from lora_booth.export.metadata import base_fields, carried, network_fields
 from lora_booth.export.programs import tell_programs
 from lora_booth.export.sidecar import cover_fields, write_cover, write_sidecar
 from lora_booth.families.components import load_component
@@ -113,15 +113,14 @@ def convert(
     DoRA, and where the file does not tell its family. Raises ConfigError, ModelError and DiskError.
     """
     report = report or Silent()
-    _check_choices(formats, dtype)
+    export.require_choices(formats, dtype)
     weights, header = export.read(file), export.read_metadata(file)
     family = _family(file, weights, header, base)
     trigger = header.get("modelspec.trigger_phrase", "") if trigger is None else trigger
     name = name or file.stem.removesuffix(SUFFIX["diffusers"])
-    fields = base_fields(family, _prediction_type(header), name) | header
+    fields = base_fields(family, _prediction_type(header), name) | carried(header)
     fields |= {"modelspec.title": name, "ss_output_name": name}
     fields |= {"modelspec.trigger_phrase": trigger} if trigger else {}
-    fields.pop("lora_adapter_metadata", None)
     picture = None if cover is None else _open(cover)
     delivery = Delivery(out or file.parent, name, family, fields, dtype, trigger, picture)
     _refuse_existing(delivery, formats, file)
@@ -185,14 +184,6 @@ def _family(file: Path, weights: AnyWeights, header: dict[str, str], base: str |
 def _prediction_type(header: dict[str, str]) -> str:
     is_v = header.get("modelspec.prediction_type") == "v" or header.get("ss_base_model_version", "").endswith("_v")
     return "v_prediction" if is_v else "epsilon"
-
-
-def _check_choices(formats: Sequence[str], dtype: str) -> None:
-    strange = [name for name in formats if name not in export.FORMATS]
-    if strange or not formats:
-        raise ConfigError(f'--format "{"".join(strange[:1])}" is unknown; use {" or ".join(export.FORMATS)}.')
-    if dtype not in export.DTYPES:
-        raise ConfigError(f'--dtype "{dtype}" is unknown; use one of {", ".join(export.DTYPES)}.')
 
 
 def _refuse_existing(delivery: Delivery, formats: Sequence[str], file: Path) -> None:

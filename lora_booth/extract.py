@@ -83,10 +83,7 @@ def extract(
 def _check(out: Path, format: str, dtype: str) -> None:
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists and is not replaced; choose another name, or remove it first.")
-    if format not in export.FORMATS:
-        raise ConfigError(f'--format "{format}" is unknown; use {" or ".join(export.FORMATS)}.')
-    if dtype not in export.DTYPES:
-        raise ConfigError(f'--dtype "{dtype}" is unknown; use one of {", ".join(export.DTYPES)}.')
+    export.require_choices([format], dtype)
 
 
 def _require_alike(facts: BaseFacts, tuned: BaseFacts, report: Report) -> None:

@@ -11,11 +11,10 @@ from pathlib import Path
 from lora_booth import charts, export, files
 from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, block_of, context_width, norm_of, num_parameters
 from lora_booth.errors import ModelError
+from lora_booth.export.family import FAMILY_NAMES, MINIATURE_WIDTH, family_of
 from lora_booth.export.programs import tell_programs
 from lora_booth.report import Report
 
-CONTEXT_WIDTHS = {192: "booth-mini", 768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-"""Width of the text embeddings that cross-attention reads, which tells the families apart."""
 SHOWN_FIELDS = (
     "modelspec.title",
     "modelspec.architecture",
@@ -49,7 +48,7 @@ def inspect(path: Path, report: Report, *, picture: Path | None = None) -> None:
     kinds = Counter(_kind(update) for layers in weights.values() for update in layers.values())
     facts = {
         "file": f"{path.name}, {path.stat().st_size / 1e6:.1f} MB, {found.naming} naming, {_counted(kinds)}",
-        "base": base_family(weights),
+        "base": base_family(weights, found.header),
         "sha256": files.sha256(path),
         "numbers": f"{num_parameters(weights):,} in {_counted(found.dtypes)}",
     }
@@ -72,12 +71,14 @@ def inspect(path: Path, report: Report, *, picture: Path | None = None) -> None:
         report.event("picture", f"norms of the blocks: {picture}", path=str(picture))
 
 
-def base_family(weights: AnyWeights) -> str:
-    """The family of the base, as far as the adapter's shapes tell."""
-    width = context_width(weights)
-    if width is None:
-        return "unknown: no cross-attention keys or values are adapted"
-    return CONTEXT_WIDTHS.get(width, f"unknown: its text embeddings are {width} wide")
+def base_family(weights: AnyWeights, header: Mapping[str, str]) -> str:
+    """The family of the base in a user's words, as far as the adapter's shapes, names and header tell."""
+    width, family = context_width(weights), family_of(weights, header)
+    if width == MINIATURE_WIDTH:
+        return "booth-mini"
+    if family is not None:
+        return FAMILY_NAMES[family]
+    return "unknown: " + (f"its text embeddings are {width} wide" if width else "its layers are those of several")
 
 
 def block_norms(weights: AnyWeights) -> dict[str, float]:

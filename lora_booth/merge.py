@@ -118,8 +118,7 @@ def merge_adapters(
     report = report or Silent()
     recipe = Recipe(method, rank, density, seed)
     _check_strengths(adapters)
-    if dtype not in export.DTYPES:
-        raise ConfigError(f'dtype "{dtype}" is unknown; use one of {", ".join(export.DTYPES)}.')
+    export.require_choices(formats, dtype)
     paths = _outputs(out, formats)
     read = [(path, export.read_any(path), export.read_metadata(path)) for path, _ in adapters]
     family = combined.common_family([(path.name, weights, header) for path, weights, header in read], stated=family)
@@ -147,10 +146,7 @@ def merge_adapters(
 
 
 def _outputs(out: Path, formats: Sequence[str]) -> dict[str, Path]:
-    """Format to the file that gets it. Raises ConfigError for an unknown format, and for files that exist."""
-    unknown = [name for name in formats if name not in export.FORMATS]
-    if unknown or not formats:
-        raise ConfigError(f"formats = {list(formats)}; use some of {', '.join(export.FORMATS)}.")
+    """Format to the file that gets it. Raises ConfigError for files that exist."""
     paths = {name: out if name == formats[0] else out.with_stem(f"{out.stem}_{name}") for name in formats}
     for path in paths.values():
         _require_new(path, suffix=".safetensors")

@@ -23,14 +23,12 @@ from lora_booth.adapter.weights import (
 from lora_booth.config import ModelConfig
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.export.family import family_of
-from lora_booth.export.metadata import base_name, network_fields
+from lora_booth.export.metadata import base_name, carried, network_fields
 from lora_booth.export.rewrite import read_layout
 from lora_booth.families.components import component_names, load_component
 from lora_booth.families.identify import BaseFacts
 from lora_booth.report import Report, Silent
 
-STALE_FIELDS = ("lora_adapter_metadata", "ss_network_args", "sshs_legacy_hash")
-"""Header fields that are not carried over: scales that are in the tensors now, and what the source's kind needed."""
 _DTYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp32"}
 
 Parts = dict[str, dict[str, Approximation]]
@@ -72,8 +70,9 @@ def resize(
     tell_errors(parts, report)
     result = {component: {path: part.low_rank for path, part in layers.items()} for component, layers in parts.items()}
     family = facts.family if facts else family_of(weights, header) or "sd1"  # else its names are those of either
-    fields = {name: value for name, value in header.items() if name not in STALE_FIELDS}
-    fields |= network_fields(result) | {"ss_network_module": "networks.lora", "ss_output_name": out.stem}
+    fields = (
+        carried(header) | network_fields(result) | {"ss_network_module": "networks.lora", "ss_output_name": out.stem}
+    )
     fields["lora_booth.resized"] = _note(file, parts, rank, energy, base)
     export.FORMATS[format].write(out, result, family, export.DTYPES[dtype], fields)
     if format == "kohya":
@@ -86,10 +85,7 @@ def resize(
 def _check(out: Path, format: str | None, dtype: str | None) -> None:
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists and is not replaced; choose another name, or remove it first.")
-    if format is not None and format not in export.FORMATS:
-        raise ConfigError(f'--format "{format}" is unknown; use {" or ".join(export.FORMATS)}.')
-    if dtype is not None and dtype not in export.DTYPES:
-        raise ConfigError(f'--dtype "{dtype}" is unknown; use one of {", ".join(export.DTYPES)}.')
+    export.require_choices(format and [format], dtype)
 
 
 def _size_name(rank: int | None, energy: float | None) -> str:

@@ -259,9 +259,9 @@ def test_the_family_is_told_by_the_files_and_must_be_one(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dtype": "int8"}, 'dtype "int8" is unknown'),
-        ({"formats": ("gguf",)}, "use some of diffusers, kohya"),
-        ({"formats": ()}, "use some of diffusers, kohya"),
+        ({"dtype": "int8"}, '--dtype "int8" is unknown'),
+        ({"formats": ("gguf",)}, "use diffusers or kohya"),
+        ({"formats": ()}, "use diffusers or kohya"),
         ({"out": "one.safetensors"}, "exists and is not replaced"),
         ({"out": "two"}, r"must end in \.safetensors"),
         ({"formats": ("kohya", "diffusers")}, r"out_diffusers\.safetensors exists"),

@@ -25,9 +25,14 @@ def adapter(width: int, rank: int = 4) -> dict[str, dict[str, LowRank]]:
     ("width", "family"), [(768, "Stable Diffusion 1.x"), (1024, "Stable Diffusion 2.x"), (2048, "SDXL")]
 )
 def test_the_family_is_told_by_the_width_of_the_text_embeddings(width: int, family: str) -> None:
-    assert base_family(adapter(width)) == family
-    assert base_family(adapter(100)).startswith("unknown")
-    assert base_family({"unet": {}}).startswith("unknown")
+    assert base_family(adapter(width), {}) == family
+    assert base_family(adapter(192), {}) == "booth-mini"
+    assert base_family(adapter(100), {}) == "unknown: its text embeddings are 100 wide"
+    assert base_family({"unet": {}}, {}) == "unknown: its layers are those of several"
+
+
+def test_where_shapes_do_not_tell_the_family_the_header_does() -> None:
+    assert base_family({"unet": {}}, {"ss_base_model_version": "sd_v2"}) == "Stable Diffusion 2.x"
 
 
 @pytest.mark.parametrize("name", ["kohya", "diffusers"])

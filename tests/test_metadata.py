@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lora_booth.adapter.weights import LowRank
 from lora_booth.config import Config
-from lora_booth.export.metadata import Facts, base_name, metadata, resolved_config
+from lora_booth.export.metadata import Facts, base_name, carried, metadata, network_fields, resolved_config
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -61,8 +63,6 @@ def test_fields_that_programs_parse_have_the_types_they_parse() -> None:
     assert float(fields["ss_training_started_at"]) == 1763750000.0
     assert fields["ss_resolution"] == "(512, 512)"
     assert fields["ss_clip_skip"] == "None"
-    assert fields["ss_network_dim"] == "16"
-    assert fields["ss_network_alpha"] == "8.0"
     assert fields["ss_output_name"] == "sks_dog"
     assert fields["ss_text_encoder_lr"] == "None"
     assert fields["modelspec.sai_model_spec"] == "1.0.1"
@@ -125,13 +125,24 @@ def test_a_base_is_named_by_hub_id_or_last_part(base: str, name: str) -> None:
     assert base_name(base) == name
 
 
-def test_mixed_ranks_are_dynamic_and_rslora_states_the_alpha_of_the_file() -> None:
-    mixed = metadata(facts(config=config(adapter={"rank_pattern": {"to_q": 4}})))
-    assert (mixed["ss_network_dim"], mixed["ss_network_alpha"]) == ("Dynamic", "Dynamic")
-    rslora = metadata(facts(config=config(adapter={"rslora": True})))
-    assert rslora["ss_network_alpha"] == "32.0"  # 8 / sqrt(16) x 16
-    plain = metadata(facts(config=config(adapter={"alpha": None})))
-    assert plain["ss_network_alpha"] == "16.0"
+@pytest.mark.parametrize(
+    ("layers", "rank", "alpha"),
+    [
+        ([(16, 0.5), (16, 0.5)], "16", "8.0"),
+        ([(16, 2.0)], "16", "32.0"),  # rsLoRA's scale of alpha 8 is 8 / sqrt(16)
+        ([(16, 0.5), (4, 0.5)], "Dynamic", "Dynamic"),
+        ([(16, 0.5), (16, 1.0)], "16", "Dynamic"),
+    ],
+)
+def test_rank_and_alpha_are_those_of_the_tensors(layers: list[tuple[int, float]], rank: str, alpha: str) -> None:
+    weights = {str(i): LowRank(torch.ones(r, 8), torch.ones(8, r), scale) for i, (r, scale) in enumerate(layers)}
+    assert network_fields({"unet": weights}) == {"ss_network_dim": rank, "ss_network_alpha": alpha}
+
+
+def test_of_a_header_only_what_holds_of_other_tensors_is_carried() -> None:
+    kept = {"modelspec.title": "rex", "ss_network_module": "networks.lora"}
+    stale = dict.fromkeys(("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"), "0x12")
+    assert carried(kept | stale | {"lora_adapter_metadata": "{}", "ss_network_args": '{"dora_wd": "True"}'}) == kept
 
 
 def test_optional_facts_are_written_when_they_are_known() -> None:

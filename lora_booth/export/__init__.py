@@ -6,7 +6,7 @@ A format is one module with `to_tensors` and `split_key`, and a line in FORMATS 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_booth import files
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, LowRank, nonfinite
-from lora_booth.errors import ModelError
+from lora_booth.errors import ConfigError, ModelError
 from lora_booth.export import diffusers, kohya
 from lora_booth.export.kinds import gather, strictly
 from lora_booth.export.metadata import MAX_HEADER_BYTES, Facts, metadata, trigger_words, with_hashes
@@ -34,6 +34,7 @@ __all__ = [
     "read",
     "read_any",
     "read_metadata",
+    "require_choices",
     "trigger_words",
 ]
 
@@ -81,6 +82,18 @@ NAMINGS = {
     "peft": ("base_model.model.",),
 }
 """What can be read, and how its keys begin."""
+
+
+def require_choices(formats: Sequence[str] | None, dtype: str | None) -> None:
+    """Raises ConfigError when a format or the type that a verb's flags name is unknown, or no format is named.
+
+    None, for either: as in the source.
+    """
+    for name in (formats or [""]) if formats is not None else []:
+        if name not in FORMATS:
+            raise ConfigError(f'--format "{name}" is unknown; use {" or ".join(FORMATS)}.')
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f'--dtype "{dtype}" is unknown; use one of {", ".join(DTYPES)}.')
 
 
 @dataclass(frozen=True)

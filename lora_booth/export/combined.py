@@ -12,11 +12,9 @@ from lora_booth import files
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, context_width
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.export.family import family_of
-from lora_booth.export.metadata import KOHYA_VERSIONS, base_fields, network_fields
+from lora_booth.export.metadata import KOHYA_VERSIONS, base_fields, carried, network_fields
 
 _MERGED = "lora_booth.merged"
-_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-"""Hashes of data that the merged file no longer has."""
 
 Ingredient = dict[str, Any]
 """`file`: name without folders, `sha256` and `strength` of an adapter."""
@@ -31,9 +29,8 @@ def with_merged(fields: Mapping[str, str], *, base: str, adapters: Sequence[Ingr
     """The header of a base with the adapters in it: `fields` of the base, its own earlier merges first in the list."""
     earlier = fields.get("modelspec.merged_from")
     names = ([earlier] if earlier else []) + [base, *(str(adapter["file"]) for adapter in adapters)]
-    kept = {key: value for key, value in fields.items() if key not in _STALE}
     merged = {"modelspec.merged_from": ", ".join(names), _MERGED: json.dumps([*_earlier(fields), *adapters])}
-    return kept | merged
+    return carried(fields) | merged
 
 
 def common_family(adapters: Sequence[tuple[str, AnyWeights, Mapping[str, str]]], *, stated: str | None = None) -> str:

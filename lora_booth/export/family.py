@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, weight_shape
 
+FAMILY_NAMES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
+"""Family to the name a user knows."""
 CONTEXT_FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """Width of the text embeddings that cross-attention reads, to family."""
 MINIATURE_WIDTH = 192

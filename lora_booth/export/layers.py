@@ -18,13 +18,11 @@ from functools import cached_property, lru_cache
 
 from lora_booth.errors import ModelError
 from lora_booth.export import diffusers, kohya
-from lora_booth.export.family import CONTEXT_FAMILIES, context_widths, told_family
+from lora_booth.export.family import CONTEXT_FAMILIES, FAMILY_NAMES, context_widths, told_family
 from lora_booth.export.kinds import leaf_of
 
 Shape = tuple[int, ...]
 
-BASES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
-"""Family to the name a user knows."""
 SPELLINGS = {
     "kohya": "lora_unet_…, lora_te_…",
     "lycoris": "lycoris_…",
@@ -232,14 +230,14 @@ def adapter_file(
     wide = next((CONTEXT_FAMILIES[width] for width in widths if width in CONTEXT_FAMILIES), None)
     if family is not None and wide is not None and wide != family:
         raise ModelError(
-            f"The adapter is for {BASES[wide]} by the width of its cross-attention, not for {BASES[family]}; check it "
-            "against its own family."
+            f"The adapter is for {FAMILY_NAMES[wide]} by the width of its cross-attention, not for "
+            f"{FAMILY_NAMES[family]}; check it against its own family."
         )
     family = family or told
     if family is None:
         raise ModelError(
             "The family of the base cannot be told: no cross-attention keys or values are adapted and the header names "
-            f"none. Say which of {', '.join(BASES)} it is."
+            f"none. Say which of {', '.join(FAMILY_NAMES)} it is."
         )
     return AdapterFile(family, layers, tuple(foreign), header, not widths or wide == family)
 

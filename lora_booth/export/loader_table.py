@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from lora_booth.export.layers import BASES, OUTSIDE, TEXT_PROJECTION, AdapterFile, Layer
+from lora_booth.export.family import FAMILY_NAMES
+from lora_booth.export.layers import OUTSIDE, TEXT_PROJECTION, AdapterFile, Layer
 
 CONVERT = "`lora-booth export` makes a file of it that every program reads"
 """What mends a file that is only spelled wrongly."""
@@ -27,7 +28,7 @@ def alpha_over_rank(file: AdapterFile, layer: Layer) -> float | None:
     return layer.alpha / layer.rank if layer.alpha is not None and layer.rank else None
 
 
-_BOTH_NAMINGS = {family: frozenset({"diffusers", "ldm"}) for family in BASES}
+_BOTH_NAMINGS = {family: frozenset({"diffusers", "ldm"}) for family in FAMILY_NAMES}
 _TEXT_PREFIXES = {
     "sd1": frozenset({"lora_te"}),
     "sd2": frozenset({"lora_te"}),
@@ -76,7 +77,7 @@ class Loader:
 
 def _nameless(paths: frozenset[str]) -> dict[tuple[str, str], frozenset[str]]:
     """In every family and naming."""
-    return {(family, naming): paths for family in BASES for naming in ("diffusers", "ldm")}
+    return {(family, naming): paths for family in FAMILY_NAMES for naming in ("diffusers", "ldm")}
 
 
 def _half_layers(file: AdapterFile) -> str | None:
@@ -108,7 +109,7 @@ def _invokeai_base(file: AdapterFile) -> str | None:
     told = _invokeai_family(file)
     if told == file.family or not file.is_full_size:
         return None
-    effect = f"takes the file for {BASES[told]}" if told else "refuses to import the file"
+    effect = f"takes the file for {FAMILY_NAMES[told]}" if told else "refuses to import the file"
     return (
         f"InvokeAI {effect}: it tells the base by the first layer in the file of attn2.to_k, attn2.to_v, time_emb_proj "
         "or, for SD 1 and 2, a text encoder; adapt attn2.to_k in every block."
@@ -140,8 +141,8 @@ def _diffusers_keys(file: AdapterFile) -> str | None:
     original = [layer.naming == "ldm" for layer in file.layers if not layer.is_text]
     if file.family != "sdxl" and original and all(original):
         return (
-            f"diffusers refuses the whole file: it does not know the original block names for {BASES[file.family]}; "
-            f"{CONVERT}."
+            f"diffusers refuses the whole file: it does not know the original block names for "
+            f"{FAMILY_NAMES[file.family]}; {CONVERT}."
         )
     return None
 
@@ -206,8 +207,8 @@ def _sorted_by(version: Callable[[Mapping[str, str]], str | None], effect: str) 
         if told is None or told == file.family:
             return None
         return (
-            f"By its header the file is one for {BASES[told]}: {effect.format(base=BASES[file.family])}; write "
-            "ss_base_model_version and ss_v2 into the header."
+            f"By its header the file is one for {FAMILY_NAMES[told]}: "
+            f"{effect.format(base=FAMILY_NAMES[file.family])}; write ss_base_model_version and ss_v2 into the header."
         )
 
     return rule

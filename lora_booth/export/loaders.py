@@ -18,7 +18,8 @@ from pathlib import Path
 
 from lora_booth import export
 from lora_booth.errors import ModelError
-from lora_booth.export.layers import BASES, TEXT_PROJECTION, AdapterFile, Layer, Shape, adapter_file
+from lora_booth.export.family import FAMILY_NAMES
+from lora_booth.export.layers import TEXT_PROJECTION, AdapterFile, Layer, Shape, adapter_file
 from lora_booth.export.loader_table import CONVERT, LOADERS, Loader, alpha_over_rank
 
 
@@ -174,7 +175,7 @@ def _wrong_text(reason: str, loader: Loader) -> str:
 def _note(text: str, loader: Loader, file: AdapterFile, layers: list[Layer]) -> str:
     filled = text.format(
         loader=loader.name,
-        base=BASES[file.family],
+        base=FAMILY_NAMES[file.family],
         convert=CONVERT,
         kind=layers[0].kind,
         prefix=layers[0].prefix,

@@ -32,6 +32,14 @@ from torch import Tensor
 from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config import Config
 
+STALE_FIELDS = (
+    "modelspec.hash_sha256",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "lora_adapter_metadata",
+    "ss_network_args",
+)
+"""Fields that say nothing true of other tensors: hashes, scales that are in the tensors now, the source's kind."""
 MAX_HEADER_BYTES = 1 << 20
 """ComfyUI shows no metadata of a file whose header is longer."""
 _MAX_CONFIG_BYTES = 1 << 18
@@ -70,7 +78,7 @@ class Facts:
 
 
 def metadata(facts: Facts) -> dict[str, str]:
-    """The header of the adapter file, without hashes; `with_hashes` adds those once the tensors are known."""
+    """The header of the adapter file, without what its tensors tell: `network_fields` and `with_hashes` add that."""
     fields = base_fields(facts.family, facts.prediction_type, facts.config.name)
     return fields | _modelspec(facts) | _kohya_base(facts) | _kohya_training(facts) | _own(facts)
 
@@ -109,6 +117,11 @@ def network_fields(weights: AdapterWeights) -> dict[str, str]:
         "ss_network_dim": str(ranks.pop()) if has_one_rank else "Dynamic",
         "ss_network_alpha": str(alphas.pop()) if has_one_rank and len(alphas) == 1 else "Dynamic",
     }
+
+
+def carried(fields: Mapping[str, str]) -> dict[str, str]:
+    """What still holds of a file's header when its tensors are written anew."""
+    return {name: value for name, value in fields.items() if name not in STALE_FIELDS}
 
 
 def with_hashes(fields: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -156,16 +169,7 @@ def _modelspec(facts: Facts) -> dict[str, str]:
 
 
 def _kohya_base(facts: Facts) -> dict[str, str]:
-    """Rank, alpha and the base's name."""
-    adapter = facts.config.adapter
-    alpha = float(adapter.rank if adapter.alpha is None else adapter.alpha)
-    if adapter.rslora:
-        alpha *= adapter.rank**0.5
-    fields = {
-        "ss_network_dim": "Dynamic" if adapter.rank_pattern else str(adapter.rank),
-        "ss_network_alpha": "Dynamic" if adapter.alpha_pattern or adapter.rank_pattern else str(alpha),
-        "ss_sd_model_name": base_name(facts.config.model.base),
-    }
+    fields = {"ss_sd_model_name": base_name(facts.config.model.base)}
     return fields | ({"ss_new_sd_model_hash": facts.base_sha256} if facts.base_sha256 else {})
 
 
