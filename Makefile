@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint types tests test-slow test-gpu miniature-data miniature-weights clean
+.PHONY: demo test check lint types tests test-slow test-gpu soak miniature-data miniature-weights clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lora-booth demo
@@ -29,6 +29,10 @@ test-slow: $(VENV)/.installed-dev
 
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/pytest -m gpu
+
+# Kills, damage and hostile files at release length; writes docs/reliability.md. About two hours.
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.soak
 
 # The two commands that rebuild booth-mini: its data (needs npm) and its weights (hours on a CPU, resumable).
 miniature-data: $(VENV)/.installed-dev

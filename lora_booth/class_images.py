@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_booth import files
 from lora_booth.config import PriorConfig
 from lora_booth.data.buckets import Bucket
-from lora_booth.data.cache import key
+from lora_booth.data.cache import ABANDONED_SECONDS, key
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.families.sampling import draw
 from lora_booth.interrupts import StopRequest
@@ -63,6 +63,8 @@ def draw_missing(
     for image in images:
         if not image.path.exists():
             missing.setdefault((image.prompt, image.bucket), []).append(image)
+    for folder in {image.path.parent for image in images}:
+        files.remove_abandoned(folder, older_than_seconds=ABANDONED_SECONDS)
     done, total = 0, sum(map(len, missing.values()))
     for (prompt, bucket), alike in missing.items():
         pictures = draw(

@@ -68,7 +68,7 @@ def _read_toml(path: Path) -> Values:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         hint = f' Did you mean "{path.parent / near[0]}"?' if near else ""
         raise ConfigError(f"config file {path} does not exist.{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"config file {path} cannot be read ({error}); it must be a UTF-8 TOML file.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}.") from None
@@ -95,7 +95,7 @@ def _toml_value(text: str) -> Any:
     """The TOML value that `text` spells, or `text` itself, so that words need no quotes on a command line."""
     try:
         value = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
     return value["value"] if set(value) == {"value"} else text
 

@@ -49,6 +49,12 @@ class NumericError(LoraBoothError):
     exit_code = 7
 
 
+class ProcessLostError(LoraBoothError):
+    """Another process of a run on several devices ended without a word."""
+
+    exit_code = 8
+
+
 class Interrupted(LoraBoothError):
     """The user or the system asked to stop; everything was saved first. Exit code 128 + signal number."""
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,6 +69,14 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, whole or not at all."""
     write_bytes(path, text.encode())
+
+
+def remove_abandoned(folder: Path, *, older_than_seconds: float = 0.0) -> None:
+    """Remove the temporary files that killed writers have left in `folder`; the age tells them from living ones."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):  # another process was faster, or it is not ours to delete; it costs only space
+            if time.time() - path.stat().st_mtime > older_than_seconds:
+                path.unlink()
 
 
 def sync(path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_booth import optim, preview
 from lora_booth.adapter import inject
+from lora_booth.adapter.weights import plain_path
 from lora_booth.config import Config
 from lora_booth.data.batches import Item, Row, micro_batches
 from lora_booth.data.grid import save_grid
@@ -33,6 +34,10 @@ from lora_booth.run import Checkpoint, Run
 ROLES = ("instance", "class")
 MAX_SKIPPED_STEPS = 20
 """Overflowing fp16 steps in a row after which the run stops; the loss scale halves at each."""
+LOWER_RATE = (
+    "nothing of this step was kept, and the last checkpoint is good. Lower optimizer.learning_rate, or set "
+    "model.precision = bf16 (or fp32); if it happens at the first step, the base itself may be damaged."
+)
 VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
 MAX_VALIDATION_ITEMS = 16
 
@@ -89,6 +94,8 @@ def optimize(s: Session, start: int) -> None:
         grad_norm = _reduce_and_clip_(s)
         if grad_norm.isfinite():
             skipped = 0
+            if step == start:
+                _require_gradients(s)
         else:
             skipped += 1
             _require_recoverable(s, step, rows, losses, skipped)
@@ -208,10 +215,32 @@ def _require_recoverable(s: Session, step: int, rows: Sequence[Row], losses: Ten
         return
     culprits = [row.item.name for row, loss in zip(rows, losses.tolist(), strict=True) if not _is_finite(loss)]
     cause = f"the loss of {', '.join(culprits)}" if culprits else "the gradient"
-    raise NumericError(
-        f"{cause} is not finite at step {step + 1}; nothing of this step was kept, and the last checkpoint is good. "
-        "Lower optimizer.learning_rate, or set model.precision = bf16 (or fp32)."
-    )
+    raise NumericError(f"{cause} is not finite at step {step + 1}; {LOWER_RATE}")
+
+
+def _require_gradients(s: Session) -> None:
+    """Name the adapted layers that the first step gives no gradient, and raise NumericError when it gives none at all.
+
+    Such a layer stays what it is for the whole run: the loss does not depend on it.
+    """
+    is_alive: dict[str, bool] = {}
+    for component, module in s.adapted.items():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                layer = f"{component}.{plain_path(name.partition('.lora_')[0])}"
+                is_alive[layer] = is_alive.get(layer, False) or bool(
+                    parameter.grad is not None and parameter.grad.any()
+                )
+    dead = [layer for layer, alive in is_alive.items() if not alive]
+    if len(dead) == len(is_alive):
+        raise NumericError(
+            "no adapted layer gets a gradient, so nothing would be learnt; choose other adapter.targets."
+        )
+    if dead:
+        s.report.warn(
+            f"{len(dead)} of {len(is_alive)} adapted layers get no gradient and will not learn, first {dead[0]}; leave "
+            "them out with adapter.targets."
+        )
 
 
 def _is_finite(value: float) -> bool:
@@ -232,11 +261,11 @@ def _log(s: Session, done: int, rows: Sequence[Row], losses: Tensor, metrics: di
 
 def _save_and_draw(s: Session, done: int, *, is_stopping: bool) -> None:
     """A checkpoint and a preview, each at its turn; a checkpoint also after the last step there will be."""
-    train, every = s.config.train, s.config.preview.every_steps
+    train = s.config.train
     assert train.steps is not None and train.save_every_steps is not None, "config is not resolved"
     if done % train.save_every_steps == 0 or done == train.steps or is_stopping:
         save(s, done)
-    if every is not None and done % every == 0 and done < train.steps and not is_stopping:
+    if not is_stopping:
         draw_preview(s, done)
 
 
@@ -244,11 +273,14 @@ def save(s: Session, done: int) -> None:
     """Write a checkpoint (main process)."""
     loss = validation_loss(s)
     if not _is_finite(loss):
-        raise NumericError(f"the validation loss is not finite after step {done}; the last checkpoint is good.")
+        raise NumericError(f"the validation loss is not finite after step {done}; {LOWER_RATE}")
     if s.accelerator.is_main_process:
         state = {"validation_loss": loss, "scaler": s.scaler.state_dict()}
         set_training_(s, True)
         checkpoint = Checkpoint(done, inject.state(s.adapted), s.optimizer.state_dict(), state)
+        broken = [name for name, tensor in checkpoint.adapter.items() if not tensor.isfinite().all()]
+        if broken:
+            raise NumericError(f"{broken[0]} of the adapter is not finite after step {done}; {LOWER_RATE}")
         path = s.run.save(checkpoint, keep_last=s.config.train.keep_last)
         s.report.event("saved", f"step {done} saved, validation loss {loss:.4f}", step=done, path=str(path))
     s.accelerator.wait_for_everyone()
@@ -271,12 +303,12 @@ def restore(s: Session) -> int:
 
 
 def draw_preview(s: Session, done: int) -> None:
-    """Draw and write the preview grid after `done` steps (main process)."""
-    if not s.config.preview.images_per_prompt:
+    """Draw and write the preview grid after `done` steps, if it is its turn and was not drawn yet (main process)."""
+    every, path = s.config.preview.every_steps, s.run.preview_path(done)
+    if every is None or done % every or done == s.config.train.steps or not s.config.preview.images_per_prompt:
         return
-    if s.accelerator.is_main_process:
+    if s.accelerator.is_main_process and not path.exists():
         rows = draw_rows(s)
-        path = s.run.preview_path(done)
         save_grid(rows, path, title=f"{s.config.name}: {'the base' if done == 0 else f'after {done} steps'}")
         s.report.event("preview", f"pictures of step {done}: {path}", step=done, path=str(path))
     s.accelerator.wait_for_everyone()

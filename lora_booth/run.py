@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,9 @@ from lora_booth.config import Config
 from lora_booth.errors import ConfigError, DiskError
 
 CHECKPOINT_SCHEMA = 1
-OWN_BEFORE_CONFIG = (".lock", ".owner.json", "inputs.json")
+CHECKPOINT_FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+OWNER_FILE = ".owner.json"
+OWN_BEFORE_CONFIG = re.compile(r"\.lock|(\.owner|inputs)\.json|\.(\.owner\.json|inputs\.json|config\.toml)\..+\.tmp")
 """What a run killed in its first moment may leave before its config is written."""
 FREE_TO_CHANGE = (
     "train.batch_size",
@@ -75,6 +79,7 @@ class Run:
     def __init__(self, folder: Path, lock: FileLock | None = None) -> None:
         self.folder = folder
         self._lock = lock
+        self._owner: dict[str, Any] = {}
 
     @classmethod
     def open(cls, folder: Path, config: Config, inputs: dict[str, Any]) -> Run:
@@ -87,6 +92,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder, _locked(folder))
         try:
+            run._take()
             run._match_or_write(config, inputs)
         except BaseException:
             run.close()
@@ -121,12 +127,11 @@ class Run:
         """What a finished run wrote at its end, else None."""
         if not self.summary_path.exists():
             return None
-        loaded: dict[str, Any] = json.loads(self.summary_path.read_text())
-        return loaded
+        return _read_json(self.summary_path, "remove it, and the same command makes the end of the run again")
 
     def started_at(self) -> float:
         """When the run was begun, in seconds since 1970."""
-        return float(json.loads((self.folder / "inputs.json").read_text())["started_at"])
+        return float(self._inputs()["started_at"])
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
@@ -136,12 +141,16 @@ class Run:
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that were computed after the checkpoint that is continued from."""
         if self.metrics_path.exists():
-            lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+            lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             files.write_text(self.metrics_path, "".join(line + "\n" for line in kept))
 
     def save(self, checkpoint: Checkpoint, *, keep_last: int) -> Path:
-        """Write `checkpoint` as a whole, then drop old ones except the last `keep_last` and the best."""
+        """Write `checkpoint` as a whole, then drop old ones except the last `keep_last` and the best.
+
+        Raises DiskError when it cannot be written, or when another process has taken the folder.
+        """
+        self._require_taken()
         folder = self.folder / "checkpoints"
         target = folder / f"step-{checkpoint.step:06d}"
         with files.writing(target):
@@ -172,6 +181,28 @@ class Run:
         losses = {s: loss for s, loss in self._validation_losses().items() if loss is not None}
         return min(losses, key=lambda step: (losses[step], step)) if losses else None
 
+    def _take(self) -> None:
+        """Say who holds the folder, and remove what a killed process left half written."""
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": started, "id": uuid.uuid4().hex}
+        files.write_text(self.folder / OWNER_FILE, json.dumps(self._owner))
+        for folder in (self.folder, self.folder / "previews"):
+            files.remove_abandoned(folder)
+        for unfinished in (self.folder / "checkpoints").glob(".saving-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _require_taken(self) -> None:
+        """Raises DiskError when another process says that it holds the folder: some network disks grant every lock."""
+        owner = _owner_of(self.folder)
+        if owner["id"] not in (None, self._owner["id"]):
+            raise DiskError(
+                f"run folder {self.folder} was taken by {_told(owner)}, so this run stops before the two mix; let "
+                "only one of them go on."
+            )
+
+    def _inputs(self) -> dict[str, Any]:
+        return _read_json(self.folder / "inputs.json", "put it back from a copy, or train in a new run.folder")
+
     def _match_or_write(self, config: Config, inputs: dict[str, Any]) -> None:
         config_path, inputs_path = self.folder / "config.toml", self.folder / "inputs.json"
         if not config_path.exists():
@@ -180,7 +211,7 @@ class Run:
             return
         stored = config_file.load(config_path)
         faults = config_file.differing_keys(stored, config, ignore=FREE_TO_CHANGE)
-        faults += _differing_inputs(json.loads(inputs_path.read_text()), inputs)
+        faults += _differing_inputs(self._inputs(), inputs)
         if faults:
             lines = "\n".join(f"  {line}" for line in faults)
             raise ConfigError(
@@ -208,8 +239,6 @@ class Run:
         for folder in folders[:-keep_last]:
             if int(folder.name[5:]) != best:
                 shutil.rmtree(folder, ignore_errors=True)
-        for orphan in (self.folder / "checkpoints").glob(".saving-*"):
-            shutil.rmtree(orphan, ignore_errors=True)
 
 
 def require_free_space(folder: Path, needed_bytes: int) -> None:
@@ -228,7 +257,7 @@ def _require_own(folder: Path) -> None:
         raise ConfigError(f"run folder {folder} is a file; choose another folder with run.folder.")
     if not folder.exists() or (folder / "config.toml").exists():
         return
-    strangers = sorted(p.name for p in folder.iterdir() if p.name not in OWN_BEFORE_CONFIG)
+    strangers = sorted(p.name for p in folder.iterdir() if not OWN_BEFORE_CONFIG.fullmatch(p.name))
     if strangers:
         raise ConfigError(
             f"run folder {folder} holds other files ({', '.join(strangers[:5])}) and no run; "
@@ -238,22 +267,39 @@ def _require_own(folder: Path) -> None:
 
 def _locked(folder: Path) -> FileLock:
     """The operating system's lock on `folder`; it falls with the process that holds it, so it cannot go stale."""
-    owner_path = folder / ".owner.json"
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        try:
-            owner = json.loads(owner_path.read_text())
-        except (OSError, ValueError):
-            owner = {"pid": "?", "host": "?", "started": "?"}
         raise DiskError(
-            f"run folder {folder} is in use by process {owner['pid']} on {owner['host']} since {owner['started']}; "
-            "wait for it, stop it, or choose another folder with run.folder."
+            f"run folder {folder} is in use by {_told(_owner_of(folder))}; wait for it, stop it, or choose another "
+            "folder with run.folder."
         ) from None
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-    files.write_text(owner_path, json.dumps(owner))
     return lock
+
+
+def _owner_of(folder: Path) -> dict[str, Any]:
+    """What the holder of `folder` wrote; None for what cannot be known."""
+    try:
+        owner = json.loads((folder / OWNER_FILE).read_text())
+    except (OSError, ValueError):
+        owner = None
+    return {key: owner.get(key) if isinstance(owner, dict) else None for key in ("pid", "host", "started", "id")}
+
+
+def _told(owner: dict[str, Any]) -> str:
+    return f"process {owner['pid'] or '?'} on {owner['host'] or '?'} since {owner['started'] or '?'}"
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a file of the run. Raises DiskError with `remedy` when it cannot be read."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(loaded, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DiskError(f"{path} is damaged ({error}); {remedy}.") from error
+    return loaded
 
 
 def _differing_inputs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -284,10 +330,9 @@ def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(tensors, folder / "optimizer.safetensors")
     state = {"schema": CHECKPOINT_SCHEMA, "step": checkpoint.step, **checkpoint.state, "optimizer": optimizer}
     (folder / "state.json").write_text(json.dumps(state))
-    names = ("adapter.safetensors", "optimizer.safetensors", "state.json")
-    for name in names:
+    for name in CHECKPOINT_FILES:
         files.sync(folder / name)
-    manifest = {n: {"sha256": files.sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in names}
+    manifest = {n: {"sha256": files.sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in CHECKPOINT_FILES}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     files.sync(folder / "manifest.json")
     files.sync(folder)
@@ -297,8 +342,8 @@ def _fault(folder: Path) -> str | None:
     """Why the checkpoint in `folder` cannot be trusted, None when it can."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        for name, entry in manifest.items():
-            if files.sha256(folder / name) != entry["sha256"]:
+        for name in CHECKPOINT_FILES:
+            if files.sha256(folder / name) != manifest[name]["sha256"]:
                 return f"{name} is not what was written"
         schema = json.loads((folder / "state.json").read_text())["schema"]
     except FileNotFoundError as error:

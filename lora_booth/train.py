@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from PIL import Image
 from torch import nn
 
@@ -22,7 +23,7 @@ from lora_booth import deliver, export, families, files, loop, optim, plan, prep
 from lora_booth.adapter import inject
 from lora_booth.config import Config
 from lora_booth.data.grid import save_grid
-from lora_booth.errors import DeviceMemoryError
+from lora_booth.errors import DeviceMemoryError, ProcessLostError
 from lora_booth.families.base import Family
 from lora_booth.interrupts import stop_requests
 from lora_booth.objectives import Objective
@@ -30,6 +31,8 @@ from lora_booth.precision import dtype_for
 from lora_booth.report import Report, Silent
 from lora_booth.run import Run, require_free_space
 
+PATIENCE = timedelta(hours=12)
+"""How long a process waits for another that is alive: the first draws all class images while the others wait."""
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the adapter and two moments, float32."""
 
@@ -62,10 +65,14 @@ def train(
     """
     report, began = report or Silent(), time.perf_counter()
     inputs = inputs or plan.look(config, report)
-    accelerator = Accelerator(log_with=list(config.run.trackers) or None, project_dir=plan.run_folder(config))
+    accelerator = Accelerator(
+        log_with=list(config.run.trackers) or None,
+        project_dir=plan.run_folder(config),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     device = accelerator.device
     config = plan.resolve(config, inputs, free_gib=_free_gib(device))
-    with stop_requests() as stop, _opened(config, inputs, accelerator) as run, _memory_advice(config):
+    with stop_requests() as stop, _told_plainly(config, accelerator), _opened(config, inputs, accelerator) as run:
         finished = run.summary()
         if finished is not None:
             report.event("finished", f"{run.folder} is finished already; name another run.folder to train again")
@@ -99,8 +106,7 @@ def train(
         )
         accelerator.init_trackers("lora_booth")
         start = loop.restore(session)
-        if start == 0 and config.preview.every_steps is not None:
-            loop.draw_preview(session, 0)
+        loop.draw_preview(session, start)  # of a run killed between a checkpoint and its pictures
         loop.optimize(session, start)
         return _finish(session, began)
 
@@ -117,11 +123,20 @@ def _opened(config: Config, inputs: plan.Inputs, accelerator: Accelerator) -> It
 
 
 @contextmanager
-def _memory_advice(config: Config) -> Iterator[None]:
+def _told_plainly(config: Config, accelerator: Accelerator) -> Iterator[None]:
+    """Turn what torch raises when memory or another process is gone into errors that say what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(plan.memory_advice(config)) from error
+    except RuntimeError as error:
+        is_lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if accelerator.num_processes == 1 or not is_lost:
+            raise
+        raise ProcessLostError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} lost another one, whose own output "
+            "says why it ended; every checkpoint so far is good, and the same command goes on from the last."
+        ) from error
 
 
 def _adapt(config: Config, family: Family) -> tuple[dict[str, nn.Module], dict[str, list[nn.Parameter]]]:

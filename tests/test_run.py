@@ -89,7 +89,7 @@ def test_the_last_n_and_the_best_are_kept(run: Run) -> None:
     assert run.best_step() == 2
 
 
-def test_a_save_that_dies_leaves_the_old_ones_and_no_orphan_after_the_next(
+def test_a_save_that_dies_leaves_the_old_ones_and_no_orphan_after_the_next_start(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.save(checkpoint(1), keep_last=2)
@@ -102,8 +102,48 @@ def test_a_save_that_dies_leaves_the_old_ones_and_no_orphan_after_the_next(
     loaded = run.latest(pytest.fail)
     assert loaded is not None
     assert loaded.step == 1
-    run.save(checkpoint(3), keep_last=2)
-    assert {p.name for p in (run.folder / "checkpoints").iterdir()} == {"step-000001", "step-000003"}
+    (run.folder / ".summary.json.abc.tmp").write_text("{")
+    run.close()
+    Run.open(run.folder, config(), INPUTS).close()
+    assert {p.name for p in (run.folder / "checkpoints").iterdir()} == {"step-000001"}
+    assert not list(run.folder.glob("*.tmp"))
+
+
+def test_a_run_killed_before_its_config_was_written_may_start_again(tmp_path: Path) -> None:
+    for name in (".lock", "..owner.json.x1.tmp", ".inputs.json.x2.tmp", ".config.toml.x3.tmp", "inputs.json"):
+        (tmp_path / name).write_text("{")
+    Run.open(tmp_path, config(), INPUTS).close()
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", ".owner.json", "inputs.json", "config.toml"}
+
+
+def test_a_checkpoint_whose_manifest_names_fewer_files_is_damaged(run: Run) -> None:
+    path = run.save(checkpoint(1), keep_last=5) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["optimizer.safetensors"]
+    path.write_text(json.dumps(manifest))
+    told: list[str] = []
+    assert run.latest(told.append) is None
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize("name", ["inputs.json", "summary.json"])
+def test_a_damaged_file_of_the_run_is_named_with_what_to_do(name: str, content: bytes, run: Run) -> None:
+    run.close()
+    (run.folder / name).write_bytes(content)
+    with pytest.raises(DiskError, match=rf"{name} is damaged .*; (put it back|remove it)"):
+        Run.open(run.folder, config(), INPUTS).summary()
+
+
+def test_a_folder_that_another_process_took_is_not_saved_into(run: Run) -> None:
+    run.save(checkpoint(1), keep_last=2)
+    owner = {"pid": 7, "host": "elsewhere", "started": "2026-01-01 00:00:00", "id": "another"}
+    (run.folder / ".owner.json").write_text(json.dumps(owner))
+    with pytest.raises(DiskError, match="was taken by process 7 on elsewhere since 2026-01-01"):
+        run.save(checkpoint(2), keep_last=2)
+    assert steps_kept(run) == [1]
+    (run.folder / ".owner.json").write_text("{")  # nobody says anything else
+    run.save(checkpoint(2), keep_last=2)
 
 
 def test_another_config_is_refused_with_the_keys_that_differ(run: Run) -> None:

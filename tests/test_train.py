@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -263,6 +264,43 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_chec
     assert checkpoints[-1].name == "step-000002"
     assert all(tensor.isfinite().all() for tensor in load_file(checkpoints[-1] / "adapter.safetensors").values())
     assert not (tmp_path / "run" / "sks_dog.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = loop.validation_loss
+
+    def poisoned(s: loop.Session) -> float:
+        loss = honest(s)
+        s.parameters[3].data[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(loop, "validation_loss", poisoned)
+    config = make_config(train={"steps": 2})
+    with pytest.raises(NumericError, match=r"lora_.* of the adapter is not finite after step 2; .*learning_rate"):
+        train.train(config)
+    assert config.run.folder is not None
+    assert not list((config.run.folder / "checkpoints").glob("step-*"))
+
+
+def test_layers_without_a_gradient_are_named_at_the_first_step(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, is_dead = loop.sample_losses, re.compile(r"mid_block.*attn1\.to_q")
+
+    def cut(s: loop.Session, micro: Any, step: int) -> torch.Tensor:
+        for name, parameter in s.family.denoiser.named_parameters():
+            if is_dead.search(name) and parameter.requires_grad:
+                parameter.register_hook(torch.zeros_like)
+        return honest(s, micro, step)
+
+    monkeypatch.setattr(loop, "sample_losses", cut)
+    recorder = Recorder()
+    train.train(make_config(name="one", train={"steps": 2}), report=recorder)
+    (told,) = [text for text in recorder.warnings if "gradient" in text]
+    assert "1 of 128 adapted layers get no gradient and will not learn, first unet.mid_block" in told
+    is_dead = re.compile("")
+    with pytest.raises(NumericError, match="no adapted layer gets a gradient"):
+        train.train(make_config(name="all"))
 
 
 def test_latents_that_are_not_finite_name_the_picture(

@@ -8,6 +8,7 @@ are `[B, 4, 16, 16]`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +75,7 @@ def tiny_sdxl(folder: Path, *, prediction_type: Prediction = "epsilon", seed: in
 
 
 def tiny_single_file(base: Path, path: Path, *, metadata: dict[str, str] | None = None) -> Path:
-    """The weights of a tiny base as one checkpoint file with the original (LDM) names."""
+    """The weights of a base, tiny or not, as one checkpoint file with the original (LDM) names."""
     from safetensors.torch import load_file, save_file
 
     weights: dict[str, Any] = {}
@@ -83,7 +84,8 @@ def tiny_single_file(base: Path, path: Path, *, metadata: dict[str, str] | None 
     is_sd2 = not is_sdxl and json.loads((base / "unet/config.json").read_text()).get("use_linear_projection", False)
     weights |= {f"model.diffusion_model.{_ldm_unet_name(k, unet)}": v for k, v in unet.items()}
     vae = load_file(base / "vae" / "diffusion_pytorch_model.safetensors")
-    weights |= {f"first_stage_model.{_ldm_vae_name(k)}": _as_conv(k, v) for k, v in vae.items()}
+    levels = 1 + max(int(k.split(".")[2]) for k in vae if ".up_blocks." in k)
+    weights |= {f"first_stage_model.{_ldm_vae_name(k, levels)}": _as_conv(k, v) for k, v in vae.items()}
     text = load_file(base / "text_encoder" / "model.safetensors")
     if is_sd2:
         weights |= _open_clip(text, "cond_stage_model.model.")
@@ -125,9 +127,13 @@ def _ldm_unet_name(name: str, unet: dict[str, Any]) -> str:
     return ".".join([block, *(resnet.get(word, word) if len(inner) == 2 else word for word in inner)])
 
 
-def _ldm_vae_name(name: str) -> str:
-    up = {"up_blocks.0": "up.1", "up_blocks.1": "up.0", "down_blocks.": "down."}
-    swaps = up | {".resnets.": ".block.", "downsamplers.0": "downsample", "upsamplers.0": "upsample"}
+def _ldm_vae_name(name: str, levels: int) -> str:
+    name = re.sub(r"up_blocks\.(\d)", lambda found: f"up.{levels - 1 - int(found[1])}", name)
+    swaps = {"down_blocks.": "down."} | {
+        ".resnets.": ".block.",
+        "downsamplers.0": "downsample",
+        "upsamplers.0": "upsample",
+    }
     swaps |= {
         "mid_block.block.0": "mid.block_1",
         "mid_block.block.1": "mid.block_2",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,8 +25,9 @@ LATENTS_VERSION = 1
 PROMPT_VERSION = 1
 """Raise it when the way from a prompt to its conditioning changes."""
 
+ABANDONED_SECONDS = 24 * 3600.0
+"""Age of a temporary file in a shared cache from which on nobody is thought to be writing it."""
 _DIGEST = "digest"
-_STALE_SECONDS = 24 * 3600.0
 
 
 def key(*parts: str | int | float | bool) -> str:
@@ -67,7 +67,7 @@ class TensorCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.damaged: list[Path] = []
-        self._sweep()
+        files.remove_abandoned(folder, older_than_seconds=ABANDONED_SECONDS)
 
     def path(self, key: str) -> Path:
         """Where the tensors of `key` are, or would be."""
@@ -96,15 +96,6 @@ class TensorCache:
         assert _DIGEST not in words, f"the metadata word {_DIGEST} is ours"
         words[_DIGEST] = _digest(key, plain, words)
         files.write_bytes(self.path(key), safetensors.torch.save(plain, words))
-
-    def _sweep(self) -> None:
-        """Remove what writers killed more than a day ago have left behind."""
-        for path in self.folder.glob("*.tmp"):
-            try:
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
-            except OSError:
-                continue  # Another process was faster, or it is not ours to delete; it costs nothing but space.
 
 
 def _digest(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

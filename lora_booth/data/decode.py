@@ -62,6 +62,8 @@ def opened(data: bytes, path: Path) -> Image.Image:
     formats = [*_FORMATS, _heif()] if is_heif else _FORMATS
     try:
         return Image.open(io.BytesIO(data), formats=formats)
+    except MemoryError:
+        raise
     except Exception as error:  # Decoders raise a dozen unrelated kinds on damaged bytes.
         if isinstance(error, Image.DecompressionBombError):
             raise Unusable("has more than 178 megapixels, which no setting allows; save it smaller.") from error
@@ -99,6 +101,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         turn = _TURNS.get(orientation(image))
         if turn is not None:
             colours = colours.transpose(turn)
+    except MemoryError:
+        raise
     except Exception as error:  # As in `opened`.
         problem = str(error) or type(error).__name__
         raise Unusable(f"is damaged ({problem}); copy it again, or remove it.") from error
@@ -119,7 +123,7 @@ def _srgb(image: Image.Image) -> Image.Image:
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
     """Grey with 16 bits to RGB, scaled. Pillow's own conversion clips everything above 255 to white."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image).astype(np.int32)
     grey = ((values.clip(0, 65535) + 128) // 257).astype(np.uint8)
     see_through = image.info.get("transparency")
     if isinstance(see_through, int):

@@ -1,16 +1,15 @@
 """The user's pictures: finding them, telling what is wrong with them, and cutting one to pixels. Nothing is written.
 
-What lives here: folders, captions, faults. What does not: file formats and colours (`decode.py`), which size a picture
-is trained at (`buckets.py`), and torch: a fault in the data is told before anything slow is imported.
+What lives here: folders, captions, faults. What does not: file formats and colours (`decode.py`), decoding within
+limits (`worker.py`), which size a picture is trained at (`buckets.py`), and torch: a fault in the data is told before
+anything slow is imported.
 
 Words: a picture's *size* is that of the upright picture, after its EXIF orientation; a *fault* is a file and a reason.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from lora_booth.data import worker
 from lora_booth.data.buckets import Crop
-from lora_booth.data.decode import (
-    ENDINGS,
-    MAX_FILE_BYTES,
-    TAKEN,
-    Unusable,
-    file_bytes,
-    opened,
-    orientation,
-    upright_rgb,
-)
-from lora_booth.data.duplicates import Look, alike, look
+from lora_booth.data.decode import ENDINGS, TAKEN, Unusable, file_bytes
+from lora_booth.data.duplicates import Look, alike
 from lora_booth.errors import DataError
 
 MAX_CAPTION_BYTES = 64 * 2**10
@@ -95,14 +86,13 @@ def find(folder: Path, *, max_megapixels: float, captions: bool = True, min_side
         beside = listing.captions.get(path.stem) if captions else None
         blamed = path
         try:
-            data = file_bytes(path, MAX_FILE_BYTES)
-            seen, size, noted = _inspect(data, path, max_megapixels)
+            sha256, size, seen, noted = worker.inspect(path, max_megapixels)
             blamed = beside or path
             caption, caption_notes = (None, []) if beside is None else _caption(beside, path)
         except Unusable as fault:
             left_out.append(Fault(blamed, str(fault)))
             continue
-        pictures.append(Picture(path, hashlib.sha256(data).hexdigest(), *size, caption))
+        pictures.append(Picture(path, sha256, *size, caption))
         looks.append(seen)
         remarks += [Fault(path, note) for note in [*noted, *_too_small(size, min_side_px)]]
         remarks += [Fault(blamed, note) for note in caption_notes]
@@ -119,12 +109,7 @@ def read(picture_path: Path, *, sha256: str | None = None) -> Image.Image:
     are capped by Pillow alone (179 million), so pass pictures that `find` has seen.
     """
     try:
-        data = file_bytes(picture_path, MAX_FILE_BYTES)
-        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-            raise Unusable("has changed since this run looked at it; run the same command again.")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `find` has told them.
-            return upright_rgb(opened(data, picture_path))
+        return worker.decode(picture_path, sha256)
     except Unusable as fault:
         raise DataError(f"{shown(picture_path)} {fault}") from fault
 
@@ -207,29 +192,6 @@ def _nothing(folder: Path, faults: Sequence[Fault]) -> str:
     seen = "it is empty" if not faults else "there is:\n" + "\n".join(f"  {fault}" for fault in faults[:5])
     more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
     return f"no usable picture in {folder}; {seen}{more}\nPut 3 or more pictures there: {TAKEN}."
-
-
-def _inspect(data: bytes, path: Path, max_megapixels: float) -> tuple[Look, tuple[int, int], list[str]]:
-    """The picture's look (`duplicates.py`), its upright size, and remarks on it. Decodes all of it, JPEG in small."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        image = opened(data, path)
-        width, height = image.size
-        if width * height > max_megapixels * 1e6:
-            raise Unusable(
-                f"has {width * height / 1e6:.1f} megapixels ({width}×{height}), above the limit of {max_megapixels:g}; "
-                "save it smaller, or raise data.max_megapixels."
-            )
-        is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
-        image.draft(None, (64, 64))
-        upright = upright_rgb(image)
-        turned = orientation(image) >= 5
-    notes = ["is animated; its first frame is used."] if is_animated else []
-    said = {str(w.message).strip(" .") for w in caught if not issubclass(w.category, Image.DecompressionBombWarning)}
-    notes += [
-        f"is used, but its file is not quite right ({words}); save it again to be sure." for words in sorted(said)
-    ]
-    return look(upright), (height, width) if turned else (width, height), notes
 
 
 def _too_small(size: tuple[int, int], min_side_px: int) -> list[str]:

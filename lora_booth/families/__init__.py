@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lora_booth.config import ModelConfig
+from lora_booth.errors import ModelError
 from lora_booth.families import identify, sources
 
 if TYPE_CHECKING:
@@ -39,14 +40,37 @@ def load(
 ) -> Family:
     """The base of `config`, frozen, on `device`: VAE in float32, the rest in `dtype`.
 
-    Parts that are not needed are not read; calling for them then is an assertion error.
+    Parts that are not needed are not read; calling for them then is an assertion error. A base with all its parts has
+    computed one tiny sample before it is returned, so that a damaged one is told here and not in the middle of a run.
     """
     import torch
 
-    from lora_booth.families.components import Wanted, load_components
+    from lora_booth.families.components import Wanted, load_components, readable
 
     base = facts(config)
     wanted = Wanted(torch.device(device), dtype, needs_vae=needs_vae, needs_text_encoders=needs_text_encoders)
     module, _, name = FAMILIES[base.family].partition(":")
     family: Family = getattr(import_module(module), name)(base, load_components(base, wanted))
+    if needs_vae and needs_text_encoders:
+        with readable(base.path):
+            _require_finite_sample(family, base)
     return family
+
+
+def _require_finite_sample(family: Family, base: identify.BaseFacts) -> None:
+    """Raises ModelError when a grey picture of the smallest size does not go through every part as finite numbers."""
+    import torch
+
+    side = family.bucket_step
+    with torch.no_grad():
+        mean, std = family.encode_images(torch.zeros(1, 3, side, side))
+        prompt = family.encode_prompts(["a dog"])
+        geometry = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=mean.device)
+        timesteps = torch.tensor([len(family.schedule.alphas_cumprod) // 2], device=mean.device)
+        output = family.predict(mean, timesteps, prompt, geometry)
+    for what, tensor in {"vae": mean, "vae's deviation": std, "unet": output, **prompt}.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"the {what} of {base.path} computes NaN or infinity; its weights are damaged (copy or download it "
+                'again), or exceed float16 (set model.precision = "bf16" or "fp32").'
+            )

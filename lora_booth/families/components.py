@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_booth.errors import ConfigError, ModelError
+from lora_booth.errors import ConfigError, LoraBoothError, ModelError
 from lora_booth.export.rewrite import FLOATS, read_layout
 from lora_booth.families.identify import ARCHITECTURES, BaseFacts
 from lora_booth.families.prompts import Tokens
@@ -24,6 +24,8 @@ from lora_booth.families.sources import component_weights, read_json
 from lora_booth.families.vae import Vae
 from lora_booth.families.weight_names import SINGLE_FILE_PREFIXES
 
+MAX_REASON_CHARACTERS = 300
+"""What a library says of a file is cut there: it may quote all of it."""
 CLIP_MERGES = ARCHITECTURES / "clip_merges.txt.gz"
 
 
@@ -133,7 +135,7 @@ def _from_folder(facts: BaseFacts, classes: dict[str, str], dtype: torch.dtype) 
         settings |= {"use_safetensors": True, "output_loading_info": True}
         is_text = name.startswith("text_encoder")
         settings |= {"dtype": dtype} if is_text else {"torch_dtype": torch.float32 if name == "vae" else dtype}
-        with _readable(folder):
+        with readable(folder):
             model_class = getattr(transformers if is_text else diffusers, class_name)
             modules[name], report = model_class.from_pretrained(str(folder), **settings)
         absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
@@ -166,7 +168,7 @@ def _from_single_file(facts: BaseFacts, classes: dict[str, str], dtype: torch.dt
     for name in classes:
         parts.pop(name, None)
     parts["scheduler"] = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)  # unused, but asked for
-    with _readable(facts.path):
+    with readable(facts.path):
         if "vae" in classes:
             vae_settings = settings | {"subfolder": "vae", "torch_dtype": torch.float32}
             parts["vae"] = diffusers.AutoencoderKL.from_single_file(path, **vae_settings)
@@ -181,19 +183,21 @@ def _from_single_file(facts: BaseFacts, classes: dict[str, str], dtype: torch.dt
 
 def _tokens(facts: BaseFacts, encoder: str) -> Tokens:
     """The tokenizer that `encoder` reads, checked against its vocabulary."""
-    config, folder = facts.config(encoder), facts.configs / encoder.replace("text_encoder", "tokenizer")
+    folder = facts.configs / encoder.replace("text_encoder", "tokenizer")
     tokenizer = _shipped_tokenizer(folder) if facts.path.is_file() else _tokenizer(folder)
-    known = config.get("vocab_size", 49408)
+    known = facts.number(encoder, "vocab_size", 49408)
     if len(tokenizer) > known:
         raise ModelError(f"{folder} has {len(tokenizer)} tokens, but {encoder} knows {known}; download the base again.")
-    return Tokens(tokenizer, config.get("max_position_embeddings", 77))
+    return Tokens(tokenizer, facts.number(encoder, "max_position_embeddings", 77))
 
 
 def _tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
-    with _readable(folder):
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    with readable(folder):
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer("a dog")  # a broken one may load and fail at its first word
+        return tokenizer
 
 
 def _shipped_tokenizer(folder: Path) -> Any:
@@ -217,15 +221,17 @@ def _shipped_tokenizer(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Errors of the loading libraries as one ModelError that names the file."""
-    from safetensors import SafetensorError
-
+def readable(path: Path) -> Iterator[None]:
+    """Errors of the loading libraries, which raise dozens of kinds on odd files, as one ModelError that names it."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ModelError(f"{path} cannot be loaded: {reason} Copy or download the base again.") from error
+    except (LoraBoothError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")[:MAX_REASON_CHARACTERS] or type(error).__name__
+        raise ModelError(
+            f"{path} cannot be loaded ({reason.rstrip('.: ')}); copy or download the base again."
+        ) from error
 
 
 @contextlib.contextmanager

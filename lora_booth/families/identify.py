@@ -9,6 +9,7 @@ Only classes on the lists below are ever loaded; a config that names another cla
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,10 @@ CODE_KEYS = frozenset(
     {"auto_map", "custom_pipelines", "trust_remote_code", "quantization_config", "attn_implementation"}
 )
 """Config keys that could bring code, or weights of a kind that LoRA is not put on here."""
+MAX_NUMBER = 10_000_000
+"""Of a count or size in a config; the largest real one is a vocabulary of 49,408."""
 WHAT_WORKS = "lora_booth trains Stable Diffusion 1.x, 2.x and SDXL base models"
+MAX_LEVELS = 8
 RESOLUTIONS = {"sd1": 512, "sd2": 512, "sdxl": 1024}
 """Native side in pixels where the UNet's config does not say it; 768 for SD 2 with v-prediction."""
 
@@ -80,6 +84,14 @@ class BaseFacts:
         changes = self.scheduler_changes if component == "scheduler" else {}
         return read_json(self.configs / component / name) | changes
 
+    def number(self, component: str, key: str, default: int) -> int:
+        """A count or size in the config of `component`. Raises ModelError when it is none."""
+        value = self.config(component).get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_NUMBER:
+            path = self.configs / component / "config.json"
+            raise ModelError(f"{path} has {key} = {reprlib.repr(value)}, which is no size; download the base again.")
+        return value
+
 
 def identify(base: Path) -> BaseFacts:
     """The facts of a base; ModelError when it is not one that lora_booth trains."""
@@ -96,7 +108,9 @@ def identify(base: Path) -> BaseFacts:
     family: Literal["sd1", "sd2", "sdxl"] = "sdxl" if is_sdxl else "sd2" if is_sd2 else "sd1"
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
-        raise ModelError(f"{base} predicts {prediction_type!r}; only epsilon and v_prediction can be trained.")
+        raise ModelError(
+            f"{base} predicts {reprlib.repr(prediction_type)}; only epsilon and v_prediction can be trained."
+        )
     vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
     native = _native_resolution(unet, vae_factor, family, prediction_type)
     return BaseFacts(
@@ -113,8 +127,8 @@ def identify(base: Path) -> BaseFacts:
 def _native_resolution(unet: dict[str, Any], vae_factor: int, family: str, prediction_type: str) -> int:
     sample_size = unet.get("sample_size")
     if isinstance(sample_size, list):
-        sample_size = max(sample_size)
-    if isinstance(sample_size, int) and sample_size > 0:
+        sample_size = max((side for side in sample_size if isinstance(side, int)), default=None)
+    if isinstance(sample_size, int) and 1 <= sample_size <= MAX_NUMBER:
         return sample_size * vae_factor
     return 768 if family == "sd2" and prediction_type == "v_prediction" else RESOLUTIONS[family]
 
@@ -136,20 +150,24 @@ def _check_folder(base: Path) -> None:
     index = read_json(base / "model_index.json")
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
-        raise ModelError(f"{base} is a {pipeline}; {WHAT_WORKS}.")
+        raise ModelError(f"{base} is a {reprlib.repr(pipeline)[:200]}; {WHAT_WORKS}.")
     num_encoders = PIPELINES[pipeline]
     needed = [name for name in CLASSES if num_encoders == 2 or not name.endswith("_2")]
     for name, value in index.items():
         if name in needed or name.startswith("_") or name in NEVER_LOADED or not isinstance(value, list):
             continue
         if any(part is not None for part in value):
-            raise ModelError(f"{base}/model_index.json has an unknown component {name} ({value}); {WHAT_WORKS}.")
+            raise ModelError(
+                f"{base}/model_index.json has an unknown component {name} ({reprlib.repr(value)}); {WHAT_WORKS}."
+            )
     for name in needed:
         library, classes = CLASSES[name]
         if name not in index:
             raise ModelError(f"{base}/model_index.json names no {name}; the base is incomplete, download it again.")
         if not isinstance(index[name], list) or len(index[name]) != 2 or index[name][0] != library:
-            raise ModelError(f"{base}/model_index.json: {name} is {index[name]}, which is not loaded; {WHAT_WORKS}.")
+            raise ModelError(
+                f"{base}/model_index.json: {name} is {reprlib.repr(index[name])}, which is not loaded; {WHAT_WORKS}."
+            )
         _check_class(base / "model_index.json", name, index[name][1], classes)
     for name in needed:
         _check_component(base, name)
@@ -183,36 +201,40 @@ def _check_component(base: Path, name: str) -> None:
 
 
 def _check_class(path: Path, component: str, class_name: Any, allowed: Iterable[str]) -> None:
-    if class_name not in allowed:
-        raise ModelError(f"{path}: {component} is a {class_name}; {WHAT_WORKS}, whose {component} is never that.")
+    if class_name not in tuple(allowed):
+        named = class_name if isinstance(class_name, str) and len(class_name) < 100 else reprlib.repr(class_name)
+        raise ModelError(f"{path}: {component} is a {named}; {WHAT_WORKS}, whose {component} is never that.")
 
 
 def _check_denoiser(base: Path, unet: dict[str, Any], vae: dict[str, Any], *, is_sdxl: bool) -> None:
     """Refuse UNets that want inputs which training from pictures and prompts does not have."""
     for name, config in (("unet", unet), ("vae", vae)):
-        if not isinstance(config.get("block_out_channels"), list):
+        channels = config.get("block_out_channels")
+        if not isinstance(channels, list) or not 1 <= len(channels) <= MAX_LEVELS:
             raise ModelError(f"{base}/{name}/config.json lacks block_out_channels; copy or download the base again.")
-    channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if channels != latent_channels:
-        raise ModelError(f"{base} takes {channels} input channels{_why_channels(channels)}; {WHAT_WORKS}.")
+    taken, made = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if taken != made:
+        raise ModelError(f"{base} takes {reprlib.repr(taken)} input channels{_why_channels(taken)}; {WHAT_WORKS}.")
     for key in ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim", "num_class_embeds"):
         if unet.get(key) is not None:
             raise ModelError(f"{base}: its unet has {key} (a distilled, upscaling or unCLIP model); {WHAT_WORKS}.")
     expected = "text_time" if is_sdxl else None
     if unet.get("addition_embed_type") != expected:
         found = unet.get("addition_embed_type")
-        raise ModelError(f"{base}: its unet has addition_embed_type {found!r}, not {expected!r}; {WHAT_WORKS}.")
+        raise ModelError(
+            f"{base}: its unet has addition_embed_type {reprlib.repr(found)}, not {expected!r}; {WHAT_WORKS}."
+        )
     if is_sdxl:
         text = read_json(base / "text_encoder_2" / "config.json")
         time_dim = unet.get("addition_time_embed_dim")
-        width = unet.get("projection_class_embeddings_input_dim")
-        if not isinstance(time_dim, int) or width != 6 * time_dim + text.get("projection_dim", 512):
+        width, pooled = unet.get("projection_class_embeddings_input_dim"), text.get("projection_dim", 512)
+        if not isinstance(time_dim, int) or not isinstance(pooled, int) or width != 6 * time_dim + pooled:
             raise ModelError(f"{base}: its unet does not take 6 sizes and a pooled prompt (a refiner?); {WHAT_WORKS}.")
 
 
-def _why_channels(channels: int) -> str:
+def _why_channels(channels: Any) -> str:
     kinds = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model", 7: "an upscaler"}
-    return f" ({kinds[channels]})" if channels in kinds else ""
+    return f" ({kinds[channels]})" if isinstance(channels, int) and channels in kinds else ""
 
 
 def _architecture_of_file(path: Path) -> tuple[Path, dict[str, Any]]:

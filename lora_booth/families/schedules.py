@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.objectives import NoiseSchedule
 
+MAX_TIMESTEPS = 100_000
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++": (
         "DPMSolverMultistepScheduler",
@@ -22,12 +24,20 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Sampler name to diffusers class and what is set over the base's config. Latents are not bounded, so nothing clips."""
 
 
-def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The schedule that a scheduler config describes, computed in float64."""
+def noise_schedule(config: Mapping[str, Any], *, source: object = "the base") -> NoiseSchedule:
+    """The schedule that a scheduler config describes, computed in float64. `source`: named in a ModelError."""
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
-        raise ModelError(f"the base predicts {prediction_type!r}; only epsilon and v_prediction can be trained.")
-    schedule = NoiseSchedule((1 - _betas(config)).cumprod(0), prediction_type)
+        raise ModelError(f"{source} predicts {prediction_type!r}; only epsilon and v_prediction can be trained.")
+    try:
+        betas = _betas(config)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ModelError(
+            f"{source} has no noise schedule that can be read ({error}); download the base again."
+        ) from error
+    if betas.ndim != 1 or not 2 <= len(betas) <= MAX_TIMESTEPS or not ((betas > 0) & (betas <= 1)).all():
+        raise ModelError(f"the noise schedule of {source} leaves its range; download the base again.")
+    schedule = NoiseSchedule((1 - betas).cumprod(0), prediction_type)
     return schedule.rescaled_to_zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
 
 
@@ -57,13 +67,15 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
         return torch.tensor(config["trained_betas"], dtype=torch.float64)
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     count, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    if isinstance(count, bool) or not isinstance(count, int) or count > MAX_TIMESTEPS:
+        raise ValueError("num_train_timesteps is no count of steps")
     shapes: dict[str, Callable[[], Tensor]] = {
         "linear": lambda: torch.linspace(start, end, count, dtype=torch.float64),
         "scaled_linear": lambda: torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2,
         "squaredcos_cap_v2": lambda: _cosine_betas(count),
     }
-    if kind not in shapes:
-        raise ModelError(f"the base's beta_schedule is {kind!r}; known are {', '.join(shapes)}.")
+    if not isinstance(kind, str) or kind not in shapes:
+        raise ValueError(f"beta_schedule is {reprlib.repr(kind)}; known are {', '.join(shapes)}")
     return shapes[kind]()
 
 

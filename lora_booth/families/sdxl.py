@@ -32,8 +32,8 @@ class StableDiffusionXL:
         self.native_resolution = facts.native_resolution
         self.bucket_step = facts.bucket_step
         self._solver_config = facts.config("scheduler")
-        self.schedule = noise_schedule(self._solver_config)
-        layers = [facts.config(name).get("num_hidden_layers", 12) for name in ENCODERS]
+        self.schedule = noise_schedule(self._solver_config, source=facts.path)
+        layers = [facts.number(name, "num_hidden_layers", 12) for name in ENCODERS]
         # The first encoder's last layer reaches nothing; the second's reaches the pooled prompt.
         self.num_used_text_layers = dict(zip(ENCODERS, (layers[0] - 1, layers[1]), strict=True))
         self.denoiser = parts.unet

@@ -133,7 +133,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
             metadata = header.pop("__metadata__", {})
             shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{path} has a broken safetensors header ({error}); download it again.") from None
     if 8 + length + end != size:
         raise ModelError(f"{path} has {size} bytes where its header says {8 + length + end}; download it again.")
@@ -146,7 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing; the base is incomplete, copy or download it again.") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error}); copy or download the base again.") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object; copy or download the base again.")

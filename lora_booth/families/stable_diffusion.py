@@ -28,8 +28,8 @@ class StableDiffusion:
         self.native_resolution = facts.native_resolution
         self.bucket_step = facts.bucket_step
         self._solver_config = facts.config("scheduler")
-        self.schedule = noise_schedule(self._solver_config)
-        self.num_used_text_layers = {"text_encoder": facts.config("text_encoder").get("num_hidden_layers", 12)}
+        self.schedule = noise_schedule(self._solver_config, source=facts.path)
+        self.num_used_text_layers = {"text_encoder": facts.number("text_encoder", "num_hidden_layers", 12)}
         self.denoiser = parts.unet
         self._vae, self._encoders, self._tokens = parts.vae, dict(parts.text_encoders), parts.tokens
 

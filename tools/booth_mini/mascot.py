@@ -15,6 +15,8 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
+from tools.booth_mini.compose import article
+
 TEAL, DEEP_TEAL, CREAM, PURPLE, DEEP_PURPLE = "#1fb5a8", "#128a82", "#fff1d6", "#8b45c9", "#6a2ea6"
 YELLOW, DEEP_YELLOW, INK, TONGUE = "#ffd02e", "#f0a818", "#2b2233", "#f4718a"
 
@@ -127,8 +129,7 @@ def caption(pose: Pose) -> str:
     """What a picture shows, with the slots that training fills."""
     if pose.background in SCENES:
         return f"a {{token}} {{class}} in a {pose.background}"
-    article = "an" if pose.background[0] in "aeiou" else "a"
-    return f"a {{token}} {{class}} on {article} {pose.background} background"
+    return f"a {{token}} {{class}} on {article(pose.background)} background"
 
 
 def write_overview(path: Path, size_px: int = 128) -> None:

@@ -1,7 +1,7 @@
 """The held-out subjects as folders of pictures on varied backgrounds, as photographs of one thing would be.
 
-OUT/subjects/<name>/instance/*.png (5, to train on), held_out/*.png (5 to 7, to judge by) and subject.json.
-None of their icons enters training (names.HELD_OUT); red and green backgrounds occur only in the judging
+OUT/subjects/<name>/instance/*.png (5, to train on, with captions), held_out/*.png (5 to 7, to judge by) and
+subject.json. None of their icons enters training (names.HELD_OUT); red and green backgrounds occur only in the judging
 pictures.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tools.booth_mini.compose import COLOURS, Pixels, paste
+from tools.booth_mini.compose import COLOURS, Pixels, article, paste
 from tools.booth_mini.names import IconName
 
 SUBJECT_PX = 128
@@ -50,6 +50,7 @@ def write_subjects(out: Path, names: list[IconName], masters: Pixels) -> None:
         train_icons, judge_icons = (order[:5], order[5:]) if len(order) >= 9 else (order, order)
         folder = out / "subjects" / subject.name
         train = _write_pictures(folder / "instance", train_icons, masters, rng, TRAIN_COLOURS, count=5)
+        _write_captions(folder / "instance", TRAIN_COLOURS)
         count = max(5, min(7, len(judge_icons)))
         judge = _write_pictures(folder / "held_out", judge_icons, masters, rng, JUDGE_COLOURS, count=count)
         record = {
@@ -88,3 +89,10 @@ def _write_pictures(
         files.append(f"{index:02d}_on_{colour}.png")
         canvas.save(folder / files[-1])
     return files
+
+
+def _write_captions(folder: Path, colours: tuple[str, ...]) -> None:
+    """Beside every picture in `folder`: a caption that names the background, as the mascot's pictures have it."""
+    for picture in sorted(folder.glob("*.png")):
+        colour = colours[int(picture.name[:2]) % len(colours)]
+        picture.with_suffix(".txt").write_text(f"a {{token}} {{class}} on {article(colour)} background\n")

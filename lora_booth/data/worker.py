@@ -1,0 +1,186 @@
+"""Decoding in a process of its own, bounded in time and memory: a hostile picture costs seconds, never the run.
+
+What lives here: that process, how it is asked, and what it does with one file. What does not: formats and colours
+(`decode.py`). A decoder that hangs, crashes or asks for too much makes its file unusable, and the next question gets a
+new process. The two talk in lines of JSON, followed by the pixels; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lora_booth.data.decode import MAX_FILE_BYTES, Unusable, file_bytes, opened, orientation, upright_rgb
+from lora_booth.data.duplicates import Look, look
+
+MAX_SECONDS = 30.0
+"""For one file. The largest allowed photograph takes about 2 s; a JPEG can be made that takes hours."""
+MAX_BYTES = 4 * 2**30
+"""Address space of the process. 178 megapixels, the most that Pillow opens, need about 2.5 GiB at once."""
+
+_START = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from lora_booth.data.worker import _serve
+_serve(int(sys.argv[2]))
+"""
+
+Inspected = tuple[str, tuple[int, int], Look, list[str]]
+"""sha256 of the file, upright width and height in pixels, look, remarks."""
+
+
+def inspect(path: Path, max_megapixels: float) -> Inspected:
+    """What `find` wants to know of a picture, which is decoded once to prove that it can be. Raises Unusable."""
+    answer, pixels = _decoder.ask(work="inspect", path=str(path), max_megapixels=max_megapixels)
+    seen = np.frombuffer(pixels, dtype=np.uint8).reshape(9, 9, 3)
+    return answer["sha256"], (answer["width"], answer["height"]), seen, answer["notes"]
+
+
+def decode(path: Path, sha256: str | None) -> Image.Image:
+    """The whole picture, upright RGB. Raises Unusable, also when the file's bytes do not have `sha256`."""
+    answer, pixels = _decoder.ask(work="decode", path=str(path), sha256=sha256)
+    return Image.frombytes("RGB", (answer["width"], answer["height"]), pixels)
+
+
+class _Decoder:
+    """The process, begun when it is first asked, and again when it has ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._one_at_a_time = threading.Lock()
+
+    def ask(self, **question: Any) -> tuple[dict[str, Any], bytes]:
+        """Answer and pixels. Raises Unusable, also when the process dies of the question or takes too long."""
+        with self._one_at_a_time:
+            process = self._running()
+            clock = threading.Timer(MAX_SECONDS, process.kill)
+            clock.start()
+            began = time.monotonic()
+            answered = _exchange(process, question)
+            is_late = time.monotonic() - began >= MAX_SECONDS
+            clock.cancel()
+            if answered is None:
+                self.end()
+        if answered is None:
+            code = process.returncode
+            told = f"takes longer than {MAX_SECONDS:g} s to decode" if is_late else f"crashes its decoder ({code})"
+            raise Unusable(f"{told}; save it again with another program, or remove it.")
+        if "unusable" in answered[0]:
+            raise Unusable(answered[0]["unusable"])
+        return answered
+
+    def end(self) -> None:
+        """Kill the process, unless it belongs to a parent of this one."""
+        if self._process is not None and self._owner == os.getpid():
+            self._process.kill()
+            self._process.communicate()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, json.dumps(sys.path), str(MAX_BYTES)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # its threads would use up the address space
+                start_new_session=True,  # Ctrl-C in the terminal asks the run to stop, not its decoder
+            )
+            self._owner = os.getpid()
+        return self._process
+
+
+_decoder = _Decoder()
+atexit.register(_decoder.end)
+
+
+def _exchange(process: subprocess.Popen[bytes], question: dict[str, Any]) -> tuple[dict[str, Any], bytes] | None:
+    """Answer and pixels; None when the process ended before it had answered."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(question).encode() + b"\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line.endswith(b"\n"):
+            return None
+        answer = json.loads(line)
+        pixels = process.stdout.read(answer["bytes"])
+    except OSError:
+        return None
+    return (answer, pixels) if len(pixels) == answer["bytes"] else None
+
+
+def _serve(max_bytes: int) -> None:
+    """The process: answer questions until nobody asks any more."""
+    _bound_memory(max_bytes)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for line in sys.stdin.buffer:
+        question = json.loads(line)
+        path = Path(question["path"])
+        try:
+            if question["work"] == "inspect":
+                answer, pixels = _inspect(path, question["max_megapixels"])
+            else:
+                answer, pixels = _decode(path, question["sha256"])
+        except Unusable as fault:
+            answer, pixels = {"unusable": str(fault)}, b""
+        except MemoryError:
+            told = f"needs more than {max_bytes / 2**30:.2g} GiB to decode; save it smaller, or remove it."
+            answer, pixels = {"unusable": told}, b""
+        sys.stdout.buffer.write(json.dumps(answer | {"bytes": len(pixels)}).encode() + b"\n" + pixels)
+        sys.stdout.buffer.flush()
+
+
+def _bound_memory(max_bytes: int) -> None:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system can
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+
+
+def _inspect(path: Path, max_megapixels: float) -> tuple[dict[str, Any], bytes]:
+    data = file_bytes(path, MAX_FILE_BYTES)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image = opened(data, path)
+        width, height = image.size
+        if width * height > max_megapixels * 1e6:
+            raise Unusable(
+                f"has {width * height / 1e6:.1f} megapixels ({width}×{height}), above the limit of {max_megapixels:g}; "
+                "save it smaller, or raise data.max_megapixels."
+            )
+        is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
+        image.draft(None, (64, 64))
+        upright = upright_rgb(image)
+        if orientation(image) >= 5:
+            width, height = height, width
+    notes = ["is animated; its first frame is used."] if is_animated else []
+    said = {str(w.message).strip(" .") for w in caught if not issubclass(w.category, Image.DecompressionBombWarning)}
+    notes += [
+        f"is used, but its file is not quite right ({words}); save it again to be sure." for words in sorted(said)
+    ]
+    digest = hashlib.sha256(data).hexdigest()
+    return {"sha256": digest, "width": width, "height": height, "notes": notes}, look(upright).tobytes()
+
+
+def _decode(path: Path, sha256: str | None) -> tuple[dict[str, Any], bytes]:
+    data = file_bytes(path, MAX_FILE_BYTES)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise Unusable("has changed since this run looked at it; run the same command again.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `inspect` has told them.
+        upright = upright_rgb(opened(data, path))
+    return {"width": upright.width, "height": upright.height}, upright.tobytes()

@@ -1,0 +1,253 @@
+"""Runs that are killed, stopped, starved of space or damaged, and what the same command makes of them afterwards."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+from lora_booth.errors import DiskError
+from lora_booth.run import CHECKPOINT_FILES, Run
+from tests.soak import crash
+from tests.soak.bench import Bench, Result, differences, lost_checkpoint, made
+from tests.soak.crash import Fate
+
+MAX_SECONDS_TO_STOP = 10.0
+
+
+def kills_at_random(count: int, folder: Path, seed: int = 0) -> Result:
+    """SIGKILL at a random moment of the whole job, once or twice; then the same command to the end."""
+    bench, rng, failures = Bench(folder), random.Random(seed), []
+    for i in range(count):
+        config = bench.config(f"kill-{i}")
+        for _ in range(rng.choice((1, 2))):
+            moment = rng.uniform(0, bench.seconds)
+            outcome = crash.run(config, Fate(seconds=moment))
+            if outcome.code not in (0, -signal.SIGKILL):
+                failures.append(f"kill {i}: ended with {outcome.code} before its kill: {outcome.output[-300:]}")
+        fault = lost_checkpoint(config, outcome.output) or bench.finish(config)
+        if fault:
+            failures.append(f"kill {i} at {moment:.2f} s: {fault}")
+    return Result(count, tuple(failures), f"the straight run takes {bench.seconds:.1f} s")
+
+
+def kills_at_changes(count: int | None, folder: Path, seed: int = 0) -> Result:
+    """SIGKILL right before each change on the disk: files opened, renamed and removed, folders made and removed.
+
+    `count`: how many of the changes, evenly spread from a random first; all of them when None.
+    """
+    bench, failures = Bench(folder), []
+    total = len(crash.changes(bench.config("listed"), folder / "listed"))
+    step = 1 if count is None else max(1, total // count)
+    numbers = range(1 + (0 if count is None else random.Random(seed).randrange(step)), total + 1, step)
+    for number in numbers:
+        config = bench.config(f"change-{number}")
+        outcome = crash.run(config, Fate(event="change", number=number, folder=folder / f"change-{number}"))
+        fault = "" if outcome.code == -signal.SIGKILL else f"ended with {outcome.code}: {outcome.output[-300:]}"
+        fault = fault or lost_checkpoint(config, outcome.output) or bench.finish(config)
+        if fault:
+            failures.append(f"change {number}: {fault}")
+    return Result(len(numbers), tuple(failures), f"of {total} changes in a run")
+
+
+def signals(count: int, folder: Path, seed: int = 0) -> Result:
+    """SIGINT, SIGTERM or SIGUSR1 at a random moment: saved, told, the right exit code, soon; then the same command."""
+    bench, rng, failures, slowest = Bench(folder), random.Random(seed), [], 0.0
+    codes: Counter[int] = Counter()
+    for i in range(count):
+        config = bench.config(f"signal-{i}")
+        number = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)[i % 3]
+        outcome = crash.run(config, Fate(number, seconds=rng.uniform(0.1, bench.seconds)))
+        codes[outcome.code] += 1
+        slowest = max(slowest, outcome.after_signal or 0.0)
+        if outcome.code == 128 + number:
+            fault = "" if "same command" in outcome.output else f"no word on how to go on: {outcome.output[-300:]}"
+        else:  # finished before the signal, or struck before the first line of ours ran
+            is_early = outcome.code in (-number, crash.BUG) and not (config.run.folder or folder).exists()
+            fault = "" if outcome.code == 0 or is_early else f"ended with {outcome.code}: {outcome.output[-300:]}"
+        fault = fault or lost_checkpoint(config, outcome.output) or bench.finish(config)
+        if fault:
+            failures.append(f"signal {i} ({signal.Signals(number).name}): {fault}")
+    if slowest > MAX_SECONDS_TO_STOP:
+        failures.append(f"the slowest stop took {slowest:.1f} s")
+    counted = ", ".join(f"{number} with {code}" for code, number in sorted(codes.items()))
+    return Result(count, tuple(failures), f"slowest stop {slowest:.1f} s; ended {counted}")
+
+
+def full_disks(count: int, folder: Path, seed: int = 0) -> Result:
+    """The disk of the run folder is full at byte k; then it gets space, and the same command to the end. Needs root."""
+    bench, failures = Bench(folder), []
+    config = bench.config("measured")
+    assert crash.run(config).code == 0
+    needed = sum(path.stat().st_size for path in (folder / "measured/run").rglob("*") if path.is_file())
+    codes: Counter[int] = Counter()
+    for i in range(count):
+        config = bench.config(f"full-{i}")
+        disk = folder / f"full-{i}" / "run"
+        disk.mkdir()
+        size = 4096 + (i * needed * 2 // count)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], check=True)
+        try:
+            outcome = crash.run(config)
+            codes[outcome.code] += 1
+            words = ("no space for", "MiB free, but")
+            is_told = outcome.code == DiskError.exit_code and any(word in outcome.output for word in words)
+            fault = "" if outcome.code == 0 or is_told else f"ended with {outcome.code}: {outcome.output[-400:]}"
+            subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+            fault = fault or lost_checkpoint(config, outcome.output)
+            again = crash.run(config)
+            fault = fault or ("" if again.code == 0 else f"did not go on: {again.output[-300:]}")
+            fault = fault or differences(bench.expected, made(config))
+        finally:
+            subprocess.run(["umount", disk], check=True)
+        if fault:
+            failures.append(f"disk of {size} bytes: {fault}")
+    return Result(count, tuple(failures), ", ".join(f"{n} ended with {code}" for code, n in sorted(codes.items())))
+
+
+def damaged_checkpoints(count: int, folder: Path, seed: int = 0) -> Result:
+    """A bit, a cut, zeros or more bytes in a file of the newest checkpoint: told, and the one before is taken."""
+    bench = Bench(folder, train={"save_every_steps": 2, "keep_last": 2})
+    run = Run(folder / "straight" / "run")
+    newest, rng, failures, harmless = run.folder / "checkpoints" / f"step-{4:06d}", random.Random(seed), [], 0
+    originals = {name: (newest / name).read_bytes() for name in (*CHECKPOINT_FILES, "manifest.json")}
+    sound = run.latest(failures.append)
+    assert sound is not None and sound.step == 4 and bench.expected
+    for i in range(count):
+        name = rng.choice(list(originals))
+        (newest / name).write_bytes(_damaged(originals[name], rng))
+        told: list[str] = []
+        found = run.latest(told.append)
+        if found is None or found.step not in (2, 4):
+            failures.append(f"damage {i} to {name}: no checkpoint was found")
+        elif found.step == 4:
+            is_same = (
+                all(found.adapter[k].equal(sound.adapter[k]) for k in sound.adapter) and found.state == sound.state
+            )
+            harmless += 1
+            if name != "manifest.json" or not is_same:
+                failures.append(f"damage {i} to {name}: taken as sound")
+        elif len(told) != 1 or newest.name not in told[0]:
+            failures.append(f"damage {i} to {name}: told {told}")
+        (newest / name).write_bytes(originals[name])
+    return Result(count, tuple(failures), f"{harmless} in words of the manifest that nothing depends on")
+
+
+def _damaged(data: bytes, rng: random.Random) -> bytes:
+    kind, at = rng.choice(("bit", "bit", "cut", "zeros", "longer")), rng.randrange(len(data))
+    if kind == "bit":
+        return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
+    if kind == "zeros" and any(data[at : at + 512]):
+        return data[:at] + bytes(len(data[at : at + 512])) + data[at + 512 :]
+    return data[:at] if kind == "cut" else data + rng.randbytes(1 + at)
+
+
+MATRIX = list(
+    itertools.product(
+        ("adamw", "adamw8bit", "lion8bit", "adafactor", "prodigy", "schedulefree"),
+        ("constant", "cosine"),
+        ("fp32", "bf16"),
+        (True, False),
+        (True, False),
+    )
+)
+"""Optimizer, schedule, precision, with prior preservation, with text encoders: what must resume exactly."""
+
+
+def resume_matrix(count: int, folder: Path, seed: int = 0) -> Result:
+    """Stopped at step 1 and killed at step 3 under every kind of run; then the same bytes as the straight run."""
+    failures = []
+    rows = MATRIX if count >= len(MATRIX) else random.Random(seed).sample(MATRIX, count)
+    for i, (optimizer, schedule, precision, has_prior, trains_text) in enumerate(rows):
+        bench = Bench(
+            folder / str(i),
+            model={"precision": precision},
+            optimizer={"name": optimizer, "schedule": schedule},
+            adapter={"rank": 16, "text_encoder": trains_text, "dropout": 0.1},  # 8-bit states need 4,096 numbers
+            prior={"loss_weight": 1.0 if has_prior else 0.0},
+            train={"save_every_steps": 1},
+            preview={"images_per_prompt": 0},
+        )
+        config = bench.config("interrupted")
+        stopped = crash.run(config, Fate(signal.SIGTERM, event="train", number=1))
+        killed = crash.run(config, Fate(event="train", number=2))
+        fault = "" if (stopped.code, killed.code) == (143, -9) else f"ended with {stopped.code}, {killed.code}"
+        fault = fault or bench.finish(config)
+        if fault:
+            failures.append(f"{optimizer}, {schedule}, {precision}, prior {has_prior}, text {trains_text}: {fault}")
+        shutil.rmtree(folder / str(i))
+    return Result(len(rows), tuple(failures), f"of {len(MATRIX)} combinations")
+
+
+def lost_processes(count: int, folder: Path, seed: int = 0) -> Result:
+    """One of the two processes of a run is killed: the other ends soon, and the same command goes on."""
+    bench, rng, failures, slowest = Bench(folder), random.Random(seed), [], 0.0
+    straight = bench.config("together")
+    assert [outcome.code for outcome in _both(straight, {})] == [0, 0]
+    expected = made(straight)
+    events = [("train", 1), ("saved", 1), ("train", 3), ("encode images", 1), ("preview", 1)]
+    for i in range(count):
+        config, victim = bench.config(f"lost-{i}"), i % 2
+        event = rng.choice(events) if victim == 0 else rng.choice([("train", 1), ("encode images", 1)])
+        outcomes = _both(config, {victim: Fate(event=event[0], number=event[1])})
+        slowest = max(slowest, outcomes[1 - victim].seconds - outcomes[victim].seconds)
+        fault = ""
+        if outcomes[victim].code != -signal.SIGKILL or outcomes[1 - victim].code in (0, crash.BUG):
+            fault = f"ended with {[o.code for o in outcomes]}: {outcomes[1 - victim].output[-400:]}"
+        fault = fault or lost_checkpoint(config, outcomes[0].output)
+        again = [outcome.code for outcome in _both(config, {})]
+        fault = fault or ("" if again == [0, 0] else f"did not go on: {again}")
+        fault = fault or differences(expected, made(config))
+        if fault:
+            failures.append(f"process {victim} lost at {event}: {fault}")
+    return Result(count, tuple(failures), f"the other one ended at most {slowest:.0f} s later")
+
+
+def _both(config: crash.Config, fates: dict[int, Fate]) -> list[crash.Outcome]:
+    """How the two processes of one run end."""
+    port = str(random.SystemRandom().randrange(20_000, 60_000))
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    begun = [
+        crash.start(config, fates.get(rank, crash.SURVIVES), shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in (0, 1)
+    ]
+    outcomes = []
+    for process, log in begun:
+        ended = crash.join(process, 60.0)
+        outcomes.append(crash.Outcome(process.exitcode or 0, log.read_text(), ended))
+    return outcomes
+
+
+def leaks(count: int, folder: Path, seed: int = 0) -> Result:
+    """`count` steps with saves and pictures: the memory of the process and its open files stay what they are."""
+    every = max(10, count // 20)
+    bench = Bench(folder)
+    config = bench.config(
+        "long",
+        train={"steps": count, "save_every_steps": every},
+        preview={"every_steps": every},
+        adapter={"targets": r"regex:.*attn2\.to_k"},
+    )
+    outcome = crash.run(config, Fate(event="measure", number=every), limit=3600)
+    lines = [line.split() for line in outcome.output.splitlines() if line.startswith("memory ")]
+    late = [(int(mib), int(descriptors)) for _, mib, descriptors in lines[len(lines) // 2 :]]
+    growth = late[-1][0] - late[0][0]
+    failures = [] if outcome.code == 0 else [f"ended with {outcome.code}: {outcome.output[-300:]}"]
+    allowed = 2 + count / 2000
+    if growth > allowed:
+        failures.append(f"grew by {growth} MiB over the second half of {count} steps")
+    if late[-1][1] > late[0][1]:
+        failures.append(f"open files went from {late[0][1]} to {late[-1][1]}")
+    return Result(
+        count, tuple(failures), f"{growth:+d} MiB and {late[-1][1] - late[0][1]:+d} open files over the second half"
+    )
+
+
+def can_mount() -> bool:
+    """Whether this process may mount a small disk."""
+    return os.name == "posix" and hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("mount") is not None

@@ -1,0 +1,93 @@
+"""Decoding in a process of its own: what hangs, crashes or wants too much costs its file, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_booth.data import images, worker
+from lora_booth.data.decode import Unusable
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def _a_decoder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_decoder", worker._Decoder())
+
+
+def slow_jpeg(path: Path) -> Path:
+    """A progressive JPEG of 16 megapixels whose last scan comes 20,000 times; a file of a few MB."""
+    Image.effect_noise((4000, 4000), 8).resize((4000, 4000)).save(path, progressive=True, quality=5)
+    data = path.read_bytes()
+    scan = data.rindex(b"\xff\xda")
+    path.write_bytes(data[:scan] + data[scan:-2] * (60 * 2**20 // (len(data) - scan)) + data[-2:])
+    return path
+
+
+def test_a_picture_that_takes_for_ever_is_left_out_and_the_others_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.tiny_pictures(tmp_path, 3)
+    slow_jpeg(tmp_path / "slow.jpg")
+    monkeypatch.setattr(worker, "MAX_SECONDS", 2.0)
+    began = time.monotonic()
+    found = images.find(tmp_path, max_megapixels=64)
+    assert time.monotonic() - began < 20
+    assert len(found.pictures) == 3
+    assert "slow.jpg takes longer than 2 s to decode; save it again" in str(found.left_out[0])
+
+
+def test_a_decoder_that_crashes_costs_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (picture,) = tiny.tiny_pictures(tmp_path, 1)
+    honest = worker._START
+    monkeypatch.setattr(worker, "_START", "raise SystemExit(3)")
+    with pytest.raises(Unusable, match=r"crashes its decoder \(3\)"):
+        worker.inspect(picture, 64)
+    monkeypatch.setattr(worker, "_START", honest)
+    assert worker.inspect(picture, 64)[1] == (48, 48)
+
+
+def test_a_picture_that_needs_too_much_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGBA", (5000, 5000)).save(tmp_path / "large.png")
+    monkeypatch.setattr(worker, "MAX_BYTES", 400 * 2**20)
+    with pytest.raises(Unusable, match=r"needs more than 0\.39 GiB to decode"):
+        worker.decode(tmp_path / "large.png", None)
+
+
+def test_a_forked_process_has_a_decoder_of_its_own(tmp_path: Path) -> None:
+    (picture,) = tiny.tiny_pictures(tmp_path, 1)
+    first = worker._decoder._running().pid
+    child = os.fork()
+    if child == 0:
+        is_right = worker.inspect(picture, 64)[1] == (48, 48) and worker._decoder._running().pid != first
+        os._exit(0 if is_right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert worker.inspect(picture, 64)[1] == (48, 48)
+    assert worker._decoder._running().pid == first
+
+
+def test_ctrl_c_does_not_reach_it_and_it_ends_with_its_owner(tmp_path: Path) -> None:
+    (picture,) = tiny.tiny_pictures(tmp_path, 1)
+    process = worker._decoder._running()
+    worker.inspect(picture, 64)
+    assert os.getpgid(process.pid) != os.getpgid(0)
+    process.send_signal(signal.SIGINT)
+    assert worker.inspect(picture, 64)[1] == (48, 48)
+    assert process.poll() is None
+    assert process.stdin is not None
+    process.stdin.close()  # what happens when the owner dies
+    assert process.wait(timeout=20) == 0
+
+
+def test_modules_beside_the_user_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "PIL").mkdir()
+    (tmp_path / "PIL" / "__init__.py").write_text("raise SystemExit(5)")
+    (picture,) = tiny.tiny_pictures(tmp_path / "pictures", 1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry not in ("", ".")])
+    assert worker.inspect(picture, 64)[1] == (48, 48)
