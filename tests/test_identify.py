@@ -49,6 +49,15 @@ def drop_a_weight(path: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def spoil_a_weight(path: Path, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path)
+    name = next(name for name in sorted(weights) if name.endswith("conv_in.weight") or "layer_norm1.weight" in name)
+    weights[name].view(-1)[0] = value
+    save_file(weights, path, metadata={"format": "pt"})
+
+
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 FAULTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
@@ -80,6 +89,16 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "missing text weight": ("sd1", lambda b: drop_a_weight(b / "text_encoder/model.safetensors"), "lacks 1 weights"),
     "other widths": ("sd1", lambda b: change(b / "unet/config.json", cross_attention_dim=40), "unet"),
     "no vocabulary": ("sd1", lambda b: (b / "tokenizer/vocab.json").unlink(), r"vocab\.json"),
+    "nan in the unet": ("sd1", lambda b: spoil_a_weight(b / UNET_FILE, float("nan")), "the unet of .* computes NaN"),
+    "inf in the text": (
+        "sd1",
+        lambda b: spoil_a_weight(b / "text_encoder/model.safetensors", float("inf")),
+        "the text encoder of .* computes NaN or infinity; its weights are damaged",
+    ),
+    "deep json": ("sd1", lambda b: (b / "vae/config.json").write_text("[" * 100_000), "cannot be read"),
+    "no count": ("sd1", lambda b: change(b / "text_encoder/config.json", num_hidden_layers="3"), "cannot be loaded"),
+    "endless schedule": ("sd1", lambda b: change(b / SCHEDULER_FILE, num_train_timesteps=1 << 40), "no count of steps"),
+    "odd schedule": ("sd1", lambda b: change(b / SCHEDULER_FILE, trained_betas=[0.1, 2.0]), "leaves its range"),
     "broken json": ("sd1", lambda b: (b / "vae/config.json").write_text("{"), r"vae.config\.json cannot be read"),
 }
 

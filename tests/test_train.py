@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,6 +224,21 @@ def test_fewer_than_three_pictures_are_refused(make_config: MakeConfig, tmp_path
     tiny.tiny_pictures(tmp_path / "two", 2)
     with pytest.raises(DataError, match="has 2 usable pictures, at least 3 are needed"):
         train.train(make_config(subject={"images": tmp_path / "two"}))
+
+
+@pytest.mark.parametrize("name", ["ünï 漢字 🐕", "-rf", "with 'quotes' and \n a line", "x" * 200, "%d{0}$HOME", "é"])
+def test_folders_may_have_any_name(name: str, make_config: MakeConfig, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / name)
+    config = make_config(
+        subject={"images": tmp_path / name, "held_out": pictures},
+        run={"folder": tmp_path / f"{name} run", "cache": tmp_path / f"{name} cache"},
+        train={"steps": 1},
+        prior={"loss_weight": 0.0},
+    )
+    (tmp_path / "config.toml").write_text(config_file.to_toml(config), encoding="utf-8")
+    train.train(config_file.load(tmp_path / "config.toml"))
+    assert (tmp_path / f"{name} run" / "sks_dog.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {name, f"{name} run", f"{name} cache", "config.toml"}
 
 
 def test_unreadable_pictures_are_named_and_left_out(make_config: MakeConfig, tmp_path: Path) -> None:

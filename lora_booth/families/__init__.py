@@ -68,7 +68,8 @@ def _require_finite_sample(family: Family, base: identify.BaseFacts) -> None:
         geometry = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=mean.device)
         timesteps = torch.tensor([len(family.schedule.alphas_cumprod) // 2], device=mean.device)
         output = family.predict(mean, timesteps, prompt, geometry)
-    for what, tensor in {"vae": mean, "vae's deviation": std, "unet": output, **prompt}.items():
+    texts = [("text encoder", tensor) for tensor in prompt.values()]
+    for what, tensor in (("vae", mean), ("vae", std), *texts, ("unet", output)):
         if not torch.isfinite(tensor).all():
             raise ModelError(
                 f"the {what} of {base.path} computes NaN or infinity; its weights are damaged (copy or download it "
