@@ -16,17 +16,17 @@ from tests.soak.bench import Result
 
 SEED = int(os.environ.get("LORA_BOOTH_SEED", "0"))
 FEW: dict[str, tuple[Callable[[int, Path, int], Result], int]] = {
-    "kills at random": (kills.kills_at_random, 12),
-    "kills at changes": (kills.kills_at_changes, 12),
-    "signals": (kills.signals, 6),
+    "kills at random": (kills.kills_at_random, 10),
+    "kills at changes": (kills.kills_at_changes, 10),
+    "signals": (kills.signals, 4),
     "damaged checkpoints": (kills.damaged_checkpoints, 200),
-    "resume matrix": (kills.resume_matrix, 8),
+    "resume matrix": (kills.resume_matrix, 6),
     "lost processes": (kills.lost_processes, 3),
     "leaks": (kills.leaks, 200),
     "adapters": (adapters.adapters, 300),
     "configs": (hostile.configs, 2000),
     "pictures": (hostile.pictures, 500),
-    "bases": (hostile.bases, 60),
+    "bases": (hostile.bases, 40),
 }
 
 
