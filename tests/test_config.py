@@ -81,6 +81,12 @@ def test_a_contradiction_or_wrong_value_is_one_clear_line(override: str, expecte
     assert " has a fault:" in message
 
 
+def test_dora_on_a_quantised_base_is_refused_with_the_reason(tmp_path: Path) -> None:
+    words = ["model.base=sd15", "subject.images=x", "subject.class_noun=dog", "model.quantize=nf4", "adapter.dora=true"]
+    with pytest.raises(ConfigError, match=r'adapter\.dora is true but model\.quantize is "nf4"; DoRA needs the base'):
+        config_file.load(None, words)
+
+
 def test_values_are_not_coerced() -> None:
     with pytest.raises(ConfigError):
         config_file.load(None, [*GOOD, 'train.steps="400"'])

@@ -48,9 +48,12 @@ def load(
     from lora_booth.families.components import Wanted, load_components, readable
 
     base = facts(config)
-    wanted = Wanted(torch.device(device), dtype, needs_vae=needs_vae, needs_text_encoders=needs_text_encoders)
+    quantization = None if config.quantize == "none" else config.quantize
+    wanted = Wanted(torch.device(device), dtype, needs_vae, needs_text_encoders, quantization)
     module, _, name = FAMILIES[base.family].partition(":")
     family: Family = getattr(import_module(module), name)(base, load_components(base, wanted))
+    if quantization is not None:
+        family.fingerprint += f" in {quantization}"  # its embeddings and pictures are not those of the plain base
     if needs_vae and needs_text_encoders:
         with readable(base.path):
             _require_finite_sample(family, base)

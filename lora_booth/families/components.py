@@ -20,6 +20,7 @@ from lora_booth.errors import ConfigError, LoraBoothError, ModelError
 from lora_booth.export.rewrite import FLOATS, read_layout
 from lora_booth.families.identify import ARCHITECTURES, BaseFacts
 from lora_booth.families.prompts import Tokens
+from lora_booth.families.quantize import Quantization, quantize_
 from lora_booth.families.sources import component_weights, read_json
 from lora_booth.families.vae import Vae
 from lora_booth.families.weight_names import SINGLE_FILE_PREFIXES
@@ -48,6 +49,8 @@ class Wanted:
     dtype: torch.dtype
     needs_vae: bool = True
     needs_text_encoders: bool = True
+    quantization: Quantization | None = None
+    """Of the UNet and the text encoders."""
 
 
 def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
@@ -60,8 +63,11 @@ def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
     with quiet():
         modules = load(facts, classes, wanted.dtype)
         tokens = {name: _tokens(facts, name) for name in encoders}
-        for module in modules.values():
-            module.requires_grad_(False).eval().to(wanted.device)
+        for name, module in modules.items():
+            module.requires_grad_(False)
+            if wanted.quantization is not None and name != "vae":
+                quantize_(module, wanted.quantization, wanted.device)
+            module.eval().to(wanted.device)
     return Components(
         unet=modules["unet"],
         vae=Vae(modules["vae"]) if "vae" in modules else None,

@@ -1,0 +1,59 @@
+"""The frozen base in 4 or 8 bits: the linear layers of its transformer blocks, as bitsandbytes stores them.
+
+What lives here: replacing layers. What does not: loading weights (`components.py`). diffusers' own way is not taken: it
+refuses machines without a GPU, which tests have, and reads single files in another order.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Quantization = Literal["nf4", "int8"]
+
+_BLOCKS = re.compile(r"(?:^|\.)(?:transformer_blocks|encoder\.layers)\.\d+\.")
+"""Where nearly all weights of a UNet and a text encoder are. Convolutions, time and size embeddings stay as they are:
+they are few, and every block depends on them."""
+
+
+def quantize_(module: nn.Module, kind: Quantization, device: torch.device) -> int:
+    """Put quantised layers into `module`, each quantised on `device`; the rest stays where it is. Returns their count.
+
+    nf4: 4-bit NormalFloat in blocks of 64 with quantised scales, 4.13 bits a weight (QLoRA, arXiv 2305.14314, sections
+    2 and 3). int8: one scale for each row, and outlying inputs in 16 bits (LLM.int8(), arXiv 2208.07339). Results are
+    computed in the type that the layer had.
+    """
+    found = [
+        (name, layer)
+        for name, layer in module.named_modules()
+        if type(layer) is nn.Linear and _BLOCKS.search(f"{name}.")
+    ]
+    for name, layer in found:
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, _quantized(layer, kind).to(device))
+    return len(found)
+
+
+def _quantized(layer: nn.Linear, kind: Quantization) -> nn.Module:
+    """The layer as bitsandbytes has it; its weight is quantised when it is moved to a device."""
+    import bitsandbytes as bnb
+
+    weight, has_bias = layer.weight.data, layer.bias is not None
+    new: Any
+    with torch.device("meta"):
+        if kind == "nf4":
+            settings: dict[str, Any] = {"compute_dtype": weight.dtype, "quant_type": "nf4", "compress_statistics": True}
+            new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=has_bias, **settings)
+        else:
+            new = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=has_bias, has_fp16_weights=False)
+    if kind == "nf4":
+        new.support_avx512bf16_for_cpu = False  # it would repack weights for inference, without gradients
+        new.weight = bnb.nn.Params4bit(weight, False, quant_type="nf4", compress_statistics=True, module=new)
+    else:
+        new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    if has_bias:
+        new.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    return new
