@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +342,33 @@ def test_the_text_encoders_are_gone_once_their_work_is_cached(
     s = session_of(make_config("sdxl"), monkeypatch)
     with pytest.raises(AssertionError, match="released"):
         s.family.text_encoders()
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_step_needs_neither_vae_nor_text_encoders(
+    family: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, encoders, vae_calls, seen = families.load, [], [], []
+
+    def load(*words: Any, **settings: Any) -> Any:
+        loaded = honest(*words, **settings)
+        encoders.extend(weakref.ref(module) for module in loaded.text_encoders().values())
+        vae = loaded.pipeline("ddim").vae
+        for part in (vae.encoder, vae.decoder):
+            part.register_forward_pre_hook(lambda *_: vae_calls.append(1))
+        return loaded
+
+    def look() -> None:
+        gc.collect()
+        seen.append(([ref() for ref in encoders], len(vae_calls)))
+
+    monkeypatch.setattr(families, "load", load)
+    train.train(make_config(family, train={"steps": 3}), report=At(1, look))
+    train.train(make_config(family, "other", train={"steps": 3}), report=At(3, look))
+    (after_first, calls_first), (after_third, calls_third) = seen
+    assert len(after_first) == (2 if family == "sdxl" else 1)
+    assert all(module is None for module in after_first + after_third)
+    assert calls_third == calls_first  # the second run found its latents in the cache
 
 
 def test_two_processes_give_the_result_of_one(make_config: MakeConfig, tmp_path: Path) -> None:
