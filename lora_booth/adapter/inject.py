@@ -23,6 +23,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lora_booth.adapter import lean
 from lora_booth.adapter.weights import AdapterWeights, LowRank, plain_path
 from lora_booth.config import AdapterConfig
 from lora_booth.errors import ConfigError, ModelError
@@ -271,6 +272,7 @@ def _inject_one_(module: nn.Module, config: AdapterConfig, plan: _Plan) -> None:
         use_rslora=config.rslora,
         use_dora=config.dora,
     )
+    peft_config._register_custom_module(lean.LAYERS)
     is_training = module.training
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(peft_config, module, ADAPTER)
