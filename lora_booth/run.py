@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lora_booth import config_file, files
@@ -326,8 +326,9 @@ def _step_of(line: str) -> float:
 def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     tensors: dict[str, Tensor] = {}
     optimizer = _without_tensors(checkpoint.optimizer, "optimizer", tensors)
-    save_file(checkpoint.adapter, folder / "adapter.safetensors")
-    save_file(tensors, folder / "optimizer.safetensors")
+    # By Python, whose OSError tells of a full disk; safetensors' own writing raises an error of its own for it.
+    (folder / "adapter.safetensors").write_bytes(save(checkpoint.adapter))
+    (folder / "optimizer.safetensors").write_bytes(save(tensors))
     state = {"schema": CHECKPOINT_SCHEMA, "step": checkpoint.step, **checkpoint.state, "optimizer": optimizer}
     (folder / "state.json").write_text(json.dumps(state))
     for name in CHECKPOINT_FILES:

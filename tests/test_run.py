@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -214,3 +215,17 @@ def test_too_little_space_is_told_before_the_first_step(tmp_path: Path) -> None:
     require_free_space(tmp_path, 1)
     with pytest.raises(DiskError, match=r"MiB free, but the run's checkpoints need about"):
         require_free_space(tmp_path, 2**60)
+
+
+def test_a_disk_that_fills_up_in_a_checkpoint_is_told_and_the_old_one_stays(run: Run) -> None:
+    run.save(checkpoint(1), keep_last=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (run.folder / "checkpoints/step-000001/optimizer.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))  # writes fail in the second file
+    try:
+        with pytest.raises(DiskError, match=r"step-000002 cannot be written \(File too large\)"):
+            run.save(checkpoint(2), keep_last=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert steps_kept(run) == [1]
+    assert not list((run.folder / "checkpoints").glob(".saving-*"))
