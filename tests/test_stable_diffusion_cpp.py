@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from benchmarks.bases import random_base
 from lora_booth import export
 from lora_booth.adapter.inject import target_modules
 from lora_booth.adapter.weights import AdapterWeights, LowRank, plain_path
@@ -24,7 +25,6 @@ from lora_booth.families.components import load_component
 from lora_booth.families.identify import identify
 from lora_booth.merge import merge_into_base
 from tests import tiny
-from tests.test_full_size import random_base
 
 pytestmark = pytest.mark.slow
 engine = pytest.importorskip("stable_diffusion_cpp")

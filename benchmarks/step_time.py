@@ -1,0 +1,134 @@
+"""Time of a training step and peak memory, lever by lever, on a base of real size with random weights or on your own.
+
+    python -m benchmarks.step_time --architecture sd1 --resolution 512 --out build/step_time     # sd2_v 768, sdxl 1024
+    python -m benchmarks.step_time --base booth-mini --resolution 64 --steps 40
+
+Every row is a whole `lora-booth train` in a process of its own: two instance and two class images a step, adapter rank
+16 on attention, no pictures on the way, pictures of noise. Seconds are the median over all steps but the first three,
+as the run's metrics.jsonl has them; memory is the device's peak of tensors, on a CPU the process's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from benchmarks.bases import random_base
+from lora_booth import charts
+
+LEVERS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "one row a pass": {"train.batch_size": 1},
+    "checkpointing": {"train.gradient_checkpointing": "true"},
+    "8-bit Adam": {"optimizer.name": "adamw8bit"},
+    "int8 base": {"model.quantize": "int8"},
+    "nf4 base": {"model.quantize": "nf4"},
+    "text encoder too": {"adapter.text_encoder": "true"},
+}
+WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One lever: seconds of a step, GiB at most, and the mean loss over the steps, which shows that it trained."""
+
+    lever: str
+    step_s: float
+    peak_gib: float
+    mean_loss: float
+
+
+def measure(lever: str, base: str, arguments: argparse.Namespace) -> Row:
+    """Train once. Raises RuntimeError with the run's last words when it fails."""
+    folder = arguments.out / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    settings: dict[str, object] = {
+        "model.base": base,
+        "model.precision": arguments.precision,
+        "subject.images": arguments.out / "pictures",
+        "subject.class_noun": "dog",
+        "prior.folder": arguments.out / "class",
+        "data.resolution": arguments.resolution,
+        "adapter.rank": 16,
+        "train.steps": arguments.steps,
+        "train.save_every_steps": arguments.steps,
+        "train.images_per_step": 2,
+        "train.batch_size": 4,
+        "train.gradient_checkpointing": "false",
+        "preview.images_per_prompt": 0,
+        "run.folder": folder,
+        "run.cache": arguments.out / "cache",
+    }
+    words = [f"{key}={value}" for key, value in (settings | LEVERS[lever]).items()]
+    command = [sys.executable, "-m", "lora_booth", "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{lever}: {done.stderr[-2000:]}")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = statistics.median(line["seconds"] for line in lines[WARM_UP_STEPS:])
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    loss = statistics.mean(line["instance_loss"] for line in lines)
+    return Row(lever, round(seconds, 4), round(summary["peak_gib"], 2), round(loss, 4))
+
+
+def main() -> None:
+    """Command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", choices=("sd1", "sd2_base", "sd2_v", "sdxl"), default="sd1")
+    parser.add_argument("--base", help="a base of yours, or booth-mini, in place of random weights")
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--steps", type=int, default=13)
+    parser.add_argument("--levers", nargs="*", choices=sorted(LEVERS), default=list(LEVERS))
+    parser.add_argument("--out", type=Path, default=Path("build/step_time"))
+    arguments = parser.parse_args()
+    assert arguments.steps > WARM_UP_STEPS, "no step is left to be measured"
+    for name in ("pictures", "class"):
+        (arguments.out / name).mkdir(parents=True, exist_ok=True)
+        for i in range(3):
+            side = arguments.resolution
+            picture = Image.merge("RGB", [Image.effect_noise((side, side), 40 + 20 * i) for _ in "RGB"])
+            picture.save(arguments.out / name / f"{i}.png")
+    base = arguments.base or str(arguments.out / arguments.architecture)
+    if arguments.base is None and not Path(base).exists():
+        random_base(Path(base), arguments.architecture)
+    rows = []
+    for lever in arguments.levers:
+        rows.append(measure(lever, base, arguments))
+        print(
+            f"{lever:<18} {rows[-1].step_s:9.4f} s   {rows[-1].peak_gib:7.2f} GiB   loss {rows[-1].mean_loss}",
+            flush=True,
+        )
+    write(rows, arguments)
+
+
+def write(rows: list[Row], arguments: argparse.Namespace) -> None:
+    """step_time.json with job, machine and versions, and a bar picture each of time and memory."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    base, side = arguments.base or arguments.architecture, arguments.resolution
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    result = {"base": base, "resolution": side, "steps": arguments.steps, "precision": arguments.precision}
+    result |= {"device": device, "machine": platform.machine(), "threads": torch.get_num_threads(), "commit": commit}
+    result |= {name: version(name) for name in ("torch", "diffusers", "peft", "bitsandbytes", "lora-booth")}
+    result["rows"] = [asdict(row) for row in rows]
+    (arguments.out / "step_time.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, unit in (("step_s", "seconds of a step"), ("peak_gib", "GiB at most")):
+        values = {row.lever: getattr(row, name) for row in rows}
+        charts.save_bars(values, arguments.out / f"{name}.png", title=f"{base} at {side} px on {device}", unit=unit)
+
+
+if __name__ == "__main__":
+    main()
