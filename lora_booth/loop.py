@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +30,7 @@ from lora_booth.objectives import Draws, Objective, draw, generator_for
 from lora_booth.prepare import Prepared
 from lora_booth.report import Report
 from lora_booth.run import Checkpoint, Run
+from lora_booth.watchdog import Watchdog
 
 ROLES = ("instance", "class")
 MAX_SKIPPED_STEPS = 20
@@ -58,6 +59,7 @@ class Session:
     report: Report
     stop: StopRequest
     continue_command: str
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -108,6 +110,8 @@ def optimize(s: Session, start: int) -> None:
             "seconds": time.perf_counter() - began,
         }
         _log(s, step + 1, rows, losses, metrics)
+        for warning in s.watchdog.observe(metrics["seconds"], used_share(s.accelerator.device)):
+            s.report.warn(warning)
         _save_and_draw(s, step + 1, is_stopping=is_stopping)
         if is_stopping:
             done = f"stopped after step {step + 1} of {train.steps}, everything is saved"
@@ -327,3 +331,11 @@ def draw_rows(s: Session) -> preview.Rows:
 def device_memory_gib(device: torch.device) -> float | None:
     """Most device memory held by tensors so far; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+def used_share(device: torch.device) -> float | None:
+    """Share of the device's memory that anybody uses; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return 1 - free / total

@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "lora_booth"
 FLOORS = {
     0: ("errors", "config", "config_file", "presets", "files", "report", "interrupts"),
-    1: ("run", "objectives", "optim", "precision", "subject", "charts", "data", "adapter", "export"),
+    1: ("run", "objectives", "optim", "precision", "subject", "charts", "watchdog", "data", "adapter", "export"),
     2: ("families", "class_images"),
     3: ("prepare", "preview", "plan", "generate", "inspect", "deliver", "merge", "resize", "extract"),
     4: ("loop",),
