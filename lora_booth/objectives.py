@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lora_booth.config import ObjectiveConfig
+
 PredictionType = Literal["epsilon", "v_prediction"]
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(noisy latents `[B, C, h, w]`, timesteps `[B]`) to prediction `[B, C, h, w]`."""
@@ -121,6 +123,12 @@ class Objective:
     def _alpha_bar(self, timesteps: Tensor, device: torch.device) -> Tensor:
         values = self.schedule.alphas_cumprod[timesteps.cpu()].float()
         return values.view(-1, 1, 1, 1).to(device)
+
+
+def objective_for(config: ObjectiveConfig, schedule: NoiseSchedule) -> Objective:
+    """What the settings of [objective] mean under `schedule`."""
+    huber_delta = config.huber_delta if config.loss == "huber" else None
+    return Objective(schedule, config.min_snr_gamma, config.noise_offset, huber_delta)
 
 
 def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 
 from lora_booth.config import OptimizerConfig
 from lora_booth.errors import ConfigError
+from lora_booth.tracing import rounded
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -71,6 +73,30 @@ def make(groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, device_ty
     if row.takes_betas:
         settings["betas"] = config.betas
     return cls(list(groups), **settings)
+
+
+def state_bytes(shapes: Iterable[Sequence[int]], config: OptimizerConfig, *, device_type: str) -> int:
+    """Bytes that the optimizer of `config` keeps on the device for float32 parameters of these shapes.
+
+    Found by really stepping it on the CPU, once for each different shape. Paged moments count as if none had moved to
+    main memory. Raises as `make` does.
+    """
+    name = config.name if config.name != "auto" else default_name(device_type)
+    config = config.model_copy(update={"name": name.removeprefix("paged_")})
+    counts = Counter(map(tuple, shapes))
+    return sum(count * _state_bytes_of_one(shape, config) for shape, count in counts.items())
+
+
+def _state_bytes_of_one(shape: tuple[int, ...], config: OptimizerConfig) -> int:
+    """Of two alike parameters, what the second adds: tables that all share do not count."""
+    first, second = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    optimizer = make([{"params": [first, second], "lr": 1e-6}], config, device_type="cpu")
+    first.grad, second.grad = torch.ones(shape), torch.ones(shape)
+    set_mode_(optimizer, training=True)
+    optimizer.step()
+    states = ([t for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)] for p in (first, second))
+    shared, own = ({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors} for tensors in states)
+    return sum(rounded(size) for key, size in own.items() if key not in shared)
 
 
 def default_name(device_type: str) -> str:

@@ -1,46 +1,35 @@
-"""What a run will do, decided before it does anything: every `None` of the config gets its value here. No torch."""
+"""What a run will do, decided before it does anything: every `None` of the config gets its value here.
+
+No torch, except where memory is predicted (`memory.py`), which comes after everything else was found right.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_booth.config import Config
-from lora_booth.data.buckets import Crop
-from lora_booth.errors import ConfigError
+from lora_booth.data.buckets import Bucket, Crop
+from lora_booth.errors import ConfigError, LoraBoothError
 from lora_booth.families import sources
 from lora_booth.families.identify import BaseFacts, identify
 from lora_booth.families.sources import fingerprint
 from lora_booth.report import Report
 from lora_booth.subject import Pictures, crops_of, find_pictures
 
+if TYPE_CHECKING:
+    from lora_booth.memory import Phase
+
+log = logging.getLogger(__name__)
+
 STEPS_PER_IMAGE = 100
 STEP_LIMITS = {"sd1": (400, 1200), "sd2": (400, 1200), "sdxl": (500, 1500)}
 """Fewest and most steps by family, where the recipes of other trainers and the DreamBooth paper meet."""
 MAX_WARMUP_STEPS = 100
-
-
-@dataclass(frozen=True)
-class DenoiserMemory:
-    """GiB that a family's step needs, computed from tensor counts (rank 16, bf16, native resolution), not measured.
-
-    `fixed`: weights, adapter, optimizer and a CUDA context. `per_row`: activations of one image, without and with
-    gradient checkpointing.
-    """
-
-    fixed: float
-    per_row: float
-    per_row_checkpointed: float
-
-
-MEMORY = {
-    "sd1": DenoiserMemory(2.4, 0.80, 0.22),
-    "sd2": DenoiserMemory(2.4, 1.70, 0.41),
-    "sdxl": DenoiserMemory(5.8, 5.4, 0.53),
-}
 
 
 @dataclass(frozen=True)
@@ -70,64 +59,86 @@ def look(config: Config, report: Report) -> Inputs:
 
 
 def resolve(config: Config, inputs: Inputs, *, free_gib: float | None) -> Config:
-    """`config` with every open choice made. `free_gib` is the device's free memory, None on a CPU."""
+    """`config` with every open choice made. `free_gib` is the device's free memory, None on a CPU.
+
+    Within a budget, or free memory, `memory.fit` settles gradient checkpointing and may lower `train.batch_size`;
+    without one nothing is traced. Raises ConfigError or ModelError for an adapter that the base cannot take.
+    """
+    config = _filled(config, inputs)
+    budget_gib = config.memory.budget_gib or free_gib
+    if budget_gib is not None:
+        config = _within(config, inputs, budget_gib)
+    return config.with_values({"train": {"gradient_checkpointing": bool(config.train.gradient_checkpointing)}})
+
+
+def _filled(config: Config, inputs: Inputs) -> Config:
+    """`config` with every choice made that does not depend on memory."""
     train, data, base = config.train, config.data, inputs.facts
     num_images = len(inputs.pictures.instances.pictures)
     low, high = STEP_LIMITS[base.family]
     steps = train.steps or min(max(STEPS_PER_IMAGE * num_images, low), high)
     warmup = config.optimizer.warmup_steps
-    checkpointing = train.gradient_checkpointing
-    if checkpointing is None:
-        checkpointing = not fits(config, base, config.memory.budget_gib or free_gib)
     return config.with_values(
         {
             "data": {
                 "resolution": data.resolution or base.native_resolution,
                 "bucket_step": data.bucket_step or base.bucket_step,
             },
-            "train": {
-                "steps": steps,
-                "gradient_checkpointing": checkpointing,
-                "save_every_steps": train.save_every_steps or max(1, steps // 5),
-            },
+            "train": {"steps": steps, "save_every_steps": train.save_every_steps or max(1, steps // 5)},
             "optimizer": {"warmup_steps": min(MAX_WARMUP_STEPS, steps // 20) if warmup is None else warmup},
             "adapter": {"alpha": config.adapter.alpha or float(config.adapter.rank)},
         }
     )
 
 
-def fits(config: Config, base: BaseFacts, budget_gib: float | None) -> bool:
-    """Whether a step without gradient checkpointing fits `budget_gib`; always, where there is no budget."""
-    if budget_gib is None:
-        return True
-    memory = MEMORY[base.family]
-    resolution = config.data.resolution or base.native_resolution
-    area = (resolution / {"sd1": 512, "sd2": 768, "sdxl": 1024}[base.family]) ** 2
-    return memory.fixed + memory.per_row * area * config.train.batch_size <= budget_gib
+def _within(config: Config, inputs: Inputs, budget_gib: float) -> Config:
+    """`config` with the way of computing a step that `memory.fit` finds."""
+    from lora_booth import memory
+
+    try:
+        changes = memory.fit(config, inputs.facts, budget_gib, bucket=_largest_bucket(config, inputs.pictures))
+    except LoraBoothError:
+        raise
+    except Exception as error:  # whatever a version of torch cannot trace must not keep anybody from training
+        log.warning(
+            "Memory cannot be predicted (%s: %s); saving as much of it as possible.", type(error).__name__, error
+        )
+        is_set = config.train.gradient_checkpointing is not None
+        return config if is_set else config.with_values({"train": {"gradient_checkpointing": True}})
+    return config.with_values({section: dict(pairs) for section, pairs in changes.items()})
 
 
-def memory_advice(config: Config) -> str:
-    """What to change after the device ran out of memory, what costs least time first."""
-    advice = []
-    if config.train.batch_size > 1:
-        advice.append("train.batch_size = 1 (same result, the class image in a pass of its own)")
-    if not config.train.gradient_checkpointing:
-        advice.append("train.gradient_checkpointing = true (same result, about a third slower)")
-    if config.adapter.text_encoder:
-        advice.append("adapter.text_encoder = false")
-    advice.append(f"a data.resolution below {config.data.resolution}")
+def memory_advice(config: Config, facts: BaseFacts | None = None) -> str:
+    """What to change after the device ran out of memory, what costs least time first.
+
+    With `facts` each change has its predicted saving. Never raises: the error that is being told matters more.
+    """
+    advice = [f"{setting} ({price})" for setting, price in _levers(config, facts)]
     advice.append("other programs on the card closed")
     changes = "\n".join(f"  {number}. {text}" for number, text in enumerate(advice, start=1))
     return f"the device ran out of memory; nothing that was saved is lost. Try, in this order:\n{changes}"
 
 
+def _levers(config: Config, facts: BaseFacts | None) -> list[tuple[str, str]]:
+    """Setting and price of each lever, with its saving where that can be traced."""
+    from lora_booth import memory
+
+    found = memory.levers(config)
+    if facts is not None:
+        try:
+            found = memory.savings(config, facts)
+        except Exception as error:  # see `memory_advice`
+            log.debug("savings cannot be traced: %s", error)
+    return [(lever.settings, lever.told) for lever in found]
+
+
 def show(config: Config, report: Report) -> None:
-    """Tell what `train` would do with `config`; nothing is run or written."""
+    """Tell what `train` would do with `config`; nothing is run or written. Memory comes last, since it needs torch."""
     inputs = look(config, report)
-    config, pictures = resolve(config, inputs, free_gib=None), inputs.pictures
+    config, pictures = _filled(config, inputs), inputs.pictures
     crops = crops_of(config, pictures.instances.pictures)
     train, adapter = config.train, config.adapter
-    assert train.steps is not None, "resolved just above"
+    assert train.steps is not None, "filled just above"
     seen = train.steps * train.images_per_step / len(crops)
     lines = {
         "subject": f'"{config.fill("{token} {class}")}", {len(crops)} pictures in {_buckets(crops)}',
@@ -135,7 +146,6 @@ def show(config: Config, report: Report) -> None:
         "adapter": f"{adapter.targets}, rank {adapter.rank}, alpha {adapter.alpha:g}",
         "prior": _prior(config, pictures),
         "steps": f"{train.steps} of {train.images_per_step} instance images: each picture is seen {seen:.0f} times",
-        "memory": "gradient checkpointing " + ("on" if train.gradient_checkpointing else "off"),
         "writes": f"{_state(run_folder(config))} {run_folder(config)}",
     }
     for name, text in lines.items():
@@ -145,6 +155,45 @@ def show(config: Config, report: Report) -> None:
         note = ", enlarged" if crop.enlargement > 1 else ""
         text = f"         {picture.path.name}: {size} to {crop.bucket}, {crop.lost_fraction:.0%} cut off{note}"
         report.event("picture", text, name=picture.path.name)
+    _show_memory(config, inputs, report)
+
+
+def _show_memory(config: Config, inputs: Inputs, report: Report) -> None:
+    """The predicted memory part by part; with a budget also what was chosen for it, and what else could be."""
+    from lora_booth import memory
+
+    budget_gib, bucket = config.memory.budget_gib, _largest_bucket(config, inputs.pictures)
+    if budget_gib is None:
+        phases, notes = memory.predict(config, inputs.facts, bucket=bucket), []
+    else:
+        plan = memory.choose(config, inputs.facts, budget_gib, bucket=bucket)
+        phases, notes = plan.phases, [f"for {budget_gib:g} GiB: {reason}" for reason in plan.reasons]
+        notes += [f"could follow: {lever.settings} ({lever.told})" for lever in plan.levers]
+    gib = memory.needed_gib(phases)
+    outside = f"{memory.OUTSIDE_GIB:g} of them for the CUDA context and workspaces (assumed)"
+    head = f"predicted for a CUDA card, not measured: {gib:.1f} GiB, {outside}"
+    report.event("memory", f"memory   {head}", gib=round(gib, 3))
+    for line in [*_table(phases), *notes]:
+        report.event("memory", f"         {line}")
+
+
+def _table(phases: Sequence[Phase]) -> list[str]:
+    """Aligned lines: a part each, a column for each phase, in GiB."""
+    parts = list(dict.fromkeys(part for phase in phases for part in phase.parts))
+
+    def line(name: str, cells: Iterable[str]) -> str:
+        return f"{name:<14}" + "".join(f"{cell:>10}" for cell in cells)
+
+    lines = [line("GiB", (phase.name for phase in phases))]
+    for part in parts:
+        found = (phase.parts.get(part) for phase in phases)
+        lines.append(line(part, ("" if size is None else f"{size / 2**30:.2f}" for size in found)))
+    return [*lines, line("in all", (f"{phase.gib:.2f}" for phase in phases))]
+
+
+def _largest_bucket(config: Config, pictures: Pictures) -> Bucket:
+    buckets = [crop.bucket for crop in crops_of(config, pictures.instances.pictures)]
+    return max(buckets, key=lambda bucket: bucket.width_px * bucket.height_px)
 
 
 def described(facts: BaseFacts) -> str:

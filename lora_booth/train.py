@@ -26,7 +26,7 @@ from lora_booth.data.grid import save_grid
 from lora_booth.errors import DeviceMemoryError, ProcessLostError
 from lora_booth.families.base import Family
 from lora_booth.interrupts import stop_requests
-from lora_booth.objectives import Objective
+from lora_booth.objectives import objective_for
 from lora_booth.precision import dtype_for
 from lora_booth.report import Report, Silent
 from lora_booth.run import Run, require_free_space
@@ -72,7 +72,7 @@ def train(
     )
     device = accelerator.device
     config = plan.resolve(config, inputs, free_gib=_free_gib(device))
-    with stop_requests() as stop, _told_plainly(config, accelerator), _opened(config, inputs, accelerator) as run:
+    with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
         finished = run.summary()
         if finished is not None:
             report.event("finished", f"{run.folder} is finished already; name another run.folder to train again")
@@ -96,7 +96,7 @@ def train(
             family=family,
             adapted=adapted,
             prepared=prepared,
-            objective=_objective(config, family),
+            objective=objective_for(config.objective, family.schedule),
             optimizer=optim.make(_groups(config, parameters, report), config.optimizer, device_type=device.type),
             scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
             accelerator=accelerator,
@@ -113,22 +113,23 @@ def train(
 
 @contextmanager
 def _opened(config: Config, inputs: plan.Inputs, accelerator: Accelerator) -> Iterator[Run]:
-    """The run folder, locked by the main process."""
+    """The run folder, locked by the main process; what goes wrong while it is open is told plainly."""
     folder = plan.run_folder(config)
     run = Run.open(folder, config, inputs.identity()) if accelerator.is_main_process else Run(folder)
     try:
-        yield run
+        with _told_plainly(config, inputs, accelerator):
+            yield run
     finally:
         run.close()
 
 
 @contextmanager
-def _told_plainly(config: Config, accelerator: Accelerator) -> Iterator[None]:
+def _told_plainly(config: Config, inputs: plan.Inputs, accelerator: Accelerator) -> Iterator[None]:
     """Turn what torch raises when memory or another process is gone into errors that say what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(plan.memory_advice(config)) from error
+        raise DeviceMemoryError(plan.memory_advice(config, inputs.facts)) from error
     except RuntimeError as error:
         is_lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if accelerator.num_processes == 1 or not is_lost:
@@ -164,12 +165,6 @@ def _groups(config: Config, parameters: Mapping[str, Sequence[nn.Parameter]], re
         count = sum(parameter.numel() for parameter in group)
         report.event("adapter", f"adapter on {component}: {count:,} parameters, learning rate {rate:g}")
     return groups
-
-
-def _objective(config: Config, family: Family) -> Objective:
-    objective = config.objective
-    huber_delta = objective.huber_delta if objective.loss == "huber" else None
-    return Objective(family.schedule, objective.min_snr_gamma, objective.noise_offset, huber_delta)
 
 
 def _checkpoint_bytes(parameters: Mapping[str, Sequence[nn.Parameter]]) -> int:

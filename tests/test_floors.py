@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "lora_booth"
 FLOORS = {
     0: ("errors", "config", "config_file", "presets", "files", "report", "interrupts"),
-    1: ("run", "objectives", "optim", "precision", "subject", "charts", "watchdog", "data", "adapter", "export"),
-    2: ("families", "class_images"),
+    1: (
+        "run",
+        "objectives",
+        "optim",
+        "tracing",
+        "precision",
+        "subject",
+        "charts",
+        "watchdog",
+        "data",
+        "adapter",
+        "export",
+    ),
+    2: ("families", "class_images", "trial", "memory"),
     3: ("prepare", "preview", "plan", "generate", "inspect", "deliver", "merge", "resize", "extract"),
     4: ("loop",),
     5: ("train",),
@@ -126,9 +140,36 @@ def test_nothing_can_run_code_from_a_file() -> None:
     assert checked > 1000
 
 
-def test_the_command_line_needs_no_torch_for_help_errors_and_plans() -> None:
+def test_the_command_line_needs_no_torch_for_help_errors_and_facts() -> None:
     for name in ("cli", "console", "plan", "subject", "presets", "demo"):
         _, tree = sources()[name]
         heavy = {"torch", "diffusers", "transformers", "accelerate", "peft"}
         top = {t.split(".")[0] for node in tree.body for t in imported(ast.Module([node], []))}
         assert not top & heavy, name
+
+
+def test_plan_tells_bad_input_and_all_facts_before_torch_is_imported(bases: dict[str, Path], pictures: Path) -> None:
+    program = """
+import sys
+from lora_booth import cli, plan
+from lora_booth.errors import DataError
+
+class Told:
+    def event(self, kind, text, **values):
+        assert (kind == "memory") == ("torch" in sys.modules), text
+        told.append(kind)
+    def warn(self, text): ...
+
+told, (folder, base) = [], sys.argv[1:]
+try:
+    plan.show(cli._config(None, "nowhere", "dog", None, base), Told())
+except DataError:
+    told.append("error")
+assert "torch" not in sys.modules
+plan.show(cli._config(["data.resolution=32", "data.bucket_step=16"], folder, "dog", None, base), Told())
+print(*dict.fromkeys(told))
+"""
+    words = [sys.executable, "-c", program, str(pictures), str(bases["sd1"])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    facts = ["subject", "base", "adapter", "prior", "steps", "writes", "picture"]
+    assert done.stdout.split() == ["error", *facts, "memory"], done.stderr

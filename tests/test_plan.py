@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_booth import plan
+from lora_booth import memory, plan
 from lora_booth.config import Config
 from lora_booth.data.images import Found, Picture
-from lora_booth.families.identify import BaseFacts
+from lora_booth.families.identify import ARCHITECTURES, BaseFacts
 from lora_booth.subject import Pictures
 
 SIZES = {"sd1": (512, 64), "sd2": (768, 64), "sdxl": (1024, 64)}
@@ -17,7 +17,8 @@ SIZES = {"sd1": (512, 64), "sd2": (768, 64), "sdxl": (1024, 64)}
 
 def inputs(family: str, count: int) -> plan.Inputs:
     resolution, step = SIZES[family]
-    facts = BaseFacts(Path("base"), Path("base"), family, "epsilon", resolution, step, {})  # type: ignore[arg-type]
+    configs = ARCHITECTURES / {"sd2": "sd2_v"}.get(family, family)
+    facts = BaseFacts(Path(__file__), configs, family, "epsilon", resolution, step, {})  # type: ignore[arg-type]
     pictures = tuple(Picture(Path(f"{n}.jpg"), str(n), 600, 600, None) for n in range(count))
     return plan.Inputs(Pictures(Found(pictures, (), ()), None, None), facts)
 
@@ -58,16 +59,29 @@ def test_what_is_set_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "free_gib", "is_on"),
-    [("sd1", None, False), ("sd1", 12.0, False), ("sdxl", 12.0, True), ("sdxl", 24.0, False), ("sd2", 4.0, True)],
+    ("family", "free_gib", "rows", "is_on"),
+    [
+        ("sd1", None, 2, False),
+        ("sd1", 3.0, 2, True),
+        pytest.param("sd1", 12.0, 2, False, marks=pytest.mark.slow),
+        pytest.param("sd2", 4.0, 2, True, marks=pytest.mark.slow),
+        pytest.param("sdxl", 12.0, 2, True, marks=pytest.mark.slow),
+        pytest.param("sdxl", 24.0, 2, False, marks=pytest.mark.slow),
+    ],
 )
 def test_gradient_checkpointing_is_on_only_where_memory_asks_for_it(
-    family: str, free_gib: float | None, is_on: bool
+    family: str, free_gib: float | None, rows: int, is_on: bool
 ) -> None:
-    assert resolved(family, free_gib=free_gib).train.gradient_checkpointing is is_on
-    if free_gib is not None:
-        budget = resolved(family, free_gib=80.0, memory={"budget_gib": free_gib})
-        assert budget.train.gradient_checkpointing is is_on
+    config = resolved(family, free_gib=free_gib)
+    assert (config.train.batch_size, config.train.gradient_checkpointing) == (rows, is_on)
+
+
+def test_the_budget_of_the_config_wins_over_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(memory, "fit", lambda config, facts, gib, bucket: asked.append((gib, str(bucket))) or {})
+    resolved(free_gib=80.0, memory={"budget_gib": 4.0})
+    resolved(free_gib=80.0)
+    assert asked == [(4.0, "512×512"), (80.0, "512×512")]
 
 
 def test_advice_after_running_out_of_memory_leaves_out_what_is_done_already() -> None:
@@ -75,4 +89,5 @@ def test_advice_after_running_out_of_memory_leaves_out_what_is_done_already() ->
     assert first.index("train.batch_size = 1") < first.index("train.gradient_checkpointing = true")
     later = plan.memory_advice(resolved(train={"batch_size": 1, "gradient_checkpointing": True}))
     assert "batch_size" not in later
-    assert "1. a data.resolution below 512" in later
+    assert "1. model.quantize = nf4 (changes the result a little" in later
+    assert "2. data.resolution = 384 (changes the result" in later

@@ -16,7 +16,7 @@ from lora_booth import families, train
 from lora_booth.config import Config, ModelConfig
 from lora_booth.errors import Interrupted
 from lora_booth.families import sources
-from lora_booth.families.quantize import quantize_
+from lora_booth.families.quantize import quantize_, saved_bytes
 from tests.conftest import MakeConfig
 from tests.test_invariants import At, assert_equal, trained
 from tools.booth_mini.sdxl import write_sdxl
@@ -114,3 +114,15 @@ def test_training_on_it_resumes_exactly_and_moves_the_adapter_as_the_plain_base_
     assert 0.6 < float(torch.nn.functional.cosine_similarity(moved, expected, dim=0)) < 0.9999
     files = [load_file(tmp_path / name / "sks_dog_diffusers.safetensors") for name in ("plain", "straight")]
     assert {key: tensor.shape for key, tensor in files[0].items()} == {k: t.shape for k, t in files[1].items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_saves_is_known_without_weights(kind: Any) -> None:
+    module = Blocks().bfloat16().requires_grad_(False)
+    with torch.device("meta"):
+        shape = Blocks().bfloat16()
+    before, predicted = weight_bytes(module), saved_bytes(shape, kind)
+    quantize_(module, kind, torch.device("cpu"))
+    scales = sum(4 * layer.out_features for layer in module.transformer_blocks[0] if isinstance(layer, nn.Linear))
+    measured = before - weight_bytes(module) - (scales if kind == "int8" else 0)  # int8's scales are no parameters
+    assert predicted == pytest.approx(measured, rel=0.01)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_booth.families.base import Family
+    from lora_booth.families.components import Components
 
 FAMILIES = {
     "sd1": "lora_booth.families.stable_diffusion:StableDiffusion",
@@ -50,13 +51,19 @@ def load(
     base = facts(config)
     quantization = None if config.quantize == "none" else config.quantize
     wanted = Wanted(torch.device(device), dtype, needs_vae, needs_text_encoders, quantization)
-    module, _, name = FAMILIES[base.family].partition(":")
-    family: Family = getattr(import_module(module), name)(base, load_components(base, wanted))
+    family = around(base, load_components(base, wanted))
     if quantization is not None:
         family.fingerprint += f" in {quantization}"  # its embeddings and pictures are not those of the plain base
     if needs_vae and needs_text_encoders:
         with readable(base.path):
             _require_finite_sample(family, base)
+    return family
+
+
+def around(base: identify.BaseFacts, parts: Components) -> Family:
+    """The family of `base`, made of `parts`."""
+    module, _, name = FAMILIES[base.family].partition(":")
+    family: Family = getattr(import_module(module), name)(base, parts)
     return family
 
 

@@ -76,6 +76,30 @@ def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
     )
 
 
+def without_weights(facts: BaseFacts, dtype: torch.dtype) -> Components:
+    """All parts as `load_components` would give them, on the meta device: shapes and types, no data.
+
+    For finding out what a run needs. Raises ModelError when the configs cannot be built.
+    """
+    import diffusers
+    import transformers
+
+    modules: dict[str, nn.Module] = {}
+    with quiet(), torch.device("meta"):
+        for name, class_name in {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", **_encoders(facts)}.items():
+            with readable(facts.configs / name):
+                if name.startswith("text_encoder"):
+                    config = transformers.CLIPTextConfig(**facts.config(name))
+                    module = getattr(transformers, class_name)(config)
+                else:
+                    module = getattr(diffusers, class_name).from_config(facts.config(name))
+            module = module.to(torch.float32 if name == "vae" else dtype)
+            modules[name] = module.requires_grad_(False).eval()
+    vae = Vae(modules["vae"])
+    encoders = {name: modules[name] for name in _encoders(facts)}
+    return Components(modules["unet"], vae, encoders, {name: _tokens(facts, name) for name in encoders})
+
+
 def component_names(facts: BaseFacts) -> tuple[str, ...]:
     """The components that an adapter can change: the UNet first, then the text encoders."""
     return ("unet", *_encoders(facts))

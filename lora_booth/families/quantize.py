@@ -26,15 +26,26 @@ def quantize_(module: nn.Module, kind: Quantization, device: torch.device) -> in
     2 and 3). int8: one scale for each row, and outlying inputs in 16 bits (LLM.int8(), arXiv 2208.07339). Results are
     computed in the type that the layer had.
     """
-    found = [
-        (name, layer)
-        for name, layer in module.named_modules()
-        if type(layer) is nn.Linear and _BLOCKS.search(f"{name}.")
-    ]
+    found = _layers(module)
     for name, layer in found:
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, _quantized(layer, kind).to(device))
     return len(found)
+
+
+def saved_bytes(module: nn.Module, kind: Quantization) -> int:
+    """Bytes that `quantize_` would save in `module`, which may be on the meta device: scales are counted in."""
+    saved = 0
+    for _, layer in _layers(module):
+        weight = layer.weight
+        scales = weight.numel() // 64 + weight.numel() // 64 // 256 * 4 if kind == "nf4" else 4 * layer.out_features
+        saved += weight.numel() * weight.element_size() - weight.numel() // (2 if kind == "nf4" else 1) - scales
+    return saved
+
+
+def _layers(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    found = module.named_modules()
+    return [(name, layer) for name, layer in found if type(layer) is nn.Linear and _BLOCKS.search(f"{name}.")]
 
 
 def _quantized(layer: nn.Linear, kind: Quantization) -> nn.Module:

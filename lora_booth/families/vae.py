@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PIXELS_AT_ONCE = 1024 * 1024
-"""Pixels that go through the VAE together: one SDXL-sized picture. Assumed to fit where training fits, not measured."""
+PIXELS_AT_ONCE = 512 * 512
+"""Pixels that go through the VAE together: one picture of SD 1.5's size, whose decoding holds 0.76 GiB by count
+(`memory.py`). Four would hold more than a training step; larger pictures go one by one anyhow."""
 
 
 class Vae:
     """A frozen float32 AutoencoderKL with its latents' shift and scale. May lie on another device than the denoiser."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
         _cast_what_is_decoded_(module)
         config = module.config
@@ -26,7 +27,9 @@ class Vae:
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latents, float32 `[B, C, h, w]`, on the VAE's device."""
         with torch.no_grad():
-            posteriors = [self.module.encode(p.to(self.device, torch.float32)).latent_dist for p in _chunks(pixels, 1)]
+            posteriors = [
+                self.module.encode(p.to(self.device, torch.float32)).latent_dist for p in self._chunks(pixels, 1)
+            ]
         mean = torch.cat([posterior.mean for posterior in posteriors])
         std = torch.cat([posterior.std for posterior in posteriors])
         shift, scale = self._shift.to(mean), self._scale.to(mean)
@@ -36,25 +39,28 @@ class Vae:
         """Pixels `[B, 3, H, W]` float32 in [-1, 1] on the CPU."""
         pixels = []
         with torch.no_grad():
-            for chunk in _chunks(latents, self.factor):
+            for chunk in self._chunks(latents, self.factor):
                 z = chunk.to(self.device, torch.float32)
                 z = z / self._scale.to(z) + self._shift.to(z)
                 pixels.append(self.module.decode(z, return_dict=False)[0].clamp(-1, 1).cpu())
         return torch.cat(pixels)
 
+    def _chunks(self, batch: Tensor, pixels_per_cell: int) -> tuple[Tensor, ...]:
+        height, width = (cells * pixels_per_cell for cells in batch.shape[-2:])
+        return batch.split(self.num_at_once(width, height))
+
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+    def num_at_once(self, width_px: int, height_px: int) -> int:
+        """Pictures of this size that are encoded or decoded together."""
+        return max(1, PIXELS_AT_ONCE // (width_px * height_px))
 
     @property
     def factor(self) -> int:
         """Pixels per latent, along a side."""
         return 2 ** (len(self.module.config.block_out_channels) - 1)
-
-
-def _chunks(batch: Tensor, pixels_per_cell: int) -> tuple[Tensor, ...]:
-    area = batch.shape[-1] * batch.shape[-2] * pixels_per_cell**2
-    return batch.split(max(1, PIXELS_AT_ONCE // area))
 
 
 def _cast_what_is_decoded_(module: nn.Module) -> None:

@@ -1,0 +1,317 @@
+"""Memory is counted right: against hand-made numbers, against real tensors on the CPU, and against published sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_booth import families, loop, memory, optim, plan, trial
+from lora_booth.adapter import inject
+from lora_booth.config import Config, OptimizerConfig
+from lora_booth.errors import ModelError
+from lora_booth.families.base import Family
+from lora_booth.families.components import without_weights
+from lora_booth.families.identify import ARCHITECTURES, BaseFacts
+from lora_booth.objectives import objective_for
+from lora_booth.tracing import LiveBytes, fused_attention, held_bytes, tensors_of
+from tests.conftest import MakeConfig
+
+FULL_SIZE = {"sd1": ("sd1", 512), "sd2": ("sd2_v", 768), "sdxl": ("sdxl", 1024)}
+MIB = 2**20
+
+
+def full_size(family: str) -> BaseFacts:
+    """The facts of a base of real size, without its weights. The path is any file: it is not read as weights."""
+    folder, side = FULL_SIZE[family]
+    return BaseFacts(Path(__file__), ARCHITECTURES / folder, family, "epsilon", side, 64, {})  # type: ignore[arg-type]
+
+
+def config_of(**sections: dict[str, Any]) -> Config:
+    values = {"model": {"base": "x"}, "subject": {"images": "x", "class_noun": "dog"}, **sections}
+    return Config.model_validate(values)
+
+
+class TestTheCount:
+    def test_a_storage_counts_once_from_birth_to_death_in_blocks_of_512_bytes(self) -> None:
+        known = torch.empty(1000, device="meta")
+        with LiveBytes("meta", [known]) as live:
+            assert known.view(10, 100).t().shape == (100, 10)
+            assert live.live == 0
+            first = torch.empty(100, device="meta")  # 400 bytes
+            view = first[:50]
+            second = torch.empty(129, device="meta")  # 516 bytes
+            assert (live.live, live.peak) == (512 + 1024, 1536)
+            del first
+            assert live.live == 1536, "a view keeps the storage"
+            del view, second
+            assert (live.live, live.peak) == (0, 1536)
+
+    def test_only_what_was_born_before_the_peak_is_in_it(self) -> None:
+        with LiveBytes("meta", []) as live:
+            early = torch.empty(128, device="meta")
+            big = torch.empty(1280, device="meta")
+            del big
+            late = torch.empty(128, device="meta")
+        assert live.at_peak([early, late]) == 512
+
+    def test_attention_keeps_inputs_output_and_row_sums_and_restores_torch(self) -> None:
+        original = functional.scaled_dot_product_attention
+        query, key, value = (torch.zeros(1, 2, 4096, 64, device="meta", requires_grad=True) for _ in range(3))
+        tensor, rows = 2 * 4096 * 64 * 4, 2 * 4096 * 4
+        with LiveBytes("meta", [query, key, value]) as live, fused_attention():
+            out = functional.scaled_dot_product_attention(query, key, value)
+            assert live.live == tensor + rows
+            out.sum().backward()
+        assert live.peak == 4 * tensor + rows + 2 * 512  # the sum and its gradient; N×N scores would be 64 tensors
+        assert functional.scaled_dot_product_attention is original
+
+
+def adapted(config: Config, family: Family, parts: list[nn.Module]) -> tuple[list[nn.Parameter], list[Tensor]]:
+    groups = inject.inject_({"unet": family.denoiser}, config.adapter)
+    family.denoiser.train()
+    gradient_checkpointing = bool(config.train.gradient_checkpointing)
+    family.prepare_denoiser_(gradient_checkpointing=gradient_checkpointing, attention="sdpa")
+    return groups["unet"], tensors_of([family.denoiser, *parts])
+
+
+def both(config: Config) -> list[tuple[Family, list[nn.Parameter], list[Tensor], torch.device]]:
+    """The same base on the CPU with its weights, and on meta without."""
+    found = []
+    for device in (torch.device("cpu"), torch.device("meta")):
+        if device.type == "cpu":
+            family = families.load(config.model, device=device, dtype=torch.float32)
+        else:
+            facts = families.facts(config.model)
+            family = families.around(facts, without_weights(facts, torch.float32))
+        found.append((family, *adapted(config, family, list(family.text_encoders().values())), device))
+    return found
+
+
+@pytest.mark.parametrize(("name", "gradient_checkpointing"), [("sd1", False), ("sd2", True), ("sdxl", False)])
+def test_a_real_step_on_the_cpu_holds_what_the_trace_says(
+    name: str, gradient_checkpointing: bool, make_config: MakeConfig
+) -> None:
+    config = make_config(name, train={"gradient_checkpointing": gradient_checkpointing})
+    peaks = []
+    for family, parameters, known, device in both(config):
+        batch = trial.make_batch(family, 2, (4, 32, 32), is_text_trained=False, device=device)
+        objective = objective_for(config.objective, family.schedule)
+        gradients, others = trial.trace_step(family, objective, batch, parameters, known)
+        assert all(p.grad is not None for p in parameters)
+        peaks.append((gradients, others, held_bytes(known)))
+    (real_gradients, real, base), (traced_gradients, traced, traced_base) = peaks
+    assert traced == pytest.approx(real, rel=0.02)
+    assert traced_gradients == pytest.approx(real_gradients, rel=0.02)
+    assert traced_base == base
+
+
+@pytest.mark.parametrize("name", ["sd1"])
+def test_what_autograd_saves_is_what_lives_at_the_end_of_the_forward(name: str, make_config: MakeConfig) -> None:
+    config = make_config(name)
+    for family, _, known, device in both(config):
+        batch = trial.make_batch(family, 2, (4, 32, 32), is_text_trained=False, device=device)
+        saved: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor, saved: dict[int, Tensor] = saved) -> Tensor:
+            saved[tensor.untyped_storage()._cdata] = tensor.detach()
+            return tensor
+
+        objective = objective_for(config.objective, family.schedule)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with LiveBytes(device.type, [*known, *batch.tensors]) as live, fused_attention(), hooks:
+            loss = trial.micro_step(family, objective, batch)
+        before = {tensor.untyped_storage()._cdata for tensor in (*known, *batch.tensors)}
+        held = held_bytes(t for key, t in saved.items() if key not in before and t.device.type == device.type)
+        assert live.live == pytest.approx(held, rel=0.01), loss.shape
+
+
+@pytest.mark.parametrize(("name", "count"), [("sd1", 859_520_964), ("sdxl", 2_567_463_684)])
+def test_a_base_without_weights_has_the_published_number_of_parameters(name: str, count: int) -> None:
+    unet = without_weights(full_size(name), torch.bfloat16).unet
+    assert sum(p.numel() for p in unet.parameters()) == count
+    assert held_bytes(tensors_of([unet])) == pytest.approx(2 * count, rel=1e-3)  # whole blocks of 512 bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("sd1", 780, 1035),
+        pytest.param("sd2", 1660, 2225, marks=pytest.mark.slow),
+        pytest.param("sdxl", 5390, 7600, marks=pytest.mark.slow),
+    ],
+)
+def test_activations_of_a_full_size_step_lie_where_independent_counts_put_them(
+    name: str, least: float, most: float
+) -> None:
+    # From a layer that keeps its inputs in the base's type to one that keeps a float32 copy; MiB, bf16, rank 16.
+    train = {"batch_size": 1, "gradient_checkpointing": False}
+    config = config_of(model={"base": "x", "precision": "bf16"}, train=train)
+    modules = memory._Modules.of(config, full_size(name))
+    plain = modules.step(config, None).parts
+    assert least < plain["activations"] / MIB < most
+    assert plain["gradients"] == plain["adapter"], "the class row comes after another micro-step"
+    saving = modules.step(config.with_values({"train": {"gradient_checkpointing": True}}), None).parts
+    assert saving["activations"] < 0.3 * plain["activations"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("adamw", 2 * 20_480 + 512),  # two float32 moments and a counter
+        ("adamw8bit", 2 * 5_120 + 2 * 512),  # two 8-bit moments, a float32 maximum for each 256 numbers
+        ("paged_adamw8bit", 2 * 5_120 + 2 * 512),
+        ("lion8bit", 5_120 + 512),
+        ("adafactor", 512 + 1_536 + 512),  # a row of 16, a column of 320, a mean
+        ("auto", 2 * 5_120 + 2 * 512),
+    ],
+)
+def test_optimizers_keep_what_they_really_store(name: str, size: int) -> None:
+    config = OptimizerConfig(name=name)  # type: ignore[arg-type]
+    assert optim.state_bytes([(16, 320)], config, device_type="cuda") == size
+    assert optim.state_bytes([(16, 320), (16, 320)], config, device_type="cuda") == 2 * size
+
+
+def test_validation_passes_have_the_loop_s_number_of_rows() -> None:
+    assert len(loop.VALIDATION_QUANTILES) == memory.VALIDATION_ROWS
+
+
+def test_large_pictures_are_drawn_together_but_decoded_one_by_one(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_booth.config import ModelConfig
+    from lora_booth.families import sampling, vae
+
+    family = families.load(ModelConfig(base=str(bases["sd1"])), device="cpu", dtype=torch.float32)
+    prompt = family.encode_prompts(["a dog"])
+    seen: list[int] = []
+    decoder = family.pipeline("ddim").vae.decoder
+    decoder.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    settings = {"width_px": 32, "height_px": 32, "sampler": "ddim", "sampler_steps": 1, "guidance_scale": 5.0}
+    together = list(sampling.draw(family, [prompt] * 3, prompt, seeds=[1, 2, 3], **settings))
+    monkeypatch.setattr(vae, "PIXELS_AT_ONCE", 32 * 32)
+    alone = list(sampling.draw(family, [prompt] * 3, prompt, seeds=[1, 2, 3], **settings))
+    assert seen == [3, 1, 1, 1]
+    for one, other in zip(together, alone, strict=True):
+        assert max(abs(a - b) for a, b in zip(one.tobytes(), other.tobytes(), strict=True)) <= 1
+
+
+@pytest.fixture
+def _modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building and tracing take a second or two each; within a test the same need not be done again."""
+    build, built = memory._Modules.of, {}
+
+    def once(config: Config, facts: BaseFacts) -> memory._Modules:
+        key = config.model.model_dump_json() + config.adapter.model_dump_json()
+        if key not in built:
+            built[key] = build(config, facts)
+        return built[key]
+
+    monkeypatch.setattr(memory._Modules, "of", once)
+
+
+def ways(config: Config, facts: BaseFacts) -> dict[tuple[int, bool], float]:
+    modules = memory._Modules.of(config, facts)
+    needs = {}
+    for switch in (False, True):
+        for rows in (2, 1):
+            way = config.with_values({"train": {"batch_size": rows, "gradient_checkpointing": switch}})
+            needs[rows, switch] = modules.step(way, None).gib + memory.OUTSIDE_GIB
+    return needs
+
+
+@pytest.mark.usefixtures("_modules_once")
+def test_the_fastest_way_that_fits_is_chosen_and_nothing_that_changes_the_result(make_config: MakeConfig) -> None:
+    config = make_config(data={"resolution": 256, "bucket_step": 32}, optimizer={"name": "adamw"})
+    facts = families.facts(config.model)
+    needs = ways(config, facts)
+    assert list(needs.values()) == sorted(needs.values(), reverse=True)
+    keys = ("batch_size", "gradient_checkpointing")
+    for way, need in needs.items():
+        assert memory.fit(config, facts, need + 1e-9) == {"train": dict(zip(keys, way, strict=True))}
+    assert memory.fit(config, facts, 0.01)["train"] == {"batch_size": 1, "gradient_checkpointing": True}
+    asked = config.with_values({"train": {"gradient_checkpointing": False}})
+    assert memory.fit(asked, facts, 0.01)["train"] == {"batch_size": 1, "gradient_checkpointing": False}
+    chosen = memory.choose(config, facts, needs[1, False] + 1e-9)
+    assert chosen.changes == {"train": {"batch_size": 1, "gradient_checkpointing": False}}
+    assert chosen.reasons[0] == f"train.batch_size = 1 (same result): 2 needs {needs[2, False]:.1f} GiB"
+    settings = [lever.settings for lever in chosen.levers]
+    assert settings[:2] == ["train.gradient_checkpointing = true", "optimizer.name = adamw8bit"]
+
+
+@pytest.mark.usefixtures("_modules_once")
+def test_levers_in_order_save_what_the_smaller_run_does_not_hold(make_config: MakeConfig) -> None:
+    adapter = {"rank": 2, "text_encoder": True}
+    config = make_config(data={"resolution": 256, "bucket_step": 32}, optimizer={"name": "adamw"}, adapter=adapter)
+    facts = families.facts(config.model)
+    found = memory.savings(config, facts)
+    assert [lever.settings for lever in found] == [
+        "train.batch_size = 1",
+        "train.gradient_checkpointing = true",
+        "optimizer.name = adamw8bit",
+        "adapter.text_encoder = false",
+        "model.quantize = nf4",
+        "data.resolution = 192",
+    ]
+    needs = ways(config, facts)
+    assert found[0].saved_gib == pytest.approx(needs[2, False] - needs[1, False])
+    assert found[1].saved_gib == pytest.approx(needs[1, False] - needs[1, True])
+    assert all(lever.saved_gib is not None and lever.saved_gib >= 0 for lever in found)
+
+
+def test_targets_that_match_nothing_are_told_as_training_would(make_config: MakeConfig) -> None:
+    config = make_config(adapter={"targets": "regex:nothing"})
+    with pytest.raises(ModelError, match="matches none"):
+        memory.predict(config, families.facts(config.model))
+
+
+class Lines:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def event(self, kind: str, text: str, **values: Any) -> None:
+        self.lines.append(text)
+
+    def warn(self, text: str) -> None: ...
+
+    def progress(self, task: str, done: int, total: int, **values: Any) -> None: ...
+
+
+@pytest.mark.usefixtures("_modules_once")
+def test_plan_prints_every_part_aligned_and_with_a_budget_what_was_chosen_and_why(make_config: MakeConfig) -> None:
+    report = Lines()
+    plan.show(make_config(preview={"images_per_prompt": 1}), report)
+    start = next(i for i, line in enumerate(report.lines) if "predicted for a CUDA card, not measured" in line)
+    table = report.lines[start + 1 :]
+    assert len({len(line) for line in table}) == 1
+    assert table[0].split() == ["GiB", "prepare", "train", "validate", "draw"]
+    for part in ("base", "adapter", "gradients", "optimizer", "activations", "VAE", "text encoders", "in all"):
+        assert any(line.strip().startswith(part) for line in table), part
+    report = Lines()
+    plan.show(make_config(memory={"budget_gib": 0.5}, prior={"loss_weight": 0.0}), report)
+    text = "\n".join(report.lines)
+    assert "for 0.5 GiB: train.gradient_checkpointing = true (same result" in text
+    assert "does not fit 0.5 GiB" in text
+    assert "draw" not in text.partition("GiB  ")[2].partition("\n")[0]
+
+
+def test_without_a_budget_nothing_is_traced_and_a_failing_trace_stops_nobody(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise NotImplementedError("no kernel")
+
+    config = make_config()
+    inputs = plan.look(config, Lines())
+    monkeypatch.setattr(memory, "fit", fail)
+    monkeypatch.setattr(memory, "savings", fail)
+    assert plan.resolve(config, inputs, free_gib=None).train.gradient_checkpointing is False
+    assert caplog.text == ""
+    resolved = plan.resolve(config, inputs, free_gib=4.0)
+    assert resolved.train.gradient_checkpointing is True
+    assert "no kernel" in caplog.text
+    assert "train.batch_size = 1 (same result" in plan.memory_advice(resolved, inputs.facts)
