@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 
 from lora_booth import config_file, export, families, loop, train
 from lora_booth.config import Config
-from lora_booth.errors import ConfigError, DataError, Interrupted, ModelError, NumericError
+from lora_booth.errors import ConfigError, DataError, DeviceMemoryError, Interrupted, ModelError, NumericError
 from lora_booth.report import Silent
 from tests import tiny
 from tests.conftest import MakeConfig
-from tests.test_invariants import At, assert_near, session_of, trained
+from tests.test_invariants import At, assert_equal, assert_near, session_of, trained
 
 
 class Recorder(Silent):
@@ -298,6 +298,26 @@ def test_weights_that_are_not_finite_are_not_saved(make_config: MakeConfig, monk
         train.train(config)
     assert config.run.folder is not None
     assert not list((config.run.folder / "checkpoints").glob("step-*"))
+
+
+def test_out_of_memory_in_a_step_loses_nothing_and_says_what_to_change_with_its_saving(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = loop.sample_losses
+
+    def greedy(s: loop.Session, micro: Any, step: int) -> torch.Tensor:
+        if step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return honest(s, micro, step)
+
+    config = make_config()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "sample_losses", greedy)
+        with pytest.raises(DeviceMemoryError, match="nothing that was saved is lost") as told:
+            train.train(config)
+    assert re.search(r"1\. train\.batch_size = 1 \(saves \d+\.\d\d GiB of a step; same result", str(told.value))
+    straight = trained(make_config(name="straight"))
+    assert_equal(straight, trained(config))
 
 
 def test_layers_without_a_gradient_are_named_at_the_first_step(
