@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_booth.families.components import _shipped_tokenizer
+from lora_booth.families.components import shipped_tokenizer
 from lora_booth.families.identify import ARCHITECTURES
 
 
@@ -25,7 +25,7 @@ def random_base(folder: Path, architecture: str) -> Path:
         if name.startswith("text_encoder"):
             classes[name] = getattr(transformers, entry[1])
         elif name.startswith("tokenizer"):
-            _shipped_tokenizer(ARCHITECTURES / architecture / name).save_pretrained(folder / name)
+            shipped_tokenizer(ARCHITECTURES / architecture / name).save_pretrained(folder / name)
     for name, cls in classes.items():
         config = json.loads((folder / name / "config.json").read_text())
         with torch.device("meta"):

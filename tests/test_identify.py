@@ -17,7 +17,7 @@ from lora_booth import families
 from lora_booth.config import ModelConfig
 from lora_booth.errors import ModelError
 from lora_booth.families import identify
-from lora_booth.families.components import CLIP_MERGES, _shipped_tokenizer
+from lora_booth.families.components import CLIP_MERGES, shipped_tokenizer
 from tests.test_sources import header_bytes
 from tests.tiny import tiny_sd, tiny_sd2, tiny_sdxl, tiny_single_file
 
@@ -162,7 +162,7 @@ def test_shipped_architectures_have_the_published_number_of_weights() -> None:
 
 
 def test_shipped_tokenizer_is_clips() -> None:
-    tokenizer = _shipped_tokenizer(identify.ARCHITECTURES / "sdxl" / "tokenizer_2")
+    tokenizer = shipped_tokenizer(identify.ARCHITECTURES / "sdxl" / "tokenizer_2")
     ids = tokenizer("a photo of an astronaut riding a horse", padding="max_length").input_ids
     # the ids of CLIP's published vocabulary; SDXL's second tokenizer pads with "!", which is 0
     assert ids[:11] == [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 49407, 0]

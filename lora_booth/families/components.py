@@ -214,7 +214,7 @@ def _from_single_file(facts: BaseFacts, classes: dict[str, str], dtype: torch.dt
 def _tokens(facts: BaseFacts, encoder: str) -> Tokens:
     """The tokenizer that `encoder` reads, checked against its vocabulary."""
     folder = facts.configs / encoder.replace("text_encoder", "tokenizer")
-    tokenizer = _shipped_tokenizer(folder) if facts.path.is_file() else _tokenizer(folder)
+    tokenizer = shipped_tokenizer(folder) if facts.path.is_file() else _tokenizer(folder)
     known = facts.number(encoder, "vocab_size", 49408)
     if len(tokenizer) > known:
         raise ModelError(f"{folder} has {len(tokenizer)} tokens, but {encoder} knows {known}; download the base again.")
@@ -230,7 +230,7 @@ def _tokenizer(folder: Path) -> Any:
         return tokenizer
 
 
-def _shipped_tokenizer(folder: Path) -> Any:
+def shipped_tokenizer(folder: Path) -> Any:
     """CLIP's tokenizer from the shipped merges, with the special tokens of `folder`/tokenizer_config.json.
 
     An architecture may bring a vocabulary of its own. CLIP's follows from the merges: 256 bytes, the same at a word's

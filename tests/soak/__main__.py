@@ -97,7 +97,9 @@ def _write(rows: dict[str, dict[str, Any]]) -> None:
         if row is None:
             lines.append(f"| `{name}` | not yet run | | | | |")
         else:
-            cells = (row["what"], f"{row['tries']:,}", row["failures"], row["note"], row["seconds"])
+            planned = LONG[name][1]
+            tries = f"{row['tries']:,}" + (f" of {planned:,} planned" if row["tries"] < planned else "")
+            cells = (row["what"], tries, row["failures"], row["note"], row["seconds"])
             lines.append("| " + " | ".join(map(str, cells)) + f" | {row['date']}, {row['commit']} |")
     OUT.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
