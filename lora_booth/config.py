@@ -344,6 +344,12 @@ def _contradictions(config: Config) -> list[str]:
         faults.append(f'adapter.targets is "{adapter.targets}"; use one of {", ".join(TARGET_PRESETS)}, or "regex:…".')
     if config.objective.loss == "mse" and config.objective.huber_delta != 0.1:
         faults.append('objective.huber_delta is set but objective.loss is "mse"; set objective.loss = "huber".')
+    rates = config.optimizer.learning_rate, config.optimizer.text_encoder_learning_rate
+    if config.optimizer.name == "prodigy" and adapter.text_encoder and rates[0] != rates[1]:
+        faults.append(
+            f"optimizer.text_encoder_learning_rate is {rates[1]:g} but optimizer.learning_rate is {rates[0]:g}; "
+            "prodigy finds one rate for all, so set both to the same number (1 is usual)."
+        )
     if adapter.dora and config.model.quantize != "none":
         faults.append(
             f'adapter.dora is true but model.quantize is "{config.model.quantize}"; DoRA needs the base\'s own '

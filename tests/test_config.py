@@ -87,6 +87,15 @@ def test_dora_on_a_quantised_base_is_refused_with_the_reason(tmp_path: Path) -> 
         config_file.load(None, words)
 
 
+def test_prodigy_with_two_learning_rates_is_refused() -> None:
+    words = ["model.base=sd15", "subject.images=x", "subject.class_noun=dog", "optimizer.name=prodigy"]
+    config_file.load(None, words)
+    words.append("adapter.text_encoder=true")
+    with pytest.raises(ConfigError, match="prodigy finds one rate for all, so set both to the same number"):
+        config_file.load(None, words)
+    config_file.load(None, [*words, "optimizer.learning_rate=1", "optimizer.text_encoder_learning_rate=1"])
+
+
 def test_values_are_not_coerced() -> None:
     with pytest.raises(ConfigError):
         config_file.load(None, [*GOOD, 'train.steps="400"'])

@@ -68,9 +68,11 @@ def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
             if wanted.quantization is not None and name != "vae":
                 quantize_(module, wanted.quantization, wanted.device)
             module.eval().to(wanted.device)
+    with readable(facts.path):
+        vae = Vae(modules["vae"]) if "vae" in modules else None
     return Components(
         unet=modules["unet"],
-        vae=Vae(modules["vae"]) if "vae" in modules else None,
+        vae=vae,
         text_encoders={name: modules[name] for name in encoders if name in modules},
         tokens=tokens,
     )

@@ -189,7 +189,7 @@ def _check_component(base: Path, name: str) -> None:
         path = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
         config = read_json(path)
         key = "architectures" if name.startswith("text_encoder") else "_class_name"
-        named = config.get(key) or []
+        named = config.get(key) or ([] if name != "scheduler" else [None])  # which solver "base" means stands there
         named = named if isinstance(named, list) else [named]
     for class_name in named:
         _check_class(path, name, class_name, classes)

@@ -169,7 +169,7 @@ def resume_matrix(count: int, folder: Path, seed: int = 0) -> Result:
         bench = Bench(
             folder / str(i),
             model={"precision": precision},
-            optimizer={"name": optimizer, "schedule": schedule},
+            optimizer={"name": optimizer, "schedule": schedule, "text_encoder_learning_rate": 1e-2},
             adapter={"rank": 16, "text_encoder": trains_text, "dropout": 0.1},  # 8-bit states need 4,096 numbers
             prior={"loss_weight": 1.0 if has_prior else 0.0},
             train={"save_every_steps": 1},
