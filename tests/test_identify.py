@@ -49,11 +49,12 @@ def drop_a_weight(path: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def spoil_a_weight(path: Path, value: float) -> None:
+def spoil_a_weight(path: Path, value: float, end: str = "") -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(path)
-    name = next(name for name in sorted(weights) if name.endswith("conv_in.weight") or "layer_norm1.weight" in name)
+    ends = (end,) if end else ("conv_in.weight", "layer_norm1.weight")
+    name = next(name for name in sorted(weights) if name.endswith(ends))
     weights[name].view(-1)[0] = value
     save_file(weights, path, metadata={"format": "pt"})
 
@@ -98,7 +99,18 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "deep json": ("sd1", lambda b: (b / "vae/config.json").write_text("[" * 100_000), "cannot be read"),
     "no solver": ("sd1", lambda b: change(b / SCHEDULER_FILE, _class_name=None), "scheduler is a None"),
     "odd scale": ("sd1", lambda b: change(b / "vae/config.json", scaling_factor="x"), "cannot be loaded"),
-    "odd decoder": ("sd1", lambda b: change(b / "vae/config.json", up_block_types=["UpDecoderBlock2D"]), "vae|base"),
+    "odd decoder": (
+        "sd1",
+        lambda b: change(b / "vae/config.json", up_block_types=["UpDecoderBlock2D"]),
+        "number of channels",
+    ),
+    "nan in the decoder": (
+        "sd1",
+        lambda b: spoil_a_weight(
+            b / "vae/diffusion_pytorch_model.safetensors", float("nan"), "decoder.conv_out.weight"
+        ),
+        "the vae of .* computes NaN",
+    ),
     "no count": ("sd1", lambda b: change(b / "text_encoder/config.json", num_hidden_layers="3"), "cannot be loaded"),
     "endless schedule": ("sd1", lambda b: change(b / SCHEDULER_FILE, num_train_timesteps=1 << 40), "no count of steps"),
     "odd schedule": ("sd1", lambda b: change(b / SCHEDULER_FILE, trained_betas=[0.1, 2.0]), "leaves its range"),

@@ -78,9 +78,9 @@ def _require_finite_sample(family: Family, base: identify.BaseFacts) -> None:
         geometry = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=mean.device)
         timesteps = torch.tensor([len(family.schedule.alphas_cumprod) // 2], device=mean.device)
         output = family.predict(mean, timesteps, prompt, geometry)
-        family.decode_latents(mean)
+        pixels = family.decode_latents(mean)
     texts = [("text encoder", tensor) for tensor in prompt.values()]
-    for what, tensor in (("vae", mean), ("vae", std), *texts, ("unet", output)):
+    for what, tensor in (("vae", mean), ("vae", std), ("vae", pixels), *texts, ("unet", output)):
         if not torch.isfinite(tensor).all():
             raise ModelError(
                 f"the {what} of {base.path} computes NaN or infinity; its weights are damaged (copy or download it "
