@@ -1,4 +1,5 @@
-"""Bases of real size with random weights, for measuring without gigabytes to download."""
+"""Bases with random weights, of real size or a quarter of its widths, and pictures of noise: for measuring without
+gigabytes to download."""
 
 from __future__ import annotations
 
@@ -8,18 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from lora_booth.families.components import shipped_tokenizer
 from lora_booth.families.identify import ARCHITECTURES
 
+QUARTER: dict[str, dict[str, Any]] = {
+    "unet": {"block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 256},
+    "vae": {"block_out_channels": [32, 64, 128, 128]},
+    "text_encoder": {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4},
+}
+"""Of SD 1.5 with about a quarter of its widths: a UNet of 35 million parameters, which a CPU core trains in seconds."""
+ARCHITECTURE_NAMES = ("sd1_quarter", "sd1", "sd2_base", "sd2_v", "sdxl")
+
 
 def random_base(folder: Path, architecture: str) -> Path:
-    """A diffusers folder of real size in bf16: a shipped architecture, weights drawn small, CLIP's tokenizer."""
+    """A diffusers folder in bf16: a shipped architecture, or "sd1_quarter"; weights drawn small, CLIP's tokenizer."""
     import diffusers
     import transformers
 
+    changes = QUARTER if architecture == "sd1_quarter" else {}
+    architecture = architecture.removesuffix("_quarter")
     shutil.copytree(ARCHITECTURES / architecture, folder)
+    for name, values in changes.items():
+        path = folder / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=1), encoding="utf-8")
     classes: dict[str, Any] = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
     for name, entry in json.loads((folder / "model_index.json").read_text()).items():
         if name.startswith("text_encoder"):
@@ -33,6 +48,15 @@ def random_base(folder: Path, architecture: str) -> Path:
         module = module.to_empty(device="cpu").to(torch.bfloat16)
         fill_(module)
         module.save_pretrained(folder / name)
+    return folder
+
+
+def noise_pictures(folder: Path, count: int, side_px: int) -> Path:
+    """`count` square pictures of noise, each another, as PNG files in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        picture = Image.merge("RGB", [Image.effect_noise((side_px, side_px), 40 + i) for _ in "RGB"])
+        picture.save(folder / f"{i}.png")
     return folder
 
 

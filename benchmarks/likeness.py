@@ -22,7 +22,7 @@ from lora_booth import families
 from lora_booth.config import ModelConfig, PreviewConfig
 from lora_booth.demo import MASCOT, demo_config
 from lora_booth.families.base import Family
-from lora_booth.families.sampling import draw
+from lora_booth.families.sampling import Sampling, draw
 from tools.booth_mini.export import load_evaluator
 
 MODEL = MASCOT.parent / "booth_mini"
@@ -54,18 +54,9 @@ def draw_both(
 @torch.no_grad()
 def sketch(family: Family, prompt: str, preview: PreviewConfig, seeds: Sequence[int]) -> list[Image.Image]:
     """One picture per seed."""
-    pictures = draw(
-        family,
-        [family.encode_prompts([prompt])] * len(seeds),
-        family.encode_prompts([""]),
-        width_px=SIDE_PX,
-        height_px=SIDE_PX,
-        seeds=seeds,
-        sampler=preview.sampler,
-        sampler_steps=preview.sampler_steps,
-        guidance_scale=preview.guidance_scale,
-    )
-    return list(pictures)
+    sampling = Sampling(SIDE_PX, SIDE_PX, preview.sampler, preview.sampler_steps, preview.guidance_scale)
+    conditioning = [family.encode_prompts([prompt])] * len(seeds)
+    return list(draw(family, conditioning, family.encode_prompts([""]), sampling, seeds=seeds))
 
 
 @torch.no_grad()

@@ -12,20 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from PIL import Image
-
-from benchmarks.bases import random_base
+from benchmarks import record
+from benchmarks.bases import ARCHITECTURE_NAMES, noise_pictures, random_base
 from lora_booth import charts
 
 LEVERS: dict[str, dict[str, object]] = {
@@ -86,7 +81,7 @@ def measure(lever: str, base: str, arguments: argparse.Namespace) -> Row:
 def main() -> None:
     """Command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", choices=("sd1", "sd2_base", "sd2_v", "sdxl"), default="sd1")
+    parser.add_argument("--architecture", choices=ARCHITECTURE_NAMES, default="sd1")
     parser.add_argument("--base", help="a base of yours, or booth-mini, in place of random weights")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--precision", default="auto")
@@ -96,11 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     assert arguments.steps > WARM_UP_STEPS, "no step is left to be measured"
     for name in ("pictures", "class"):
-        (arguments.out / name).mkdir(parents=True, exist_ok=True)
-        for i in range(3):
-            side = arguments.resolution
-            picture = Image.merge("RGB", [Image.effect_noise((side, side), 40 + 20 * i) for _ in "RGB"])
-            picture.save(arguments.out / name / f"{i}.png")
+        noise_pictures(arguments.out / name, 3, arguments.resolution)
     base = arguments.base or str(arguments.out / arguments.architecture)
     if arguments.base is None and not Path(base).exists():
         random_base(Path(base), arguments.architecture)
@@ -116,18 +107,14 @@ def main() -> None:
 
 def write(rows: list[Row], arguments: argparse.Namespace) -> None:
     """step_time.json with job, machine and versions, and a bar picture each of time and memory."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     base, side = arguments.base or arguments.architecture, arguments.resolution
-    words = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
-    result = {"base": base, "resolution": side, "steps": arguments.steps, "precision": arguments.precision}
-    result |= {"device": device, "machine": platform.machine(), "threads": torch.get_num_threads(), "commit": commit}
-    result |= {name: version(name) for name in ("torch", "diffusers", "peft", "bitsandbytes", "lora-booth")}
-    result["rows"] = [asdict(row) for row in rows]
-    (arguments.out / "step_time.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    job = {"base": base, "resolution": side, "steps": arguments.steps, "precision": arguments.precision}
+    record.write(arguments.out / "step_time.json", job | {"rows": [asdict(row) for row in rows]})
     for name, unit in (("step_s", "seconds of a step"), ("peak_gib", "GiB at most")):
         values = {row.lever: getattr(row, name) for row in rows}
-        charts.save_bars(values, arguments.out / f"{name}.png", title=f"{base} at {side} px on {device}", unit=unit)
+        charts.save_bars(
+            values, arguments.out / f"{name}.png", title=f"{base} at {side} px on {record.device_name()}", unit=unit
+        )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,25 @@
-"""Class images: what the base draws of the class before it learns the subject, so that it does not forget it."""
+"""Class images: what the base draws of the class before it learns the subject, so that it does not forget it.
+
+What is trained on are the latents as the solver left them. The picture of the same name beside them is to be looked at:
+nothing goes through the VAE twice.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+from torch import Tensor
+
 from lora_booth import files
-from lora_booth.config import PriorConfig
+from lora_booth.config import Config, PriorConfig
 from lora_booth.data.buckets import Bucket
-from lora_booth.data.cache import ABANDONED_SECONDS, key
+from lora_booth.data.cache import TensorCache, key
 from lora_booth.families.base import Conditioning, Family
-from lora_booth.families.sampling import draw
+from lora_booth.families.sampling import PICTURES_AT_ONCE, Sampling, decode, sample
 from lora_booth.interrupts import StopRequest
 from lora_booth.report import Report
 
@@ -20,11 +28,33 @@ STOPPED = "stopped while preparing; what was done is kept, and the same command 
 
 @dataclass(frozen=True)
 class ClassImage:
-    """One class image: where it is or will be, what was asked for, at which size."""
+    """One class image: which one of its like, what was asked for, at which size. `cache`: the folder of its like."""
 
-    path: Path
+    cache: TensorCache
+    number: int
     prompt: str
     bucket: Bucket
+
+    @property
+    def name(self) -> str:
+        """Unique among all class images."""
+        return f"{self.cache.folder.name}/{self.number:05d}"
+
+    @property
+    def path(self) -> Path:
+        """Where the picture is, or will be."""
+        return self.cache.folder / f"{self.number:05d}.png"
+
+    def latents(self) -> Tensor | None:
+        """float32 `[C, h, w]` on the CPU, scaled; None unless picture and latents are there and whole."""
+        stored = self.cache.get(self.path.stem) if self.path.exists() else None
+        return None if stored is None else stored["latents"]
+
+    def save(self, picture: Image.Image, latents: Tensor) -> None:
+        """Write both, the picture last."""
+        self.cache.put(self.path.stem, {"latents": latents.float()})
+        with files.replacing(self.path) as temporary:
+            picture.save(temporary, format="PNG")
 
 
 def wanted(
@@ -35,53 +65,73 @@ def wanted(
     Place and seed of an image follow from base, prompt, size, sampler and its number among its like. So runs that ask
     for the same share it, and asking for more later keeps those that exist.
     """
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
+    caches: dict[str, TensorCache] = {}
     images = []
     for number in range(prior.num_images):
         prompt, bucket = prompts[number % len(prompts)], sizes[(number // len(prompts)) % len(sizes)]
         settings = (prior.sampler, prior.sampler_steps, prior.guidance_scale)
-        group = key("class image", fingerprint, prompt, bucket.width_px, bucket.height_px, *settings)[:24]
-        counts[group] = counts.get(group, -1) + 1
-        images.append(ClassImage(root / group / f"{counts[group]:05d}.png", prompt, bucket))
+        group = key("class image with latents", fingerprint, prompt, bucket.width_px, bucket.height_px, *settings)[:24]
+        if group not in caches:
+            caches[group] = TensorCache(root / group)
+        images.append(ClassImage(caches[group], counts[group], prompt, bucket))
+        counts[group] += 1
     return images
 
 
 def draw_missing(
     images: Sequence[ClassImage],
     family: Family,
-    prior: PriorConfig,
+    config: Config,
     prompts: Mapping[str, Conditioning],
     *,
     report: Report,
     stop: StopRequest,
 ) -> int:
-    """Draw those of `images` that do not exist yet, each written whole; returns how many were drawn.
+    """Draw those of `images` that are not there yet, each written whole; returns how many were drawn.
 
-    `prompts` holds the conditioning of every image's prompt and of "". Raises Interrupted between two images.
+    `prompts` holds the conditioning of every image's prompt and of "". Images of one prompt and size are drawn in
+    the same company whether they are drawn for the first time or again after a kill, because a device may round by it.
+    Raises Interrupted between two steps of the solver; what was being drawn then is drawn again.
     """
-    missing: dict[tuple[str, Bucket], list[ClassImage]] = {}
-    for image in images:
-        if not image.path.exists():
-            missing.setdefault((image.prompt, image.bucket), []).append(image)
-    for folder in {image.path.parent for image in images}:
-        files.remove_abandoned(folder, older_than_seconds=ABANDONED_SECONDS)
-    done, total = 0, sum(map(len, missing.values()))
-    for (prompt, bucket), alike in missing.items():
-        pictures = draw(
-            family,
-            [prompts[prompt]] * len(alike),
-            prompts[""],
-            width_px=bucket.width_px,
-            height_px=bucket.height_px,
-            seeds=[f"class image {image.path.parent.name} {image.path.stem}" for image in alike],
-            sampler=prior.sampler,
-            sampler_steps=prior.sampler_steps,
-            guidance_scale=prior.guidance_scale,
-        )
-        for image, picture in zip(alike, pictures, strict=True):
-            with files.replacing(image.path) as temporary:
-                picture.save(temporary, format="PNG")
-            done += 1
-            report.progress("draw class images", done, total)
-            stop.check(STOPPED)
+    at_once, done = config.memory.pictures_at_once or PICTURES_AT_ONCE, 0
+    missing = {image.name for image in images if image.latents() is None}
+    for path in (path for cache in {id(i.cache): i.cache for i in images}.values() for path in cache.damaged):
+        report.warn(f"{path} was damaged; its class image is drawn again.")
+    for company in _companies(images, at_once):
+        if missing.isdisjoint(image.name for image in company):
+            continue
+        sampling = _sampling(config, company[0].bucket, at_once, stop)
+        seeds = [f"class image {image.name}" for image in company]
+        conditioning = [prompts[company[0].prompt]] * len(company)
+        rest = company
+        for latents in sample(family, conditioning, prompts[""], sampling, seeds=seeds):
+            together, rest = rest[: len(latents)], rest[len(latents) :]
+            pictures = decode(family, latents, sampling, seeds=[image.name for image in together])
+            for image, row, picture in zip(together, latents, pictures, strict=True):
+                if image.name in missing:
+                    image.save(picture, row)
+                    done += 1
+                    report.progress("draw class images", done, len(missing))
     return done
+
+
+def _companies(images: Sequence[ClassImage], at_once: int) -> list[list[ClassImage]]:
+    """`images` of one prompt and size, `at_once` together."""
+    alike: dict[tuple[str, Bucket], list[ClassImage]] = {}
+    for image in images:
+        alike.setdefault((image.prompt, image.bucket), []).append(image)
+    return [group[i : i + at_once] for group in alike.values() for i in range(0, len(group), at_once)]
+
+
+def _sampling(config: Config, bucket: Bucket, at_once: int, stop: StopRequest) -> Sampling:
+    return Sampling(
+        width_px=bucket.width_px,
+        height_px=bucket.height_px,
+        sampler=config.prior.sampler,
+        sampler_steps=config.prior.sampler_steps,
+        guidance_scale=config.prior.guidance_scale,
+        batch_size=at_once,
+        is_tiled=bool(config.memory.tiled_decoding),
+        on_step=lambda: stop.check(STOPPED),
+    )

@@ -218,10 +218,13 @@ def _train(config: Config, report: Any, command: str) -> None:
 
 
 def _show_summary(summary: Summary, report: Any) -> None:
-    minutes, seconds = divmod(round(summary.seconds), 60)
+    from lora_booth.console import clock
+
+    parts = ", ".join(f"{part} {clock(seconds)}" for part, seconds in summary.seconds_of.items())
     lines = [
-        f"{summary.steps} steps in {minutes}:{seconds:02d}, peak {summary.peak_gib:.1f} GiB, "
-        f"{summary.num_parameters:,} trained parameters"
+        f"{summary.steps} steps in {clock(summary.seconds)}, peak {summary.peak_gib:.1f} GiB, "
+        f"{summary.num_parameters:,} trained parameters",
+        f"of that: {parts}",
     ]
     lines += [f"{name} file: {path}" for name, path in summary.files.items()]
     if summary.before_and_after is not None:

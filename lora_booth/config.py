@@ -15,7 +15,7 @@ import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 BASE_ALIASES = {
     "booth-mini": "the miniature that ships with lora_booth (64-pixel icons)",
@@ -34,6 +34,8 @@ TARGET_PRESETS = (
 
 FilePath = Annotated[Path, Field(strict=False)]
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
+Share = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, bool) else value)]
+"""From 0 to 1; false and true are its ends."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Sampler = Literal["dpm++", "ddim", "euler", "base"]
 
@@ -214,9 +216,19 @@ class TrainConfig(Section):
         description="Most images in one micro-step per process. Changes memory and time, not the result.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="The run is a function of the config, and this.")
-    gradient_checkpointing: bool | None = Field(
+    gradient_checkpointing: Share | None = Field(
         None,
-        description="Recompute activations: about a third slower, much smaller. Default: decided by the memory budget.",
+        ge=0,
+        le=1,
+        description="Share of the denoiser's blocks, from the first on, whose activations are computed again in the "
+        "backward pass: smaller, and up to a third slower. false is 0, true is 1. Default: decided by the memory "
+        "budget.",
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the denoiser's transformer blocks in the first step (torch.compile): fewer kernels to "
+        "launch and less memory traffic, after a minute or so of compiling; needs a C++ compiler. Equal up to "
+        "rounding. Off: worth it in long runs only.",
     )
     save_every_steps: int | None = Field(
         None, ge=1, description="Steps between checkpoints. Default: a fifth of the run."
@@ -266,6 +278,18 @@ class MemoryConfig(Section):
 
     budget_gib: float | None = Field(
         None, gt=0, le=1024, description="Device memory the run may use. Default: what the card has free."
+    )
+    pictures_at_once: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Class images and previews that are drawn together. Default: as many as the budget allows, at most "
+        "8; 4 on a CPU.",
+    )
+    tiled_decoding: bool | None = Field(
+        None,
+        description="Decode pictures in overlapping tiles of 768 px: far less memory for SDXL, and tones may differ a "
+        "little between tiles. Nothing that is trained on changes. Default: where the budget demands it.",
     )
 
 

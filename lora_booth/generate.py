@@ -17,7 +17,7 @@ from lora_booth.data.grid import save_grid
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.families.base import Family
 from lora_booth.families.identify import BaseFacts
-from lora_booth.families.sampling import draw
+from lora_booth.families.sampling import Sampling, draw
 from lora_booth.precision import dtype_for
 from lora_booth.report import Report, Silent
 
@@ -133,19 +133,10 @@ def _column(
     family: Family, prompts: Sequence[str], picture: PictureSettings, size_px: tuple[int, int]
 ) -> list[Image.Image]:
     """One picture per prompt with the adapters as they are set now."""
-    return list(
-        draw(
-            family,
-            [family.encode_prompts([prompt]) for prompt in prompts],
-            family.encode_prompts([picture.negative_prompt]),
-            width_px=size_px[0],
-            height_px=size_px[1],
-            seeds=[picture.seed] * len(prompts),
-            sampler=picture.sampler,
-            sampler_steps=picture.sampler_steps,
-            guidance_scale=picture.guidance_scale,
-        )
-    )
+    sampling = Sampling(*size_px, picture.sampler, picture.sampler_steps, picture.guidance_scale)
+    conditioning = [family.encode_prompts([prompt]) for prompt in prompts]
+    negative = family.encode_prompts([picture.negative_prompt])
+    return list(draw(family, conditioning, negative, sampling, seeds=[picture.seed] * len(prompts)))
 
 
 def _write(

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -40,7 +41,8 @@ LOWER_RATE = (
     "model.precision = bf16 (or fp32); if it happens at the first step, the base itself may be damaged."
 )
 VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
-MAX_VALIDATION_ITEMS = 16
+VALIDATION_ROWS = 16
+"""Images times noise levels: as many forward passes as five steps of two rows take."""
 
 
 @dataclass(frozen=True)
@@ -154,24 +156,34 @@ def _losses(s: Session, items: Sequence[Item], draws: Draws) -> Tensor:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def validation_loss(s: Session) -> float:
-    """Mean loss over the held-out images (the instance images where there are none) at four fixed noise levels.
+    """Mean loss over the held-out images (the instance images where there are none) at fixed noise levels.
 
     The noise is the same every time, so that two checkpoints of a run can be compared; two runs cannot.
     """
     set_training_(s, False)
-    total, items = 0.0, s.prepared.validation[:MAX_VALIDATION_ITEMS]
+    losses: list[float] = []
+    items = s.prepared.validation[:VALIDATION_ROWS]
     for number, item in enumerate(items):
+        levels = validation_levels(number, len(items))
         generator = generator_for("validation", number)
-        shape = (len(VALIDATION_QUANTILES), *item.shape)
+        shape = (len(levels), *item.shape)
         draws = Draws(
-            torch.tensor([int(q * _num_timesteps(s)) for q in VALIDATION_QUANTILES]),
+            torch.tensor([int(level * _num_timesteps(s)) for level in levels]),
             torch.randn(shape, generator=generator),
             torch.zeros(shape),
             torch.zeros(*shape[:2], 1, 1),
         )
-        total += float(_losses(s, [item] * len(VALIDATION_QUANTILES), draws).mean())
-    return total / len(items)
+        losses += _losses(s, [item] * len(levels), draws).tolist()
+    return sum(losses) / len(losses)
+
+
+def validation_levels(number: int, count: int) -> list[float]:
+    """Noise levels of image `number` of `count`, as shares of all: each image all of them while rows last, else in turn
+    another."""
+    rounds = range(min(len(VALIDATION_QUANTILES), -(-(VALIDATION_ROWS - number) // count)))
+    return [VALIDATION_QUANTILES[(number + r) % len(VALIDATION_QUANTILES)] for r in rounds]
 
 
 def _num_timesteps(s: Session) -> int:
@@ -318,14 +330,24 @@ def draw_preview(s: Session, done: int) -> None:
     s.accelerator.wait_for_everyone()
 
 
+@torch.compiler.set_stance("force_eager")
 def draw_rows(s: Session) -> preview.Rows:
     """Pictures of the preview prompts through the adapter as it is now."""
     set_training_(s, False)
     s.family.move_vae(s.accelerator.device)
     with torch.no_grad():
-        rows = preview.draw_rows(s.config, s.family, s.condition)
+        rows = preview.draw_rows(s.config, s.family, s.condition, on_step=partial(_stop_drawing, s))
     s.family.move_vae("cpu")
     return rows
+
+
+def _stop_drawing(s: Session) -> None:
+    """Raises Interrupted when a signal asked to stop: pictures are drawn after everything was saved, and drawn again.
+
+    Of several processes the others wait for the one that draws; they stop together, at the next step.
+    """
+    if s.accelerator.num_processes == 1:
+        s.stop.check(f"stopped while drawing, everything is saved; continue with: {s.continue_command}")
 
 
 def device_memory_gib(device: torch.device) -> float | None:

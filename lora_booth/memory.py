@@ -12,12 +12,13 @@ the caching allocator cannot split.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_booth import families, optim
 from lora_booth.adapter import inject
@@ -38,11 +39,9 @@ GIB = 2**30
 OUTSIDE_GIB = 0.8
 """CUDA context, cuDNN's workspaces and the allocator's gaps: assumed, not measured. The context is never part of
 `torch.cuda.max_memory_allocated`."""
-VALIDATION_ROWS = 4
-"""Noise levels of an image whose validation loss the loop measures in one pass."""
+VALIDATION_LEVELS = 4
+"""Noise levels of an image whose validation loss the loop measures in one pass, at most."""
 META = torch.device("meta")
-Changes = Mapping[str, Mapping[str, Any]]
-"""Section, key and new value of settings, as `Config.with_values` takes them."""
 
 
 @dataclass(frozen=True)
@@ -57,36 +56,6 @@ class Phase:
         return sum(self.parts.values()) / GIB
 
 
-@dataclass(frozen=True)
-class Lever:
-    """A change that makes a training step smaller, and its price. `saved_gib`: on top of the levers before it."""
-
-    changes: Changes
-    price: str
-    saved_gib: float | None = None
-
-    @property
-    def settings(self) -> str:
-        ((section, pairs),) = self.changes.items()
-        ((key, value),) = pairs.items()
-        return f"{section}.{key} = {str(value).lower() if isinstance(value, bool) else value}"
-
-    @property
-    def told(self) -> str:
-        """The price, after the saving where it is known."""
-        return self.price if self.saved_gib is None else f"saves {self.saved_gib:.2f} GiB of a step; {self.price}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was chosen to stay within a budget, a reason for each choice, and what could still be changed, in order."""
-
-    changes: Changes
-    reasons: tuple[str, ...]
-    phases: tuple[Phase, ...]
-    levers: tuple[Lever, ...]
-
-
 def needed_gib(phases: Iterable[Phase]) -> float:
     """Device memory of the fullest phase, with what lies outside of tensors."""
     return max(phase.gib for phase in phases) + OUTSIDE_GIB
@@ -98,114 +67,21 @@ def predict(config: Config, facts: BaseFacts, *, bucket: Bucket | None = None) -
     `bucket`: the largest that is trained at; by default the square of the resolution, which no other exceeds. Precision
     and optimizer "auto" mean what a CUDA card gets. Raises ModelError or ConfigError where training would.
     """
-    return _Modules.of(config, facts).phases(config, bucket)
+    return Modules.of(config, facts).phases(config, bucket)
 
 
-def fit(config: Config, facts: BaseFacts, budget_gib: float, *, bucket: Bucket | None = None) -> Changes:
-    """The fastest way to compute a step within `budget_gib` that leaves the result as it is; else the smallest one.
-
-    Tried in this order: the rows of a pass as set and halved down to one; the same with gradient checkpointing, unless
-    that is set. Raises as `predict` does.
-    """
-    return _changes(_tried(_Modules.of(config, facts), config, budget_gib, bucket)[-1][0])
+def class_images_at_once(config: Config) -> int:
+    """Class images that are drawn together."""
+    return min(config.memory.pictures_at_once or PICTURES_AT_ONCE, config.prior.num_images)
 
 
-def choose(config: Config, facts: BaseFacts, budget_gib: float, *, bucket: Bucket | None = None) -> Plan:
-    """What `fit` gives, with all there is to tell of it. Levers that change the result are only suggested."""
-    modules = _Modules.of(config, facts)
-    tried = _tried(modules, config, budget_gib, bucket)
-    chosen, reasons = tried[-1][0], _reasons(config, tried)
-    phases = modules.phases(chosen, bucket)
-    for phase in phases:
-        if phase.gib + OUTSIDE_GIB > budget_gib:
-            need = phase.gib + OUTSIDE_GIB
-            reasons.append(f'"{phase.name}" needs {need:.1f} GiB: it does not fit {budget_gib:g} GiB')
-    return Plan(_changes(chosen), tuple(reasons), phases, _with_savings(modules, chosen, facts, bucket))
+def previews_at_once(config: Config) -> int:
+    """Pictures of a preview that are drawn together."""
+    pictures = config.preview.images_per_prompt * len(config.preview.prompts)
+    return min(config.memory.pictures_at_once or PICTURES_AT_ONCE, pictures)
 
 
-def levers(config: Config) -> tuple[Lever, ...]:
-    """What is left to change for a smaller training step, what costs least first. `config` is resolved."""
-    resolution, bucket_step = config.data.resolution, config.data.bucket_step
-    assert resolution is not None and bucket_step is not None, "config is not resolved"
-    found = []
-    if _rows(config) > 1:
-        found.append(Lever({"train": {"batch_size": 1}}, "same result, the class image in a pass of its own"))
-    if not config.train.gradient_checkpointing:
-        found.append(Lever({"train": {"gradient_checkpointing": True}}, "same result, about a third slower"))
-    if config.optimizer.name in ("adamw", "prodigy", "schedulefree"):
-        found.append(Lever({"optimizer": {"name": "adamw8bit"}}, "changes the result"))
-    if config.adapter.text_encoder:
-        found.append(Lever({"adapter": {"text_encoder": False}}, "changes the result: the denoiser alone learns"))
-    if config.model.quantize == "none" and not config.adapter.dora:
-        found.append(Lever({"model": {"quantize": "nf4"}}, "changes the result a little, slower; the base in 4 bits"))
-    lower = resolution * 3 // 4 // bucket_step * bucket_step
-    if lower >= bucket_step:
-        found.append(Lever({"data": {"resolution": lower}}, "changes the result: less detail"))
-    return tuple(found)
-
-
-def savings(config: Config, facts: BaseFacts) -> tuple[Lever, ...]:
-    """`levers` with what each saves of a training step at the resolution's square. Raises as `predict` does."""
-    return _with_savings(_Modules.of(config, facts), config, facts, None)
-
-
-def _with_savings(modules: _Modules, config: Config, facts: BaseFacts, bucket: Bucket | None) -> tuple[Lever, ...]:
-    found, before = [], modules.step(config, bucket).gib
-    for lever in levers(config):
-        config = config.with_values({section: dict(pairs) for section, pairs in lever.changes.items()})
-        if lever.changes.keys() & {"adapter", "model"}:
-            modules = _Modules.of(config, facts)
-        after = modules.step(config, None if "data" in lever.changes else bucket).gib
-        found.append(replace(lever, saved_gib=before - after))
-        before = after
-    return tuple(found)
-
-
-def _tried(modules: _Modules, config: Config, budget_gib: float, bucket: Bucket | None) -> list[tuple[Config, float]]:
-    """Ways of computing a step with the GiB each needs, up to the first that fits."""
-    tried: list[tuple[Config, float]] = []
-    for way in _ways(config):
-        candidate = config.with_values({"train": way})
-        tried.append((candidate, modules.step(candidate, bucket).gib + OUTSIDE_GIB))
-        if tried[-1][1] <= budget_gib:
-            break
-    return tried
-
-
-def _changes(config: Config) -> Changes:
-    keys = ("batch_size", "gradient_checkpointing")
-    return {"train": {key: getattr(config.train, key) for key in keys}}
-
-
-def _ways(config: Config) -> list[dict[str, Any]]:
-    """Settings of [train] that leave the result as it is, the fastest first."""
-    asked = config.train.gradient_checkpointing
-    sizes = [config.train.batch_size]
-    while min(sizes[-1], _rows(config)) > 1:
-        sizes.append(min(sizes[-1], _rows(config)) // 2)
-    switches = (False, True) if asked is None else (asked,)
-    return [{"batch_size": size, "gradient_checkpointing": switch} for switch in switches for size in sizes]
-
-
-def _reasons(config: Config, tried: Sequence[tuple[Config, float]]) -> list[str]:
-    """Why the last of `tried` was taken: a line for each choice, with what the one before would need."""
-    needs = {(c.train.batch_size, bool(c.train.gradient_checkpointing)): gib for c, gib in tried}
-    train = tried[-1][0].train
-    size, is_on, asked = train.batch_size, bool(train.gradient_checkpointing), config.train
-    reasons = [f"train.batch_size = {size}: as set"]
-    if size != asked.batch_size:
-        more = min(key[0] for key in needs if key[0] > size)
-        reasons = [f"train.batch_size = {size} (same result): {more} needs {needs[more, is_on]:.1f} GiB"]
-    setting = f"train.gradient_checkpointing = {str(is_on).lower()}"
-    if asked.gradient_checkpointing is not None:
-        return [*reasons, f"{setting}: as set"]
-    if not is_on:
-        return [*reasons, f"{setting}: not needed, and a third faster so"]
-    least = min(gib for (_, is_checkpointed), gib in needs.items() if not is_checkpointed)
-    return [*reasons, f"{setting} (same result, about a third slower): without it {least:.1f} GiB are needed"]
-
-
-def _rows(config: Config) -> int:
+def rows_per_pass(config: Config) -> int:
     """Rows of the largest micro-batch on one device."""
     return min(config.train.batch_size, _rows_per_step(config))
 
@@ -221,7 +97,7 @@ def _stored_bytes(modules: Iterable[nn.Module], config: Config) -> int:
 
 
 @dataclass(frozen=True)
-class _Modules:
+class Modules:
     """A base without weights, with its adapter: what phases are traced on. `adapted`: what carries the adapter."""
 
     family: Family
@@ -231,11 +107,11 @@ class _Modules:
     parameters: Sequence[nn.Parameter]
     base_bytes: int
     native_resolution: int
-    traced: dict[tuple[Any, ...], tuple[int, int]]
-    """What `trace_step` gave, by what it depends on."""
+    traced: dict[tuple[Any, ...], Any]
+    """What was counted, by what it depends on."""
 
     @staticmethod
-    def of(config: Config, facts: BaseFacts) -> _Modules:
+    def of(config: Config, facts: BaseFacts) -> Modules:
         dtype = DTYPES.get(config.model.precision, torch.bfloat16)  # "auto" on a card: two bytes, bf16 or fp16
         parts = without_weights(facts, dtype)
         family = families.around(facts, parts)
@@ -247,7 +123,7 @@ class _Modules:
         groups = inject.inject_(adapted, config.adapter, num_used_text_layers=used)
         parameters = [parameter for group in groups.values() for parameter in group]
         modules = (family, parts.vae, parts.text_encoders, adapted)
-        return _Modules(*modules, parameters, base_bytes, facts.native_resolution, {})
+        return Modules(*modules, parameters, base_bytes, facts.native_resolution, {})
 
     def square(self, config: Config) -> Bucket:
         side = config.data.resolution or self.native_resolution
@@ -255,81 +131,128 @@ class _Modules:
 
     def phases(self, config: Config, bucket: Bucket | None) -> tuple[Phase, ...]:
         """All phases of the run."""
-        step, preview = self.step(config, bucket), config.preview
-        lasting = {part: step.parts[part] for part in ("base", "adapter", "optimizer")}
-        square = self.square(config)
-        measuring = self._working(partial(self._denoise, config, VALIDATION_ROWS, square))
-        phases = [self._prepare(config, bucket or square), step]
-        phases.append(Phase("validate", lasting | {"denoising": measuring}))
-        if preview.images_per_prompt:
-            pictures = preview.images_per_prompt * len(preview.prompts)
-            drawing = self._draw(config, pictures, preview.guidance_scale, square)
-            phases.append(Phase("draw", lasting | {"VAE": held_bytes(tensors_of([self.vae.module]))} | drawing))
-        return tuple(phases)
+        phases = [self.prepare(config, bucket), self.step(config, bucket), self.validate(config, bucket)]
+        return (*phases, self.draw(config, bucket)) if config.preview.images_per_prompt else tuple(phases)
+
+    def prepare(self, config: Config, bucket: Bucket | None) -> Phase:
+        """The fullest moment before there is an adapter: prompts and pictures are encoded, class images drawn."""
+        bucket = bucket or self.square(config)
+        text = _stored_bytes(self.text_encoders.values(), config)
+        is_text_trained = config.adapter.text_encoder
+        held = {"base": self.base_bytes - (text if is_text_trained else 0)}
+        every, held["VAE"] = {"text encoders": text}, self._vae_bytes()
+        after = every if is_text_trained else {}
+        pixels = torch.empty(1, 3, bucket.height_px, bucket.width_px, device=META)
+        moments = [
+            held | every | {"encoding": self._working(("prompts",), lambda: self.family.encode_prompts([""]))},
+            held | after | {"encoding": self._working(("encode", bucket), partial(self.vae.encode, pixels))},
+        ]
+        if config.has_prior and config.prior.folder is None:
+            with inject.disabled(self.adapted):
+                moments.append(held | after | self._drawing(config, class_images_at_once(config), bucket, "base"))
+        return Phase("prepare", max(moments, key=lambda parts: sum(parts.values())))
+
+    def validate(self, config: Config, bucket: Bucket | None) -> Phase:
+        """The phase "validate": the denoiser alone, on several noise levels of one image."""
+        measuring = VALIDATION_LEVELS * self._denoising(config, self.square(config), "adapted")
+        return Phase("validate", self._lasting(config, bucket) | {"denoising": measuring})
+
+    def draw(self, config: Config, bucket: Bucket | None) -> Phase:
+        """The phase "draw": previews through the adapter."""
+        drawing = self._drawing(config, previews_at_once(config), self.square(config), "adapted")
+        return Phase("draw", self._lasting(config, bucket) | {"VAE": self._vae_bytes()} | drawing)
 
     def step(self, config: Config, bucket: Bucket | None) -> Phase:
         """The phase "train": one micro-step."""
-        batch = self._batch(config, _rows(config), bucket or self.square(config))
+        batch = self._batch(config, rows_per_pass(config), bucket or self.square(config))
         gradients, others = self._trace(config, batch)
         parts = {
             "base": self.base_bytes,
             "adapter": held_bytes(self.parameters),
             "gradients": gradients,
-            "optimizer": optim.state_bytes([p.shape for p in self.parameters], config.optimizer, device_type="cuda"),
+            "optimizer": self._optimizer_bytes(config),
             "inputs": held_bytes(batch.tensors),
             "activations": others,
         }
         return Phase("train", parts)
 
+    def flops(self, config: Config, bucket: Bucket | None) -> int:
+        """Floating-point operations of one optimizer step: forward, backward, and what is computed again.
+
+        Those of matrix products, convolutions and attention, as torch.utils.flop_counter has them.
+        """
+        rows = _rows_per_step(config)
+        batch = self._batch(config, rows, bucket or self.square(config))
+        self._switch(training=True, gradient_checkpointing=config.train.gradient_checkpointing or 0.0)
+        objective = objective_for(config.objective, self.family.schedule)
+        with FlopCounterMode(display=False) as counter:
+            micro_step(self.family, objective, batch).backward()  # type: ignore[no-untyped-call]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return int(counter.get_total_flops())
+
+    def _optimizer_bytes(self, config: Config) -> int:
+        key = ("optimizer", config.optimizer.name)
+        if key not in self.traced:
+            shapes = [parameter.shape for parameter in self.parameters]
+            self.traced[key] = optim.state_bytes(shapes, config.optimizer, device_type="cuda")
+        size: int = self.traced[key]
+        return size
+
     def _trace(self, config: Config, batch: Batch) -> tuple[int, int]:
         train, rows = config.train, len(batch.latents)
         follows_another = _rows_per_step(config) > rows or train.images_per_step > 1  # whose buckets may differ
-        key = (batch.latents.shape, train.gradient_checkpointing, follows_another)
+        share = train.gradient_checkpointing or 0.0
+        key = (batch.latents.shape, share, follows_another)
         if key not in self.traced:
-            self._switch(training=True, gradient_checkpointing=bool(train.gradient_checkpointing))
+            self._switch(training=True, gradient_checkpointing=share)
             for parameter in self.parameters:
                 parameter.grad = torch.empty_like(parameter) if follows_another else None
             objective = objective_for(config.objective, self.family.schedule)
             self.traced[key] = trace_step(self.family, objective, batch, self.parameters, self._tensors())
             for parameter in self.parameters:
                 parameter.grad = None
-        return self.traced[key]
+        counted: tuple[int, int] = self.traced[key]
+        return counted
 
-    def _prepare(self, config: Config, bucket: Bucket) -> Phase:
-        """Class images are drawn, pictures and prompts encoded, with all of the base on the device and no adapter."""
-        prior, text = config.prior, _stored_bytes(self.text_encoders.values(), config)
-        pixels = torch.empty(1, 3, bucket.height_px, bucket.width_px, device=META)
-        working = {"encoding": self._working(partial(self.vae.encode, pixels))}
-        if config.has_prior and prior.folder is None:
-            with inject.disabled(self.adapted):
-                working |= self._draw(config, prior.num_images, prior.guidance_scale, bucket)
-        name, size = max(working.items(), key=lambda item: item[1])
-        unet = self.base_bytes - (text if config.adapter.text_encoder else 0)
-        vae = held_bytes(tensors_of([self.vae.module]))
-        return Phase("prepare", {"base": unet, "text encoders": text, "VAE": vae, name: size})
+    def _lasting(self, config: Config, bucket: Bucket | None) -> dict[str, int]:
+        parts = self.step(config, bucket).parts
+        return {part: parts[part] for part in ("base", "adapter", "optimizer")}
 
-    def _draw(self, config: Config, pictures: int, guidance_scale: float, bucket: Bucket) -> dict[str, int]:
-        """The larger of denoising and decoding as many pictures as go together."""
-        together = min(PICTURES_AT_ONCE, pictures)
-        rows = together * (2 if guidance_scale > 1 else 1)  # both halves of guidance go in one pass
+    def _vae_bytes(self) -> int:
+        return held_bytes(tensors_of([self.vae.module]))
+
+    def _drawing(self, config: Config, together: int, bucket: Bucket, denoiser: str) -> dict[str, int]:
+        """The larger of denoising and decoding `together` pictures, with the `denoiser` "adapted" or of the "base"."""
         decoded = min(together, self.vae.num_at_once(bucket.width_px, bucket.height_px))
         latents = torch.empty(decoded, *self._shape(bucket), device=META)
-        denoising = self._working(partial(self._denoise, config, rows, bucket))
-        decoding = self._working(lambda: self.vae.module.decode(latents))
+        is_tiled = bool(config.memory.tiled_decoding)
+        decode = partial(self.vae.decode_chunk, latents, is_tiled=is_tiled)
+        decoding = self._working(("decode", decoded, bucket, is_tiled), decode)
+        scales = (config.prior.guidance_scale, config.preview.guidance_scale)
+        rows = together * (2 if max(scales) > 1 else 1)  # both halves of guidance go in one pass
+        denoising = rows * self._denoising(config, bucket, denoiser)
         return {"denoising": denoising} if denoising > decoding else {"decoding": decoding}
+
+    def _denoising(self, config: Config, bucket: Bucket, denoiser: str) -> int:
+        """Bytes of a pass, inputs included, for one row; several take as many times that."""
+        return self._working(("denoise", bucket, denoiser), partial(self._denoise, config, 2, bucket)) // 2
 
     def _denoise(self, config: Config, rows: int, bucket: Bucket) -> None:
         """One pass of the denoiser for looking, its inputs included."""
-        self._switch(training=False, gradient_checkpointing=False)
+        self._switch(training=False, gradient_checkpointing=0.0)
         objective = objective_for(config.objective, self.family.schedule)
         micro_step(self.family, objective, self._batch(config, rows, bucket))
 
-    def _working(self, run: Callable[[], Any]) -> int:
+    def _working(self, key: tuple[Any, ...], run: Callable[[], Any]) -> int:
         """Most bytes that `run` holds beyond the modules, without gradients."""
-        live = LiveBytes("meta", self._tensors())
-        with torch.no_grad(), live, fused_attention():
-            run()
-        return live.peak
+        if key not in self.traced:
+            live = LiveBytes("meta", self._tensors())
+            with torch.no_grad(), live, fused_attention():
+                run()
+            self.traced[key] = live.peak
+        size: int = self.traced[key]
+        return size
 
     def _batch(self, config: Config, rows: int, bucket: Bucket) -> Batch:
         is_text_trained = config.adapter.text_encoder
@@ -339,7 +262,7 @@ class _Modules:
         factor = self.vae.factor
         return (self.vae.module.config.latent_channels, bucket.height_px // factor, bucket.width_px // factor)
 
-    def _switch(self, *, training: bool, gradient_checkpointing: bool) -> None:
+    def _switch(self, *, training: bool, gradient_checkpointing: float) -> None:
         for module in self.adapted.values():
             module.train(training)
         self.family.prepare_denoiser_(gradient_checkpointing=gradient_checkpointing, attention="sdpa")

@@ -22,6 +22,7 @@ from lora_booth.report import Report
 from lora_booth.subject import Pictures, crops_of, find_pictures
 
 if TYPE_CHECKING:
+    from lora_booth.budget import Plan
     from lora_booth.memory import Phase
 
 log = logging.getLogger(__name__)
@@ -58,17 +59,18 @@ def look(config: Config, report: Report) -> Inputs:
     return Inputs(pictures, facts)
 
 
-def resolve(config: Config, inputs: Inputs, *, free_gib: float | None) -> Config:
+def resolve(config: Config, inputs: Inputs, report: Report, *, free_gib: float | None) -> Config:
     """`config` with every open choice made. `free_gib` is the device's free memory, None on a CPU.
 
-    Within a budget, or free memory, `memory.fit` settles gradient checkpointing and may lower `train.batch_size`;
-    without one nothing is traced. Raises ConfigError or ModelError for an adapter that the base cannot take.
+    Within a budget, or free memory, `budget.choose` settles how steps are computed and pictures drawn, and what it
+    chose is told; without one nothing is traced. Raises ConfigError or ModelError for an adapter that the base cannot
+    take.
     """
     config = _filled(config, inputs)
     budget_gib = config.memory.budget_gib or free_gib
     if budget_gib is not None:
-        config = _within(config, inputs, budget_gib)
-    return config.with_values({"train": {"gradient_checkpointing": bool(config.train.gradient_checkpointing)}})
+        config = _within(config, inputs, budget_gib, report)
+    return config.with_values({"train": {"gradient_checkpointing": config.train.gradient_checkpointing or 0.0}})
 
 
 def _filled(config: Config, inputs: Inputs) -> Config:
@@ -91,12 +93,12 @@ def _filled(config: Config, inputs: Inputs) -> Config:
     )
 
 
-def _within(config: Config, inputs: Inputs, budget_gib: float) -> Config:
-    """`config` with the way of computing a step that `memory.fit` finds."""
-    from lora_booth import memory
+def _within(config: Config, inputs: Inputs, budget_gib: float, report: Report) -> Config:
+    """`config` with what `budget.choose` finds, told to the user."""
+    from lora_booth import budget, memory
 
     try:
-        changes = memory.fit(config, inputs.facts, budget_gib, bucket=_largest_bucket(config, inputs.pictures))
+        found = budget.choose(config, inputs.facts, budget_gib, bucket=_largest_bucket(config, inputs.pictures))
     except LoraBoothError:
         raise
     except Exception as error:  # whatever a version of torch cannot trace must not keep anybody from training
@@ -104,8 +106,31 @@ def _within(config: Config, inputs: Inputs, budget_gib: float) -> Config:
             "Memory cannot be predicted (%s: %s); saving as much of it as possible.", type(error).__name__, error
         )
         is_set = config.train.gradient_checkpointing is not None
-        return config if is_set else config.with_values({"train": {"gradient_checkpointing": True}})
-    return config.with_values({section: dict(pairs) for section, pairs in changes.items()})
+        return config if is_set else config.with_values({"train": {"gradient_checkpointing": 1.0}})
+    gib = memory.needed_gib(found.phases)
+    report.event("memory", f"memory: {gib:.1f} of {budget_gib:.1f} GiB predicted, with {_choices(found)}", gib=gib)
+    if found.too_large:
+        steps = "; ".join(f"{lever.settings} ({lever.price})" for lever in budget.levers(_changed(config, found)))
+        report.warn(f"{_excess(found)}, so the run may end for want of memory. What would help: {steps}.")
+    return _changed(config, found)
+
+
+def _changed(config: Config, found: Plan) -> Config:
+    return config.with_values({section: dict(pairs) for section, pairs in found.changes.items()})
+
+
+def _choices(found: Plan) -> str:
+    """What a plan settled, without its reasons."""
+    return ", ".join(reason.partition(" (")[0].partition(":")[0] for reason in found.reasons)
+
+
+def _excess(found: Plan) -> str:
+    """By how much a plan does not fit, in one clause."""
+    from lora_booth import memory
+
+    largest = max(found.too_large, key=lambda phase: phase.gib)
+    needed = memory.needed_gib([largest])
+    return f'"{largest.name}" is predicted to need {needed:.1f} of {found.budget_gib:.1f} GiB'
 
 
 def memory_advice(config: Config, facts: BaseFacts | None = None) -> str:
@@ -121,12 +146,12 @@ def memory_advice(config: Config, facts: BaseFacts | None = None) -> str:
 
 def _levers(config: Config, facts: BaseFacts | None) -> list[tuple[str, str]]:
     """Setting and price of each lever, with its saving where that can be traced."""
-    from lora_booth import memory
+    from lora_booth import budget
 
-    found = memory.levers(config)
+    found = budget.levers(config)
     if facts is not None:
         try:
-            found = memory.savings(config, facts)
+            found = budget.savings(config, facts)
         except Exception as error:  # see `memory_advice`
             log.debug("savings cannot be traced: %s", error)
     return [(lever.settings, lever.told) for lever in found]
@@ -159,16 +184,19 @@ def show(config: Config, report: Report) -> None:
 
 
 def _show_memory(config: Config, inputs: Inputs, report: Report) -> None:
-    """The predicted memory part by part; with a budget also what was chosen for it, and what else could be."""
-    from lora_booth import memory
+    """The predicted memory part by part; with a budget also what was chosen, and where it does not fit, what helps."""
+    from lora_booth import budget, memory
 
     budget_gib, bucket = config.memory.budget_gib, _largest_bucket(config, inputs.pictures)
     if budget_gib is None:
         phases, notes = memory.predict(config, inputs.facts, bucket=bucket), []
     else:
-        plan = memory.choose(config, inputs.facts, budget_gib, bucket=bucket)
-        phases, notes = plan.phases, [f"for {budget_gib:g} GiB: {reason}" for reason in plan.reasons]
-        notes += [f"could follow: {lever.settings} ({lever.told})" for lever in plan.levers]
+        found = budget.choose(config, inputs.facts, budget_gib, bucket=bucket)
+        phases, notes = found.phases, [f"for {budget_gib:g} GiB: {reason}" for reason in found.reasons]
+        if found.too_large:
+            left = budget.savings(_changed(config, found), inputs.facts, bucket=bucket)
+            notes += [f"{_excess(found)}; what would help, in this order:"]
+            notes += [f"  {lever.settings} ({lever.told})" for lever in left]
     gib = memory.needed_gib(phases)
     outside = f"{memory.OUTSIDE_GIB:g} of them for the CUDA context and workspaces (assumed)"
     head = f"predicted for a CUDA card, not measured: {gib:.1f} GiB, {outside}"

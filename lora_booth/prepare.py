@@ -5,6 +5,7 @@ All of it goes through caches that outlive the run, so that an interrupted or re
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from lora_booth import class_images, files
+from lora_booth import class_images
+from lora_booth.class_images import ClassImage
 from lora_booth.config import Config
 from lora_booth.data import images
 from lora_booth.data.batches import Item, Order, Role
@@ -22,6 +24,7 @@ from lora_booth.data.buckets import Crop, assign
 from lora_booth.data.cache import TensorCache, latent_key, prompt_key, require_finite
 from lora_booth.data.images import Picture
 from lora_booth.data.sheet import contact_sheet
+from lora_booth.errors import DiskError
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.interrupts import StopRequest
 from lora_booth.report import Report
@@ -38,27 +41,31 @@ class Moments:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the loop trains on. `latents` by latent key; `prompts`: one row each by prompt, under the untrained base."""
+    """What the loop trains on. `latents` by latent key; `prompts`: one row each by prompt, under the untrained base.
+
+    `drawing_seconds`: what it took to draw class images.
+    """
 
     order: Order
     validation: tuple[Item, ...]
     latents: Mapping[str, Moments]
     prompts: Mapping[str, Conditioning]
+    drawing_seconds: float
 
 
 @dataclass(frozen=True)
 class _Image:
-    """One image on its way into the latent cache."""
+    """One image on its way to its latents. `source`: a picture of the user's, or a class image that was drawn."""
 
     role: Role
-    picture: Picture
+    source: Picture | ClassImage
     crop: Crop
     prompt: str
     is_flipped: bool = False
 
     @property
     def name(self) -> str:
-        return self.picture.path.name + (" (mirrored)" if self.is_flipped else "")
+        return self.source.path.name + (" (mirrored)" if self.is_flipped else "")
 
 
 def cache_folder(config: Config) -> Path:
@@ -69,18 +76,24 @@ def cache_folder(config: Config) -> Path:
 def prepare(
     config: Config, family: Family, pictures: Pictures, *, sheet_path: Path, report: Report, stop: StopRequest
 ) -> Prepared:
-    """Draw missing class images, encode all images and prompts, and write the contact sheet.
+    """Encode all prompts, draw missing class images, encode all pictures, and write the contact sheet.
 
-    `config` is resolved. Afterwards training needs neither the VAE nor, unless they are trained, the text encoders.
-    Raises Interrupted between two images, NumericError naming a picture whose latents are not finite.
+    `config` is resolved. Text encoders that are not trained are released as soon as the prompts are encoded; afterwards
+    training does not need the VAE either. Raises Interrupted between two images, NumericError naming a picture whose
+    latents are not finite.
     """
     prompts = encode_prompts(config, family, prompts_of(config, pictures), report)
+    if not config.adapter.text_encoder:
+        family.release_text_encoders()
     instances = _instances(config, pictures.instances.pictures, is_flipped=False)
     if not sheet_path.exists():
-        _write_sheet(config, instances, sheet_path)
+        shown = [(f"{image.name}: {image.prompt}", _cut(image.source, image.crop)) for image in instances]
+        contact_sheet(shown, sheet_path, title="What the model will see")
     mirrored = _instances(config, pictures.instances.pictures, is_flipped=True) if config.data.flip else []
     held_out = _instances(config, pictures.held_out.pictures if pictures.held_out else (), is_flipped=False)
+    began = time.perf_counter()
     classes = _classes(config, family, pictures, instances, prompts, report=report, stop=stop)
+    drawing_seconds = time.perf_counter() - began
 
     cache = TensorCache(cache_folder(config) / "latents")
     everything = [*instances, *mirrored, *classes, *held_out]
@@ -88,7 +101,10 @@ def prepare(
     items = []
     for done, image in enumerate(everything, start=1):
         stop.check(class_images.STOPPED)
-        key, moments = _encode_image(config, family, cache, image)
+        if isinstance(image.source, ClassImage):
+            key, moments = image.source.name, _as_drawn(image.source)
+        else:
+            key, moments = _encode_image(config, family, cache, image, image.source)
         latents[key] = moments
         geometry = image.crop.mirrored().geometry if image.is_flipped else image.crop.geometry
         channels, height, width = moments.mean.shape
@@ -107,7 +123,7 @@ def prepare(
         config.train.seed,
     )
     validation = items[num_trained:] or items[: len(instances)]
-    return Prepared(order, tuple(validation), latents, prompts)
+    return Prepared(order, tuple(validation), latents, prompts, drawing_seconds)
 
 
 @torch.no_grad()
@@ -154,39 +170,40 @@ def _classes(
         return [_Image("class", *row) for row in zip(own, crops, texts, strict=True)]
     root = cache_folder(config) / "class_images"
     wanted = class_images.wanted(config.prior, templates, sizes, fingerprint=family.fingerprint, root=root)
-    drawn = class_images.draw_missing(wanted, family, config.prior, prompts, **listeners)
-    report: Report = listeners["report"]
-    report.event("class_images", f"{len(wanted)} class images, {drawn} of them new, in {root}", drawn=drawn)
-    found = []
-    for image in wanted:
-        width, height = image.bucket.width_px, image.bucket.height_px
-        picture = Picture(image.path, files.sha256(image.path), width, height, None)
-        found.append(_Image("class", picture, assign(width, height, [image.bucket]), image.prompt))
-    return found
+    drawn = class_images.draw_missing(wanted, family, config, prompts, **listeners)
+    text = f"{len(wanted)} class images, {drawn} of them new, in {root}"
+    listeners["report"].event("class_images", text, drawn=drawn)
+    return [
+        _Image("class", image, assign(image.bucket.width_px, image.bucket.height_px, [image.bucket]), image.prompt)
+        for image in wanted
+    ]
+
+
+def _as_drawn(image: ClassImage) -> Moments:
+    """The latents that the solver left: a distribution without width."""
+    latents = image.latents()
+    if latents is None:
+        raise DiskError(f"class image {image.path} is gone or damaged again; look at that disk and start again.")
+    return Moments(latents, torch.zeros_like(latents))
 
 
 @torch.no_grad()
-def _encode_image(config: Config, family: Family, cache: TensorCache, image: _Image) -> tuple[str, Moments]:
-    """Key and moments of one image, through the cache."""
-    key = latent_key(
-        family.fingerprint, image.picture.sha256, image.crop, dtype=torch.float32, is_flipped=image.is_flipped
-    )
+def _encode_image(
+    config: Config, family: Family, cache: TensorCache, image: _Image, picture: Picture
+) -> tuple[str, Moments]:
+    """Key and moments of one picture, through the cache."""
+    key = latent_key(family.fingerprint, picture.sha256, image.crop, dtype=torch.float32, is_flipped=image.is_flipped)
     stored = cache.get(key)
     if stored is None:
-        array = _cut(config, image)
+        array = _cut(picture, image.crop, is_flipped=image.is_flipped)
         mean, std = family.encode_images(torch.as_tensor(images.to_pixels(array))[None])
         stored = {"mean": mean[0].cpu(), "std": std[0].cpu()}
-        require_finite(stored, f"latents of {image.picture.path.name}")
+        require_finite(stored, f"latents of {picture.path.name}")
         cache.put(key, stored)
     return key, Moments(stored["mean"], stored["std"])
 
 
-def _cut(config: Config, image: _Image) -> Any:
+def _cut(picture: Picture, crop: Crop, *, is_flipped: bool = False) -> Any:
     """uint8 `[H, W, 3]`: the part of the picture that is trained on."""
-    array = images.crop(images.read(image.picture.path, sha256=image.picture.sha256), image.crop)
-    return array[:, ::-1].copy() if image.is_flipped else array
-
-
-def _write_sheet(config: Config, instances: Sequence[_Image], path: Path) -> None:
-    shown = [(f"{image.name}: {image.prompt}", _cut(config, image)) for image in instances]
-    contact_sheet(shown, path, title="What the model will see")
+    array = images.crop(images.read(picture.path, sha256=picture.sha256), crop)
+    return array[:, ::-1].copy() if is_flipped else array

@@ -43,9 +43,12 @@ OWN_BEFORE_CONFIG = re.compile(r"\.lock|(\.owner|inputs)\.json|\.(\.owner\.json|
 FREE_TO_CHANGE = (
     "train.batch_size",
     "train.gradient_checkpointing",
+    "train.compile",
     "train.save_every_steps",
     "train.keep_last",
     "memory.budget_gib",
+    "memory.pictures_at_once",
+    "memory.tiled_decoding",
     "run.folder",
     "run.cache",
     "run.trackers",
@@ -178,8 +181,18 @@ class Run:
 
     def best_step(self) -> int | None:
         """Step of the kept checkpoint with the lowest validation loss, None when there is none."""
-        losses = {s: loss for s, loss in self._validation_losses().items() if loss is not None}
+        losses = {s: loss for s, loss in self.validation_losses().items() if loss is not None}
         return min(losses, key=lambda step: (losses[step], step)) if losses else None
+
+    def validation_losses(self) -> dict[int, float | None]:
+        """Validation loss of the kept checkpoints by step; None where none was measured."""
+        losses: dict[int, float | None] = {}
+        for folder in self._checkpoint_folders():
+            try:
+                losses[int(folder.name[5:])] = json.loads((folder / "state.json").read_text()).get("validation_loss")
+            except (OSError, ValueError):
+                continue
+        return losses
 
     def _take(self) -> None:
         """Say who holds the folder, and remove what a killed process left half written."""
@@ -223,15 +236,6 @@ class Run:
     def _checkpoint_folders(self) -> list[Path]:
         folders = (self.folder / "checkpoints").glob("step-*")
         return sorted((f for f in folders if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
-
-    def _validation_losses(self) -> dict[int, float | None]:
-        losses: dict[int, float | None] = {}
-        for folder in self._checkpoint_folders():
-            try:
-                losses[int(folder.name[5:])] = json.loads((folder / "state.json").read_text()).get("validation_loss")
-            except (OSError, ValueError):
-                continue
-        return losses
 
     def _prune(self, keep_last: int) -> None:
         folders = self._checkpoint_folders()

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -39,7 +39,10 @@ BYTES_PER_PARAMETER = 12
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run made. `peak_gib`: most device memory of tensors; on a CPU, most memory of the process."""
+    """What a finished run made. `peak_gib`: most device memory of tensors; on a CPU, most memory of the process.
+
+    `seconds`, and `seconds_of` its parts, are those of the process that finished it.
+    """
 
     folder: str
     files: dict[str, str]
@@ -49,6 +52,21 @@ class Summary:
     peak_gib: float
     num_parameters: int
     validation_loss: float
+    seconds_of: dict[str, float] = field(default_factory=dict)
+
+
+class Stopwatch:
+    """Seconds of the parts of a run, in the order in which they were done."""
+
+    def __init__(self) -> None:
+        self.seconds_of: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def lap(self, part: str, *, without: str | None = None) -> None:
+        """Note what has passed since the last lap as `part`; what `without` took of it was noted already."""
+        now = time.perf_counter()
+        self.seconds_of[part] = now - self._began - self.seconds_of.get(without or "", 0.0)
+        self._began = now
 
 
 def train(
@@ -63,7 +81,7 @@ def train(
     `inputs`: what `plan.look` gave for the same config, if it was asked already. Raises Interrupted when a signal asked
     to stop, after everything was saved.
     """
-    report, began = report or Silent(), time.perf_counter()
+    report, stopwatch = report or Silent(), Stopwatch()
     inputs = inputs or plan.look(config, report)
     accelerator = Accelerator(
         log_with=list(config.run.trackers) or None,
@@ -71,7 +89,7 @@ def train(
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     device = accelerator.device
-    config = plan.resolve(config, inputs, free_gib=_free_gib(device))
+    config = plan.resolve(config, inputs, report, free_gib=_free_gib(device))
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
         finished = run.summary()
         if finished is not None:
@@ -79,16 +97,19 @@ def train(
             return Summary(**finished)
         dtype = dtype_for(config.model.precision, device)
         report.event("base", f"base {plan.described(inputs.facts)}, in {dtype} on {device}".replace("torch.", ""))
-        family = families.load(config.model, device=device, dtype=dtype)
-        if config.objective.zero_terminal_snr:
-            family.schedule = family.schedule.rescaled_to_zero_terminal_snr()
+        family = _load(config, device, dtype)
         listeners = {"report": report, "stop": stop}
+        stopwatch.lap("loading")
         with accelerator.main_process_first():  # it fills the caches, the others find them full
             prepared = prepare.prepare(config, family, inputs.pictures, sheet_path=run.sheet_path, **listeners)
+        stopwatch.seconds_of["class images"] = prepared.drawing_seconds
+        stopwatch.lap("encoding", without="class images")
         family.move_vae("cpu")
         adapted, parameters = _adapt(config, family)
         family.prepare_denoiser_(
-            gradient_checkpointing=bool(config.train.gradient_checkpointing), attention=config.model.attention
+            gradient_checkpointing=config.train.gradient_checkpointing or 0.0,
+            attention=config.model.attention,
+            is_compiled=config.train.compile,
         )
         require_free_space(run.folder, _checkpoint_bytes(parameters) * (config.train.keep_last + 2))
         session = loop.Session(
@@ -108,7 +129,15 @@ def train(
         start = loop.restore(session)
         loop.draw_preview(session, start)  # of a run killed between a checkpoint and its pictures
         loop.optimize(session, start)
-        return _finish(session, began)
+        stopwatch.lap("steps and previews")
+        return _finish(session, stopwatch)
+
+
+def _load(config: Config, device: torch.device, dtype: torch.dtype) -> Family:
+    family = families.load(config.model, device=device, dtype=dtype)
+    if config.objective.zero_terminal_snr:
+        family.schedule = family.schedule.rescaled_to_zero_terminal_snr()
+    return family
 
 
 @contextmanager
@@ -141,14 +170,12 @@ def _told_plainly(config: Config, inputs: plan.Inputs, accelerator: Accelerator)
 
 
 def _adapt(config: Config, family: Family) -> tuple[dict[str, nn.Module], dict[str, list[nn.Parameter]]]:
-    """Inject the adapter; text encoders that are not trained are dropped."""
+    """Inject the adapter."""
     adapted: dict[str, nn.Module] = {"unet": family.denoiser}
     used: dict[str, int] = {}
     if config.adapter.text_encoder:
         adapted |= family.text_encoders()
         used = family.num_used_text_layers
-    else:
-        family.release_text_encoders()
     parameters = inject.inject_(adapted, config.adapter, seed=config.train.seed, num_used_text_layers=used)
     if config.adapter.continue_from is not None:
         inject.load_into_(adapted, export.read(config.adapter.continue_from))
@@ -171,7 +198,7 @@ def _checkpoint_bytes(parameters: Mapping[str, Sequence[nn.Parameter]]) -> int:
     return inject.num_parameters(parameters) * BYTES_PER_PARAMETER
 
 
-def _finish(s: loop.Session, began: float) -> Summary:
+def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
     """Export the adapter, draw before and after, and write the summary, which marks the run as finished."""
     loop.set_training_(s, False)
     if s.accelerator.is_main_process:
@@ -184,15 +211,18 @@ def _finish(s: loop.Session, began: float) -> Summary:
         paths = deliver.write_files(_delivery(s, cover), forms, s.report)
         if "kohya" in paths and s.config.model.base != "booth-mini":  # no program but this one draws with the miniature
             deliver.tell_use(paths["kohya"], "kohya", _delivery(s), s.report)
+    stopwatch.lap("files and pictures")
+    steps = s.config.train.steps or 0
     summary = Summary(
         folder=str(s.run.folder),
         files={name: str(path) for name, path in paths.items()},
         before_and_after=None if comparison is None else str(comparison),
-        steps=s.config.train.steps or 0,
-        seconds=time.perf_counter() - began,
+        steps=steps,
+        seconds=sum(stopwatch.seconds_of.values()),
         peak_gib=loop.device_memory_gib(s.accelerator.device) or _process_memory_gib(),
         num_parameters=sum(parameter.numel() for parameter in s.parameters),
-        validation_loss=loop.validation_loss(s),
+        validation_loss=s.run.validation_losses()[steps] or 0.0,
+        seconds_of=stopwatch.seconds_of,
     )
     if s.accelerator.is_main_process:
         files.write_text(s.run.summary_path, json.dumps(asdict(summary), indent=1))

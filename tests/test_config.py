@@ -69,7 +69,7 @@ def test_a_missing_section_names_its_required_keys() -> None:
         ('prior.prompts=[""]', "prior.prompts has an empty prompt"),
         ("objective.huber_delta=0.5", 'objective.loss is "mse"'),
         ("train.steps=1.5", "train.steps is 1.5"),
-        ("train.gradient_checkpointing=1", "train.gradient_checkpointing is 1"),
+        ("train.gradient_checkpointing=1.5", "train.gradient_checkpointing is 1.5"),
         ("adapter.dropout=1", "adapter.dropout is 1"),
         ("export.name=../../etc", "export.name"),
         ("export.formats=[kohya]", "export.formats"),

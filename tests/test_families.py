@@ -174,6 +174,27 @@ def test_vae_works_in_chunks_with_the_same_result(family: Family, monkeypatch: p
     assert seen == [2, 1, 2, 1]
 
 
+def test_tiles_change_a_decoded_picture_little_and_encoding_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family = families.load(ModelConfig(base="booth-mini"), device="cpu", dtype=torch.float32)
+    side, seen = torch.linspace(-1, 1, 128), []
+    smooth = torch.stack([side.expand(128, 128), side.view(-1, 1).expand(128, 128), side.abs().expand(128, 128)])
+    monkeypatch.setattr(vae, "TILE_PX", 96)
+    encoded, _ = family.encode_images(smooth[None])
+    whole = family.decode_latents(encoded)
+    decoder = family.pipeline("ddim").vae.decoder
+    hook = decoder.register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0].shape[-2:])))
+    tiled = family.decode_latents(encoded, is_tiled=True)
+    hook.remove()
+    factor = 128 // encoded.shape[-1]
+    assert seen[0] == (96 // factor, 96 // factor)
+    assert len(seen) == 4, "two tiles along a side"
+    assert tiled.shape == whole.shape
+    assert 0 < (tiled - whole).abs().mean() < 0.1
+    torch.testing.assert_close(family.encode_images(smooth[None])[0], encoded)
+
+
 def test_latents_mean_std_and_shift_are_honoured(tmp_path: Path) -> None:
     folder = tiny_sd(tmp_path / "base")
     plain, module = load(folder).encode_images(pixels(1)), load(folder).pipeline("ddim").vae
@@ -363,19 +384,24 @@ def test_gradients_reach_an_adapted_text_encoder_and_only_it(base: Base) -> None
     assert all(p.grad is None for p in family.denoiser.parameters())
 
 
-def test_gradient_checkpointing_changes_memory_only(base: Base) -> None:
+def test_gradient_checkpointing_computes_the_first_share_of_blocks_twice_and_the_same_gradients(base: Base) -> None:
     family = load(base.folder)
     family.denoiser.conv_in.weight.requires_grad_(True)
     conditioning, gradients, runs = family.encode_prompts([PROMPT]), [], []
-    block = family.denoiser.up_blocks[0].resnets[0]
-    block.register_forward_pre_hook(lambda *_: runs.append(1))
-    for is_on in (False, True):
-        family.prepare_denoiser_(gradient_checkpointing=is_on, attention="sdpa")
+    for name in ("down_blocks", "up_blocks"):
+        block = getattr(family.denoiser, name)[0].resnets[0]
+        block.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
+    counts = {}
+    for share in (0.0, 0.5, 1.0):
+        runs.clear()
+        family.prepare_denoiser_(gradient_checkpointing=share, attention="sdpa")
         family.denoiser.zero_grad()
         family.predict(latents(1), torch.tensor([10]), conditioning, geometry(1)).square().sum().backward()
         gradients.append(family.denoiser.conv_in.weight.grad.clone())
+        counts[share] = (runs.count("down_blocks"), runs.count("up_blocks"))
     torch.testing.assert_close(gradients[0], gradients[1], **CLOSE)
-    assert len(runs) == 3, "one forward without checkpointing, two with it"
+    torch.testing.assert_close(gradients[0], gradients[2], **CLOSE)
+    assert counts == {0.0: (1, 1), 0.5: (2, 1), 1.0: (2, 2)}
 
 
 def test_missing_xformers_says_what_to_do(family: Family) -> None:

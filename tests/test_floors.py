@@ -24,7 +24,7 @@ FLOORS = {
         "adapter",
         "export",
     ),
-    2: ("families", "class_images", "trial", "memory"),
+    2: ("families", "class_images", "trial", "memory", "budget"),
     3: ("prepare", "preview", "plan", "generate", "inspect", "deliver", "merge", "resize", "extract"),
     4: ("loop",),
     5: ("train",),

@@ -111,7 +111,17 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         ),
         "the vae of .* computes NaN",
     ),
-    "no count": ("sd1", lambda b: change(b / "text_encoder/config.json", num_hidden_layers="3"), "cannot be loaded"),
+    "no count": ("sd1", lambda b: change(b / "text_encoder/config.json", num_hidden_layers="3"), "no number of layers"),
+    "endless layers": (
+        "sd1",
+        lambda b: change(b / "unet/config.json", layers_per_block=1 << 70),
+        "no number of layers",
+    ),
+    "endless blocks": (
+        "sdxl",
+        lambda b: change(b / "unet/config.json", transformer_layers_per_block=[1, 1 << 40]),
+        "no number of layers up to 100",
+    ),
     "endless schedule": ("sd1", lambda b: change(b / SCHEDULER_FILE, num_train_timesteps=1 << 40), "no count of steps"),
     "odd schedule": ("sd1", lambda b: change(b / SCHEDULER_FILE, trained_betas=[0.1, 2.0]), "leaves its range"),
     "broken json": ("sd1", lambda b: (b / "vae/config.json").write_text("{"), r"vae.config\.json cannot be read"),

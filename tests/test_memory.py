@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_booth import families, loop, memory, optim, plan, trial
+from lora_booth import budget, families, loop, memory, optim, plan, trial
 from lora_booth.adapter import inject
 from lora_booth.config import Config, OptimizerConfig
 from lora_booth.errors import ModelError
@@ -151,7 +153,7 @@ def test_activations_of_a_full_size_step_lie_where_independent_counts_put_them(
     # From a layer that keeps its inputs in the base's type to one that keeps a float32 copy; MiB, bf16, rank 16.
     train = {"batch_size": 1, "gradient_checkpointing": False}
     config = config_of(model={"base": "x", "precision": "bf16"}, train=train)
-    modules = memory._Modules.of(config, full_size(name))
+    modules = memory.Modules.of(config, full_size(name))
     plain = modules.step(config, None).parts
     assert least < plain["activations"] / MIB < most
     assert plain["gradients"] == plain["adapter"], "the class row comes after another micro-step"
@@ -177,7 +179,7 @@ def test_optimizers_keep_what_they_really_store(name: str, size: int) -> None:
 
 
 def test_validation_passes_have_the_loop_s_number_of_rows() -> None:
-    assert len(loop.VALIDATION_QUANTILES) == memory.VALIDATION_ROWS
+    assert len(loop.VALIDATION_QUANTILES) == memory.VALIDATION_LEVELS
 
 
 def test_large_pictures_are_drawn_together_but_decoded_one_by_one(
@@ -191,10 +193,10 @@ def test_large_pictures_are_drawn_together_but_decoded_one_by_one(
     seen: list[int] = []
     decoder = family.pipeline("ddim").vae.decoder
     decoder.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
-    settings = {"width_px": 32, "height_px": 32, "sampler": "ddim", "sampler_steps": 1, "guidance_scale": 5.0}
-    together = list(sampling.draw(family, [prompt] * 3, prompt, seeds=[1, 2, 3], **settings))
+    settings = sampling.Sampling(32, 32, "ddim", 1, 5.0)
+    together = list(sampling.draw(family, [prompt] * 3, prompt, settings, seeds=[1, 2, 3]))
     monkeypatch.setattr(vae, "PIXELS_AT_ONCE", 32 * 32)
-    alone = list(sampling.draw(family, [prompt] * 3, prompt, seeds=[1, 2, 3], **settings))
+    alone = list(sampling.draw(family, [prompt] * 3, prompt, settings, seeds=[1, 2, 3]))
     assert seen == [3, 1, 1, 1]
     for one, other in zip(together, alone, strict=True):
         assert max(abs(a - b) for a, b in zip(one.tobytes(), other.tobytes(), strict=True)) <= 1
@@ -203,44 +205,89 @@ def test_large_pictures_are_drawn_together_but_decoded_one_by_one(
 @pytest.fixture
 def _modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Building and tracing take a second or two each; within a test the same need not be done again."""
-    build, built = memory._Modules.of, {}
+    build, built = memory.Modules.of, {}
 
-    def once(config: Config, facts: BaseFacts) -> memory._Modules:
+    def once(config: Config, facts: BaseFacts) -> memory.Modules:
         key = config.model.model_dump_json() + config.adapter.model_dump_json()
         if key not in built:
             built[key] = build(config, facts)
         return built[key]
 
-    monkeypatch.setattr(memory._Modules, "of", once)
+    monkeypatch.setattr(memory.Modules, "of", once)
 
 
-def ways(config: Config, facts: BaseFacts) -> dict[tuple[int, bool], float]:
-    modules = memory._Modules.of(config, facts)
+Way = tuple[int, float]
+"""Rows of a pass, share of recomputed blocks."""
+
+
+def needs_of(config: Config, facts: BaseFacts, shares: Sequence[float]) -> dict[Way, float]:
+    """GiB of every way of computing a step, in the order in which they are tried."""
+    modules = memory.Modules.of(config, facts)
     needs = {}
-    for switch in (False, True):
-        for rows in (2, 1):
-            way = config.with_values({"train": {"batch_size": rows, "gradient_checkpointing": switch}})
-            needs[rows, switch] = modules.step(way, None).gib + memory.OUTSIDE_GIB
+    for way in ((rows, share) for share in shares for rows in (2, 1)):
+        train = {"batch_size": way[0], "gradient_checkpointing": way[1]}
+        needs[way] = modules.step(config.with_values({"train": train}), None).gib + memory.OUTSIDE_GIB
     return needs
 
 
 @pytest.mark.usefixtures("_modules_once")
-def test_the_fastest_way_that_fits_is_chosen_and_nothing_that_changes_the_result(make_config: MakeConfig) -> None:
+def test_the_fastest_way_that_fits_is_chosen_and_nothing_that_changes_the_result(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "SHARES", (0.0, 0.5, 1.0))  # a trace takes a second
     config = make_config(data={"resolution": 256, "bucket_step": 32}, optimizer={"name": "adamw"})
     facts = families.facts(config.model)
-    needs = ways(config, facts)
-    assert list(needs.values()) == sorted(needs.values(), reverse=True)
-    keys = ("batch_size", "gradient_checkpointing")
-    for way, need in needs.items():
-        assert memory.fit(config, facts, need + 1e-9) == {"train": dict(zip(keys, way, strict=True))}
-    assert memory.fit(config, facts, 0.01)["train"] == {"batch_size": 1, "gradient_checkpointing": True}
-    asked = config.with_values({"train": {"gradient_checkpointing": False}})
-    assert memory.fit(asked, facts, 0.01)["train"] == {"batch_size": 1, "gradient_checkpointing": False}
-    chosen = memory.choose(config, facts, needs[1, False] + 1e-9)
-    assert chosen.changes == {"train": {"batch_size": 1, "gradient_checkpointing": False}}
-    assert chosen.reasons[0] == f"train.batch_size = 1 (same result): 2 needs {needs[2, False]:.1f} GiB"
-    settings = [lever.settings for lever in chosen.levers]
-    assert settings[:2] == ["train.gradient_checkpointing = true", "optimizer.name = adamw8bit"]
+    needs = needs_of(config, facts, shares=budget.SHARES)
+    assert needs[2, 0] > needs[2, 0.5] > needs[2, 1] > needs[1, 1]
+
+    def chosen(config: Config, gib: float) -> Way:
+        train = budget.choose(config, facts, gib).changes["train"]
+        return train["batch_size"], train["gradient_checkpointing"]
+
+    for need in needs.values():
+        fitting = next(way for way, other in needs.items() if other <= need + 1e-9)
+        assert chosen(config, need + 1e-9) == fitting, "the first in the order of speed"
+    assert chosen(config, 0.01) == (1, 1)
+    assert chosen(config.with_values({"train": {"gradient_checkpointing": 0.0}}), 0.01) == (1, 0)
+    plan_of_one = budget.choose(config, facts, needs[1, 0] + 1e-9)
+    assert plan_of_one.changes.keys() == {"train", "memory"}
+    assert plan_of_one.reasons[0] == f"train.batch_size = 1 (same result): 2 needs {needs[2, 0]:.1f} GiB"
+    found = budget.choose(config, facts, needs[2, 1] + 1e-9)
+    assert found.reasons[1].startswith("train.gradient_checkpointing = ")
+    assert "slower): with " in found.reasons[1]
+
+
+@pytest.mark.usefixtures("_modules_once")
+def test_as_many_pictures_go_together_as_fit_and_tiles_only_where_whole_ones_do_not(make_config: MakeConfig) -> None:
+    preview = {"images_per_prompt": 8}
+    config = make_config(data={"resolution": 256, "bucket_step": 32}, preview=preview, prior={"num_images": 8})
+    facts = families.facts(config.model)
+    modules = memory.Modules.of(config, facts)
+
+    def need(at_once: int) -> float:
+        one = config.with_values({"memory": {"pictures_at_once": at_once, "tiled_decoding": False}})
+        return max(modules.prepare(one, None).gib, modules.draw(one, None).gib) + memory.OUTSIDE_GIB
+
+    def chosen(gib: float) -> dict[str, Any]:
+        return dict(budget.choose(config, facts, gib).changes["memory"])
+
+    assert need(8) > need(4)
+    assert chosen(need(8) + 1e-9) == {"pictures_at_once": 8, "tiled_decoding": False}
+    assert chosen(need(8) - 1e-9) == {"pictures_at_once": 4, "tiled_decoding": False}
+    assert chosen(0.01) == {"pictures_at_once": 1, "tiled_decoding": True}
+    asked = config.with_values({"memory": {"pictures_at_once": 3, "tiled_decoding": True}})
+    assert budget.choose(asked, facts, 1000.0).changes["memory"] == {"pictures_at_once": 3, "tiled_decoding": True}
+
+
+def test_a_tile_takes_the_memory_of_a_tile() -> None:
+    config = config_of(model={"base": "x", "precision": "bf16"}, preview={"images_per_prompt": 1})
+    modules = memory.Modules.of(config, full_size("sdxl"))
+    decoding = []
+    for is_tiled in (False, True):
+        latents = torch.empty(1, 4, 128, 128, device="meta")
+        decode = partial(modules.vae.decode_chunk, latents, is_tiled=is_tiled)
+        decoding.append(modules._working((is_tiled,), decode) / memory.GIB)
+    assert decoding == [pytest.approx(3.0, rel=0.05), pytest.approx(1.73, rel=0.05)]
 
 
 @pytest.mark.usefixtures("_modules_once")
@@ -248,18 +295,18 @@ def test_levers_in_order_save_what_the_smaller_run_does_not_hold(make_config: Ma
     adapter = {"rank": 2, "text_encoder": True}
     config = make_config(data={"resolution": 256, "bucket_step": 32}, optimizer={"name": "adamw"}, adapter=adapter)
     facts = families.facts(config.model)
-    found = memory.savings(config, facts)
+    found = budget.savings(config, facts)
     assert [lever.settings for lever in found] == [
         "train.batch_size = 1",
-        "train.gradient_checkpointing = true",
+        "train.gradient_checkpointing = 1",
         "optimizer.name = adamw8bit",
         "adapter.text_encoder = false",
         "model.quantize = nf4",
         "data.resolution = 192",
     ]
-    needs = ways(config, facts)
-    assert found[0].saved_gib == pytest.approx(needs[2, False] - needs[1, False])
-    assert found[1].saved_gib == pytest.approx(needs[1, False] - needs[1, True])
+    needs = needs_of(config, facts, shares=(0.0, 1.0))
+    assert found[0].saved_gib == pytest.approx(needs[2, 0] - needs[1, 0])
+    assert found[1].saved_gib == pytest.approx(needs[1, 0] - needs[1, 1])
     assert all(lever.saved_gib is not None and lever.saved_gib >= 0 for lever in found)
 
 
@@ -289,13 +336,14 @@ def test_plan_prints_every_part_aligned_and_with_a_budget_what_was_chosen_and_wh
     table = report.lines[start + 1 :]
     assert len({len(line) for line in table}) == 1
     assert table[0].split() == ["GiB", "prepare", "train", "validate", "draw"]
-    for part in ("base", "adapter", "gradients", "optimizer", "activations", "VAE", "text encoders", "in all"):
+    for part in ("base", "adapter", "gradients", "optimizer", "activations", "VAE", "in all"):
         assert any(line.strip().startswith(part) for line in table), part
     report = Lines()
     plan.show(make_config(memory={"budget_gib": 0.5}, prior={"loss_weight": 0.0}), report)
     text = "\n".join(report.lines)
-    assert "for 0.5 GiB: train.gradient_checkpointing = true (same result" in text
-    assert "does not fit 0.5 GiB" in text
+    assert "for 0.5 GiB: train.gradient_checkpointing = 1 (same result" in text
+    assert "of 0.5 GiB; what would help, in this order:" in text
+    assert "  model.quantize = nf4 (saves" in text
     assert "draw" not in text.partition("GiB  ")[2].partition("\n")[0]
 
 
@@ -307,11 +355,11 @@ def test_without_a_budget_nothing_is_traced_and_a_failing_trace_stops_nobody(
 
     config = make_config()
     inputs = plan.look(config, Lines())
-    monkeypatch.setattr(memory, "fit", fail)
-    monkeypatch.setattr(memory, "savings", fail)
-    assert plan.resolve(config, inputs, free_gib=None).train.gradient_checkpointing is False
+    monkeypatch.setattr(budget, "choose", fail)
+    monkeypatch.setattr(budget, "savings", fail)
+    assert plan.resolve(config, inputs, Lines(), free_gib=None).train.gradient_checkpointing == 0
     assert caplog.text == ""
-    resolved = plan.resolve(config, inputs, free_gib=4.0)
-    assert resolved.train.gradient_checkpointing is True
+    resolved = plan.resolve(config, inputs, Lines(), free_gib=4.0)
+    assert resolved.train.gradient_checkpointing == 1
     assert "no kernel" in caplog.text
     assert "train.batch_size = 1 (same result" in plan.memory_advice(resolved, inputs.facts)

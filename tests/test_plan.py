@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lora_booth import memory, plan
+from lora_booth import budget, memory, plan
 from lora_booth.config import Config
+from lora_booth.data.buckets import Bucket
 from lora_booth.data.images import Found, Picture
 from lora_booth.families.identify import ARCHITECTURES, BaseFacts
+from lora_booth.report import Silent
 from lora_booth.subject import Pictures
 
 SIZES = {"sd1": (512, 64), "sd2": (768, 64), "sdxl": (1024, 64)}
@@ -27,7 +29,7 @@ def resolved(
     family: str = "sd1", count: int = 5, free_gib: float | None = None, **sections: dict[str, object]
 ) -> Config:
     values = {"model": {"base": "sd15"}, "subject": {"images": "x", "class_noun": "dog"}, **sections}
-    return plan.resolve(Config.model_validate(values), inputs(family, count), free_gib=free_gib)
+    return plan.resolve(Config.model_validate(values), inputs(family, count), Silent(), free_gib=free_gib)
 
 
 @pytest.mark.parametrize(
@@ -59,26 +61,31 @@ def test_what_is_set_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "free_gib", "rows", "is_on"),
+    ("family", "free_gib", "rows", "share"),
     [
-        ("sd1", None, 2, False),
-        ("sd1", 3.0, 2, True),
-        pytest.param("sd1", 12.0, 2, False, marks=pytest.mark.slow),
-        pytest.param("sd2", 4.0, 2, True, marks=pytest.mark.slow),
-        pytest.param("sdxl", 12.0, 2, True, marks=pytest.mark.slow),
-        pytest.param("sdxl", 24.0, 2, False, marks=pytest.mark.slow),
+        ("sd1", None, 2, 0),
+        ("sd1", 3.0, 1, 0.5),
+        pytest.param("sd1", 12.0, 2, 0, marks=pytest.mark.slow),
+        pytest.param("sd2", 4.0, 2, 1, marks=pytest.mark.slow),
+        pytest.param("sdxl", 12.0, 2, 1, marks=pytest.mark.slow),
+        pytest.param("sdxl", 24.0, 2, 0, marks=pytest.mark.slow),
     ],
 )
-def test_gradient_checkpointing_is_on_only_where_memory_asks_for_it(
-    family: str, free_gib: float | None, rows: int, is_on: bool
+def test_activations_are_recomputed_only_where_memory_asks_for_it(
+    family: str, free_gib: float | None, rows: int, share: float
 ) -> None:
     config = resolved(family, free_gib=free_gib)
-    assert (config.train.batch_size, config.train.gradient_checkpointing) == (rows, is_on)
+    assert (config.train.batch_size, config.train.gradient_checkpointing) == (rows, share)
 
 
 def test_the_budget_of_the_config_wins_over_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(memory, "fit", lambda config, facts, gib, bucket: asked.append((gib, str(bucket))) or {})
+
+    def choose(config: Config, facts: BaseFacts, gib: float, bucket: Bucket) -> budget.Plan:
+        asked.append((gib, str(bucket)))
+        return budget.Plan({}, (), (memory.Phase("train", {"base": 2**30}),), gib)
+
+    monkeypatch.setattr(budget, "choose", choose)
     resolved(free_gib=80.0, memory={"budget_gib": 4.0})
     resolved(free_gib=80.0)
     assert asked == [(4.0, "512×512"), (80.0, "512×512")]
@@ -86,7 +93,7 @@ def test_the_budget_of_the_config_wins_over_free_memory(monkeypatch: pytest.Monk
 
 def test_advice_after_running_out_of_memory_leaves_out_what_is_done_already() -> None:
     first = plan.memory_advice(resolved())
-    assert first.index("train.batch_size = 1") < first.index("train.gradient_checkpointing = true")
+    assert first.index("train.batch_size = 1") < first.index("train.gradient_checkpointing = 1")
     later = plan.memory_advice(resolved(train={"batch_size": 1, "gradient_checkpointing": True}))
     assert "batch_size" not in later
     assert "1. model.quantize = nf4 (changes the result a little" in later

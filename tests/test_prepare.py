@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lora_booth import class_images, families, prepare, subject
 from lora_booth.config import ModelConfig, PriorConfig
 from lora_booth.data.buckets import Bucket
 from lora_booth.errors import Interrupted
+from lora_booth.families.base import Conditioning, Family
+from lora_booth.families.sampling import Sampling, sample
 from lora_booth.interrupts import StopRequest
 from lora_booth.report import Silent
 from tests.conftest import MakeConfig
@@ -37,24 +41,110 @@ def test_every_class_image_has_a_place_of_its_own_that_does_not_depend_on_how_ma
     assert not {image.path for image in many} & {image.path for image in wanted(12, fingerprint="other")}
 
 
-def test_an_interrupted_drawing_goes_on_where_it_was_and_gives_the_same_bytes(
-    bases: dict[str, Path], tmp_path: Path
-) -> None:
-    family = families.load(ModelConfig(base=str(bases["sd1"])), device="cpu", dtype=torch.float32)
+Prompts = dict[str, Conditioning]
+
+
+@pytest.fixture
+def family(bases: dict[str, Path]) -> Family:
+    return families.load(ModelConfig(base=str(bases["sd1"])), device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture
+def prompts(family: Family) -> Prompts:
     with torch.no_grad():
-        prompts = {text: family.encode_prompts([text]) for text in ("", "a dog", "a cat")}
-    prior = PriorConfig(num_images=4, sampler_steps=2, sampler="ddim")
-    straight, interrupted = wanted(4, tmp_path / "a"), wanted(4, tmp_path / "b")
+        return {text: family.encode_prompts([text]) for text in ("", "a dog", "a cat")}
+
+
+def test_an_interrupted_drawing_goes_on_where_it_was_and_gives_the_same_bytes(
+    family: Family, prompts: Prompts, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(memory={"pictures_at_once": 2})
+    straight, interrupted = wanted(8, tmp_path / "a"), wanted(8, tmp_path / "b")
     everything = {"report": Silent(), "stop": StopRequest()}
-    assert class_images.draw_missing(straight, family, prior, prompts, **everything) == 4
+    assert class_images.draw_missing(straight, family, config, prompts, **everything) == 8
+
+    class Killed(Silent):
+        def progress(self, task: str, done: int, total: int, **values: object) -> None:
+            if done == 3:  # the fourth picture was drawn together with it
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        class_images.draw_missing(interrupted, family, config, prompts, report=Killed(), stop=StopRequest())
+    assert sum(image.path.exists() for image in interrupted) == 3
+    assert class_images.draw_missing(interrupted, family, config, prompts, **everything) == 5
+    assert [i.path.read_bytes() for i in straight] == [i.path.read_bytes() for i in interrupted]
+    assert all(torch.equal(a.latents(), b.latents()) for a, b in zip(straight, interrupted, strict=True))
+    assert len({image.path.read_bytes() for image in straight}) == 8
+
+
+def test_a_stop_is_heeded_between_two_steps_of_the_solver(
+    family: Family, prompts: Prompts, make_config: MakeConfig, tmp_path: Path
+) -> None:
     stop = StopRequest()
     stop.signal_number = 15
+    images = wanted(2, tmp_path)
     with pytest.raises(Interrupted):
-        class_images.draw_missing(interrupted, family, prior, prompts, report=Silent(), stop=stop)
-    assert sum(image.path.exists() for image in interrupted) == 1
-    assert class_images.draw_missing(interrupted, family, prior, prompts, **everything) == 3
-    assert [i.path.read_bytes() for i in straight] == [i.path.read_bytes() for i in interrupted]
-    assert len({image.path.read_bytes() for image in straight}) == 4
+        class_images.draw_missing(images, family, make_config(), prompts, report=Silent(), stop=stop)
+    assert not any(image.path.exists() for image in images)
+
+
+def test_a_picture_without_its_latents_or_with_damaged_ones_is_drawn_again(
+    family: Family, prompts: Prompts, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    recorder, config = Recorder(), make_config()
+    listeners = {"report": recorder, "stop": StopRequest()}
+    assert class_images.draw_missing(wanted(4, tmp_path), family, config, prompts, **listeners) == 4
+    first, second, third, _ = wanted(4, tmp_path)
+    files = [image.path.with_suffix(".safetensors") for image in (first, second)]
+    before = [path.read_bytes() for path in files]
+    files[0].unlink()
+    files[1].write_bytes(before[1][:-1] + bytes([before[1][-1] ^ 1]))
+    third.path.unlink()
+    assert class_images.draw_missing(wanted(4, tmp_path), family, config, prompts, **listeners) == 3
+    assert [path.read_bytes() for path in files] == before
+    assert [text for text in recorder.warnings if str(files[1]) in text]
+
+
+def test_what_is_trained_on_are_the_latents_that_the_solver_left(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(run={"cache": tmp_path / "cache"})
+    family = families.load(config.model, device="cpu", dtype=torch.float32)
+    pictures = subject.find_pictures(config, Silent())
+    sheet = tmp_path / "sheet.png"
+    prepared = prepare.prepare(config, family, pictures, sheet_path=sheet, report=Silent(), stop=StopRequest())
+    for item in prepared.order.classes:
+        moments = prepared.latents[item.latent_key]
+        assert not moments.std.any()
+        decoded = (family.decode_latents(moments.mean[None])[0].permute(1, 2, 0) / 2 + 0.5) * 255
+        with Image.open(tmp_path / "cache" / "class_images" / f"{item.latent_key}.png") as picture:
+            assert torch.equal(decoded.round().byte(), torch.tensor(np.asarray(picture)))
+    with pytest.raises(AssertionError, match="released"):
+        family.text_encoders()
+
+
+def test_fewer_are_drawn_together_when_the_device_s_memory_does_not_suffice(
+    family: Family, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = Sampling(32, 32, "ddim", 2, 1.0, batch_size=5)
+    unet, seen = family.denoiser, []
+    predict = type(unet).forward
+
+    def full(self: object, sample: torch.Tensor, *arguments: object, **settings: object) -> object:
+        seen.append(len(sample))
+        if len(sample) > 2:
+            raise torch.OutOfMemoryError("full")
+        return predict(self, sample, *arguments, **settings)  # type: ignore[arg-type]
+
+    rows = {"seeds": list(range(5))}
+    conditioning = [prompts["a dog"]] * 5
+    expected = torch.cat(list(sample(family, conditioning, prompts[""], sampling, **rows)))
+    monkeypatch.setattr(type(unet), "forward", full)
+    found = list(sample(family, conditioning, prompts[""], sampling, **rows))
+    assert [len(latents) for latents in found] == [2, 2, 1]
+    assert seen == [5, 2, 2, 2, 2, 1, 1]
+    assert torch.allclose(torch.cat(found), expected, atol=1e-5)
+    monkeypatch.setattr(type(unet), "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        list(sample(family, conditioning[:1], prompts[""], sampling, seeds=[0]))
 
 
 def test_a_second_preparation_reads_everything_from_the_cache(

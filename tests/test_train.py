@@ -138,10 +138,41 @@ def test_a_run_continues_from_an_adapter_file(make_config: MakeConfig, tmp_path:
     assert_near(first, trained(second), 1e-6)
 
 
+@pytest.mark.parametrize(("count", "rows"), [(1, 4), (3, 12), (4, 16), (5, 16), (16, 16)])
+def test_validation_shares_a_fixed_number_of_rows_among_images_and_noise_levels(count: int, rows: int) -> None:
+    levels = [loop.validation_levels(number, count) for number in range(count)]
+    assert sum(map(len, levels)) == rows
+    assert all(len(set(row)) == len(row) >= 1 for row in levels), "an image has no level twice"
+    together = [level for row in levels for level in row]
+    counts = [together.count(level) for level in loop.VALIDATION_QUANTILES]
+    assert max(counts) - min(counts) <= 1, "levels are met equally often"
+
+
 def test_gradient_checkpointing_changes_memory_only(make_config: MakeConfig) -> None:
     plain = trained(make_config(name="plain", train={"steps": 2}))
     saving = trained(make_config(name="saving", train={"steps": 2, "gradient_checkpointing": True}))
     assert_near(plain, saving, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_compiled_blocks_change_time_only(make_config: MakeConfig) -> None:
+    plain = trained(make_config(name="plain", preview={"images_per_prompt": 1, "every_steps": 2}))
+    compiled = trained(
+        make_config(name="compiled", preview={"images_per_prompt": 1, "every_steps": 2}, train={"compile": True})
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert_near(plain, compiled, 1e-2)
+
+
+def test_compiling_without_a_compiler_says_what_to_do(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"neither g\+\+ nor clang\+\+ is installed; .* train.compile = false"):
+        train.train(make_config(train={"compile": True}))
 
 
 def test_a_bf16_base_moves_the_adapter_as_a_float32_base_does(make_config: MakeConfig) -> None:

@@ -83,8 +83,8 @@ class Family(Protocol):
         """
         ...
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pixels `[B, 3, H, W]` float32 in [-1, 1] on the CPU."""
+    def decode_latents(self, latents: Tensor, *, is_tiled: bool = False) -> Tensor:
+        """Pixels `[B, 3, H, W]` float32 in [-1, 1] on the CPU. `is_tiled`: large pictures in overlapping tiles."""
         ...
 
     def move_vae(self, device: torch.device | str) -> None:
@@ -95,6 +95,7 @@ class Family(Protocol):
         """Drop the text encoders, so that their memory is free. Prompts can no longer be encoded."""
         ...
 
-    def prepare_denoiser_(self, *, gradient_checkpointing: bool, attention: str) -> None:
-        """Switch recomputation of activations; choose "sdpa" or "xformers" attention (ConfigError if it cannot run)."""
+    def prepare_denoiser_(self, *, gradient_checkpointing: float, attention: str, is_compiled: bool = False) -> None:
+        """Switch recomputation of the activations of a share of the blocks, from the first on; choose "sdpa" or
+        "xformers" attention (ConfigError if it cannot run); compile the repeated blocks when they first run."""
         ...

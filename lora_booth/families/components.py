@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import torch
@@ -119,12 +121,15 @@ def load_component(facts: BaseFacts, name: str) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def prepare_unet_(unet: Any, *, gradient_checkpointing: bool, attention: str) -> None:
-    """Switch the UNet's memory savers. diffusers' checkpointing works in eval mode (it looks at grad mode alone)."""
-    if gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    else:
-        unet.disable_gradient_checkpointing()
+def prepare_unet_(unet: Any, *, gradient_checkpointing: float, attention: str) -> None:
+    """Switch the UNet's memory savers; see `base.Family.prepare_denoiser_`.
+
+    diffusers' checkpointing works in eval mode (it looks at grad mode alone).
+    """
+    unet.enable_gradient_checkpointing()
+    units = checkpointed_units(unet)
+    for unit in units[round(gradient_checkpointing * len(units)) :]:
+        unit.gradient_checkpointing = False
     if attention == "sdpa":
         from diffusers.models.attention_processor import AttnProcessor2_0
 
@@ -139,6 +144,26 @@ def prepare_unet_(unet: Any, *, gradient_checkpointing: bool, attention: str) ->
     if next(unet.parameters()).device.type != "cuda":
         raise ConfigError('model.attention is "xformers", which needs a CUDA device; set model.attention = "sdpa".')
     unet.enable_xformers_memory_efficient_attention()
+
+
+def compile_unet_(unet: Any) -> None:
+    """Compile each transformer block when it first runs, all alike blocks once. ConfigError without a compiler."""
+    if not any(which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
+        raise ConfigError(
+            "train.compile is true, but neither g++ nor clang++ is installed; install one, or set train.compile = "
+            "false."
+        )
+    unet.compile_repeated_blocks()
+
+
+def checkpointed_units(unet: Any) -> list[Any]:
+    """The blocks that can recompute their activations, each by itself, in the order of the forward pass.
+
+    The first ones lie between the high resolutions and the end of the backward pass, so recomputing them alone already
+    lowers the peak. A unit is a block's convolutions, or one of its stacks of transformer blocks.
+    """
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    return [unit for block in blocks for unit in block.modules() if "gradient_checkpointing" in vars(unit)]
 
 
 def _encoders(facts: BaseFacts) -> dict[str, str]:

@@ -59,6 +59,10 @@ MAX_NUMBER = 10_000_000
 """Of a count or size in a config; the largest real one is a vocabulary of 49,408."""
 WHAT_WORKS = "lora_booth trains Stable Diffusion 1.x, 2.x and SDXL base models"
 MAX_LEVELS = 8
+MAX_LAYERS = 100
+"""Of one kind, one after the other; the deepest real stack is SDXL's second text encoder with 32."""
+LAYER_COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
+"""Config keys by which a library builds modules one by one, until there is no memory left."""
 RESOLUTIONS = {"sd1": 512, "sd2": 512, "sdxl": 1024}
 """Native side in pixels where the UNet's config does not say it; 768 for SD 2 with v-prediction."""
 
@@ -196,6 +200,8 @@ def _check_component(base: Path, name: str) -> None:
     if bad := CODE_KEYS & config.keys():
         raise ModelError(f"{path} has {sorted(bad)[0]}, which is not supported; use the plain base model.")
     if name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        for key in LAYER_COUNTS:
+            _check_layer_count(path, key, config.get(key, 1))
         for file in component_weights(folder).files:
             read_header(file)
 
@@ -204,6 +210,15 @@ def _check_class(path: Path, component: str, class_name: Any, allowed: Iterable[
     if class_name not in tuple(allowed):
         named = class_name if isinstance(class_name, str) and len(class_name) < 100 else reprlib.repr(class_name)
         raise ModelError(f"{path}: {component} is a {named}; {WHAT_WORKS}, whose {component} is never that.")
+
+
+def _check_layer_count(path: Path, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        for item in value:
+            _check_layer_count(path, key, item)
+    elif isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_LAYERS:
+        told = f"{path} has {key} = {reprlib.repr(value)}, which is no number of layers up to {MAX_LAYERS}"
+        raise ModelError(f"{told}; download the base again.")
 
 
 def _check_denoiser(base: Path, unet: dict[str, Any], vae: dict[str, Any], *, is_sdxl: bool) -> None:

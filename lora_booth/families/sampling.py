@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from lora_booth.errors import NumericError
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.objectives import generator_for
 
 PICTURES_AT_ONCE = 4
-"""Pictures that are denoised together; large ones are decoded one by one (`vae.PIXELS_AT_ONCE`)."""
+"""Pictures that are denoised together where nobody says how many; large ones are decoded one by one
+(`vae.PIXELS_AT_ONCE`)."""
 
 
 def concatenate(rows: Sequence[Conditioning]) -> Conditioning:
@@ -20,40 +24,107 @@ def concatenate(rows: Sequence[Conditioning]) -> Conditioning:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn. `sampler`: a key of `schedules.solver`; `sampler_steps`: denoiser calls per picture.
+
+    `batch_size`: pictures that are denoised together; `is_tiled`: large ones are decoded in overlapping tiles;
+    `on_step`: called after each step of the solver, and may raise.
+    """
+
+    width_px: int
+    height_px: int
+    sampler: str
+    sampler_steps: int
+    guidance_scale: float
+    batch_size: int = PICTURES_AT_ONCE
+    is_tiled: bool = False
+    on_step: Callable[[], None] = lambda: None
+
+
 def draw(
     family: Family,
     prompts: Sequence[Conditioning],
     negative: Conditioning,
+    sampling: Sampling,
     *,
-    width_px: int,
-    height_px: int,
     seeds: Sequence[int | str],
-    sampler: str,
-    sampler_steps: int,
-    guidance_scale: float,
-    batch_size: int = PICTURES_AT_ONCE,
 ) -> Iterator[Image.Image]:
-    """One picture per prompt and seed, in order. The starting noise of a picture depends on its seed alone.
+    """One picture per prompt and seed, in order; takes and raises what `sample` does."""
+    drawn = 0
+    for latents in sample(family, prompts, negative, sampling, seeds=seeds):
+        yield from decode(family, latents, sampling, seeds=seeds[drawn : drawn + len(latents)])
+        drawn += len(latents)
 
-    `prompts` and `negative` are single rows (batch of 1). Raises NumericError on a picture that is not finite.
+
+@torch.no_grad()
+def sample(
+    family: Family,
+    prompts: Sequence[Conditioning],
+    negative: Conditioning,
+    sampling: Sampling,
+    *,
+    seeds: Sequence[int | str],
+) -> Iterator[Tensor]:
+    """Latents `[B, C, h, w]`, scaled, of one picture per prompt and seed, in order, some at a time.
+
+    The starting noise of a picture depends on its seed alone. `prompts` and `negative` are single rows (batch of 1).
+    Where the device's memory does not suffice, fewer are drawn together. Raises NumericError on a picture that is not
+    finite.
     """
     assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
-    pipeline = family.pipeline(sampler)
-    for start in range(0, len(prompts), batch_size):
-        rows = prompts[start : start + batch_size]
-        inputs = family.pipeline_inputs(concatenate(rows), concatenate([negative] * len(rows)))
-        latents = pipeline(
+    pipeline, batch_size, start = family.pipeline(sampling.sampler), sampling.batch_size, 0
+
+    def told(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:
+        sampling.on_step()
+        return values
+
+    def denoise(rows: slice) -> Tensor:
+        chosen = prompts[rows]
+        inputs = family.pipeline_inputs(concatenate(chosen), concatenate([negative] * len(chosen)))
+        latents: Tensor = pipeline(
             **inputs,
-            width=width_px,
-            height=height_px,
-            num_inference_steps=sampler_steps,
-            guidance_scale=guidance_scale,
-            generator=[generator_for("picture", seed) for seed in seeds[start : start + batch_size]],
+            width=sampling.width_px,
+            height=sampling.height_px,
+            num_inference_steps=sampling.sampler_steps,
+            guidance_scale=sampling.guidance_scale,
+            generator=[generator_for("picture", seed) for seed in seeds[rows]],
             output_type="latent",  # the pipeline would decode all at once: 12 GiB for four SDXL pictures, 3 for one
+            callback_on_step_end=told,
         ).images
-        decoded = (family.decode_latents(latents) / 2 + 0.5).permute(0, 2, 3, 1)
-        for pixels, seed in zip(decoded, seeds[start : start + batch_size], strict=True):
-            if not torch.isfinite(pixels).all():
-                raise NumericError(f"the picture of seed {seed} is not finite; set model.precision = bf16 or fp32.")
-            yield Image.fromarray((pixels * 255).round().to(torch.uint8).numpy())
+        return latents
+
+    while start < len(prompts):
+        rows = slice(start, min(start + batch_size, len(prompts)))
+        latents = _unless_too_large(denoise, rows)
+        if latents is None:
+            batch_size = (rows.stop - start) // 2
+            continue
+        _require_finite(latents, seeds[rows])
+        yield latents
+        start = rows.stop
+
+
+def decode(family: Family, latents: Tensor, sampling: Sampling, *, seeds: Sequence[int | str]) -> Iterator[Image.Image]:
+    """The pictures of `latents`. Raises NumericError on one that is not finite."""
+    pixels = family.decode_latents(latents, is_tiled=sampling.is_tiled)
+    _require_finite(pixels, seeds)
+    for picture in (pixels / 2 + 0.5).permute(0, 2, 3, 1):
+        yield Image.fromarray((picture * 255).round().to(torch.uint8).numpy())
+
+
+def _unless_too_large(denoise: Callable[[slice], Tensor], rows: slice) -> Tensor | None:
+    """`denoise(rows)`, or None where several rows exceed the device's memory."""
+    try:
+        return denoise(rows)
+    except torch.OutOfMemoryError:
+        if rows.stop - rows.start == 1:
+            raise
+    torch.cuda.empty_cache()
+    return None
+
+
+def _require_finite(rows: Tensor, seeds: Sequence[int | str]) -> None:
+    for row, seed in zip(rows, seeds, strict=True):
+        if not torch.isfinite(row).all():
+            raise NumericError(f"the picture of seed {seed} is not finite; set model.precision = bf16 or fp32.")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_booth.families.base import Conditioning
-from lora_booth.families.components import Components, prepare_unet_, quiet
+from lora_booth.families.components import Components, compile_unet_, prepare_unet_, quiet
 from lora_booth.families.identify import BaseFacts
 from lora_booth.families.schedules import noise_schedule, solver
 from lora_booth.families.sources import fingerprint, read_json
@@ -110,9 +110,9 @@ class StableDiffusionXL:
                 inputs[key] = value.masked_fill(is_empty.view(-1, *[1] * (value.ndim - 1)), 0.0)
         return inputs
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor, *, is_tiled: bool = False) -> Tensor:
         assert self._vae is not None, "the VAE was not loaded"
-        return self._vae.decode(latents)
+        return self._vae.decode(latents, is_tiled=is_tiled)
 
     def move_vae(self, device: torch.device | str) -> None:
         assert self._vae is not None, "the VAE was not loaded"
@@ -121,8 +121,10 @@ class StableDiffusionXL:
     def release_text_encoders(self) -> None:
         self._encoders.clear()
 
-    def prepare_denoiser_(self, *, gradient_checkpointing: bool, attention: str) -> None:
+    def prepare_denoiser_(self, *, gradient_checkpointing: float, attention: str, is_compiled: bool = False) -> None:
         prepare_unet_(self.denoiser, gradient_checkpointing=gradient_checkpointing, attention=attention)
+        if is_compiled:
+            compile_unet_(self.denoiser)
 
     @property
     def _device(self) -> torch.device:

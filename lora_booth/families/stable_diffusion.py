@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_booth.families.base import Conditioning
-from lora_booth.families.components import Components, prepare_unet_, quiet
+from lora_booth.families.components import Components, compile_unet_, prepare_unet_, quiet
 from lora_booth.families.identify import BaseFacts
 from lora_booth.families.schedules import noise_schedule, solver
 from lora_booth.families.sources import fingerprint
@@ -80,9 +80,9 @@ class StableDiffusion:
         pairs = {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
         return {key: rows["embeddings"].to(self._device, self._dtype) for key, rows in pairs.items()}
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor, *, is_tiled: bool = False) -> Tensor:
         assert self._vae is not None, "the VAE was not loaded"
-        return self._vae.decode(latents)
+        return self._vae.decode(latents, is_tiled=is_tiled)
 
     def move_vae(self, device: torch.device | str) -> None:
         assert self._vae is not None, "the VAE was not loaded"
@@ -91,8 +91,10 @@ class StableDiffusion:
     def release_text_encoders(self) -> None:
         self._encoders.clear()
 
-    def prepare_denoiser_(self, *, gradient_checkpointing: bool, attention: str) -> None:
+    def prepare_denoiser_(self, *, gradient_checkpointing: float, attention: str, is_compiled: bool = False) -> None:
         prepare_unet_(self.denoiser, gradient_checkpointing=gradient_checkpointing, attention=attention)
+        if is_compiled:
+            compile_unet_(self.denoiser)
 
     @property
     def _device(self) -> torch.device:

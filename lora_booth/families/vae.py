@@ -10,6 +10,9 @@ from torch import Tensor, nn
 PIXELS_AT_ONCE = 512 * 512
 """Pixels that go through the VAE together: one picture of SD 1.5's size, whose decoding holds 0.76 GiB by count
 (`memory.py`). Four would hold more than a training step; larger pictures go one by one anyhow."""
+TILE_PX = 768
+"""Side of a tile. A picture of SDXL's size has 4 of them, which overlap by a quarter, and decoding one holds 1.7 GiB by
+count where the whole picture holds 3.0. Smaller tiles save more and look less alike: each has its own norms."""
 
 
 class Vae:
@@ -35,15 +38,21 @@ class Vae:
         shift, scale = self._shift.to(mean), self._scale.to(mean)
         return (mean - shift) * scale, std * scale
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels `[B, 3, H, W]` float32 in [-1, 1] on the CPU."""
-        pixels = []
-        with torch.no_grad():
-            for chunk in self._chunks(latents, self.factor):
-                z = chunk.to(self.device, torch.float32)
-                z = z / self._scale.to(z) + self._shift.to(z)
-                pixels.append(self.module.decode(z, return_dict=False)[0].clamp(-1, 1).cpu())
-        return torch.cat(pixels)
+    def decode(self, latents: Tensor, *, is_tiled: bool = False) -> Tensor:
+        """Pixels `[B, 3, H, W]` float32 in [-1, 1] on the CPU; those larger than a tile in tiles, if wanted."""
+        chunks = self._chunks(latents, self.factor)
+        return torch.cat([self.decode_chunk(chunk, is_tiled=is_tiled).cpu() for chunk in chunks])
+
+    @torch.no_grad()
+    def decode_chunk(self, latents: Tensor, *, is_tiled: bool) -> Tensor:
+        """What `decode` gives of latents that go through the VAE together, on its device."""
+        z = latents.to(self.device, torch.float32)
+        z = z / self._scale.to(z) + self._shift.to(z)
+        self.module.use_tiling = is_tiled  # for decoding alone: tiles would change the latents that are trained on
+        self.module.tile_latent_min_size, self.module.tile_sample_min_size = TILE_PX // self.factor, TILE_PX
+        pixels: Tensor = self.module.decode(z, return_dict=False)[0].clamp(-1, 1)
+        self.module.use_tiling = False
+        return pixels
 
     def _chunks(self, batch: Tensor, pixels_per_cell: int) -> tuple[Tensor, ...]:
         height, width = (cells * pixels_per_cell for cells in batch.shape[-2:])

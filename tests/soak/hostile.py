@@ -21,7 +21,7 @@ from lora_booth.config import ModelConfig
 from lora_booth.data import images
 from lora_booth.errors import ConfigError, DataError, LoraBoothError
 from lora_booth.families.base import Family
-from lora_booth.families.sampling import draw
+from lora_booth.families.sampling import Sampling, draw
 from tests import tiny
 from tests.soak.bench import Result
 
@@ -208,8 +208,7 @@ def bases(count: int, folder: Path, seed: int = 0) -> Result:
 def _draw_with(family: Family) -> None:
     """One picture in one step: configs also reach the tokenizer, the text encoder and the solver."""
     prompts = family.encode_prompts(["a dog"]), family.encode_prompts([""])
-    size = {"width_px": 32, "height_px": 32}
-    list(draw(family, [prompts[0]], prompts[1], **size, seeds=[0], sampler="base", sampler_steps=9, guidance_scale=3.0))
+    list(draw(family, [prompts[0]], prompts[1], Sampling(32, 32, "base", 9, 3.0), seeds=[0]))
 
 
 def _break_base(base: Path, rng: random.Random) -> str:

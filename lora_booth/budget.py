@@ -1,0 +1,187 @@
+"""Staying within a memory budget: the fastest way to compute a run that fits, and what else could be changed.
+
+Words: a *way* changes how a run is computed and leaves its result as it is; a *lever* is any change that makes a
+training step smaller, with its price. What a way needs is traced by `memory.py`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_booth.config import Config
+from lora_booth.data.buckets import Bucket
+from lora_booth.families.identify import BaseFacts
+from lora_booth.memory import OUTSIDE_GIB, Modules, Phase, rows_per_pass
+
+MAX_PICTURES_AT_ONCE = 8
+"""Guidance doubles them to 16 rows, which keep a card busy (assumed, not measured)."""
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the blocks that recompute their activations, as they are tried."""
+SLOWER_WHEN_RECOMPUTED = 0.33
+"""Of a step, when all blocks recompute: the ratio of the FLOPs, counted on SD 1.5, 2.1 and SDXL."""
+Changes = Mapping[str, Mapping[str, Any]]
+"""Section, key and new value of settings, as `Config.with_values` takes them."""
+
+
+@dataclass(frozen=True)
+class Lever:
+    """A change that makes a training step smaller, and its price. `saved_gib`: on top of the levers before it."""
+
+    changes: Changes
+    price: str
+    saved_gib: float | None = None
+
+    @property
+    def settings(self) -> str:
+        ((section, pairs),) = self.changes.items()
+        ((key, value),) = pairs.items()
+        return f"{section}.{key} = {_spelled(value)}"
+
+    @property
+    def told(self) -> str:
+        """The price, after the saving where it is known."""
+        return self.price if self.saved_gib is None else f"saves {self.saved_gib:.2f} GiB of a step; {self.price}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen to stay within a budget, a reason for each choice, and the phases of the run as it is then."""
+
+    changes: Changes
+    reasons: tuple[str, ...]
+    phases: tuple[Phase, ...]
+    budget_gib: float
+
+    @property
+    def too_large(self) -> tuple[Phase, ...]:
+        """Phases that do not fit in spite of all."""
+        return tuple(phase for phase in self.phases if phase.gib + OUTSIDE_GIB > self.budget_gib)
+
+
+def choose(config: Config, facts: BaseFacts, budget_gib: float, *, bucket: Bucket | None = None) -> Plan:
+    """The fastest ways to train and to draw that stay within `budget_gib`; where none does, the smallest.
+
+    What is set in the config stays. `bucket`: as `memory.predict` has it. Raises as that does.
+    """
+    modules, needs = Modules.of(config, facts), {}
+
+    def need(size: int, share: float) -> float:
+        way = config.with_values({"train": {"batch_size": size, "gradient_checkpointing": share}})
+        needs[size, share] = modules.step(way, bucket).gib + OUTSIDE_GIB
+        return needs[size, share]
+
+    size, share = _fastest_way(config, lambda size, share: need(size, share) <= budget_gib)
+    chosen = config.with_values({"train": {"batch_size": size, "gradient_checkpointing": share}})
+    chosen, reasons = _with_drawing(modules, chosen, budget_gib, bucket)
+    changes = {
+        "train": {key: getattr(chosen.train, key) for key in ("batch_size", "gradient_checkpointing")},
+        "memory": {key: getattr(chosen.memory, key) for key in ("pictures_at_once", "tiled_decoding")},
+    }
+    return Plan(
+        changes, (*_reasons(config, (size, share), needs), *reasons), modules.phases(chosen, bucket), budget_gib
+    )
+
+
+def levers(config: Config) -> tuple[Lever, ...]:
+    """What is left to change for a smaller training step, what costs least first. `config` is resolved."""
+    resolution, bucket_step = config.data.resolution, config.data.bucket_step
+    assert resolution is not None and bucket_step is not None, "config is not resolved"
+    found = []
+    if rows_per_pass(config) > 1:
+        found.append(Lever({"train": {"batch_size": 1}}, "same result, the class image in a pass of its own"))
+    if (config.train.gradient_checkpointing or 0.0) < 1:
+        slower = "same result, about a third slower than without"
+        found.append(Lever({"train": {"gradient_checkpointing": 1.0}}, slower))
+    if config.optimizer.name in ("adamw", "prodigy", "schedulefree"):
+        found.append(Lever({"optimizer": {"name": "adamw8bit"}}, "changes the result"))
+    if config.adapter.text_encoder:
+        found.append(Lever({"adapter": {"text_encoder": False}}, "changes the result: the denoiser alone learns"))
+    if config.model.quantize == "none" and not config.adapter.dora:
+        found.append(Lever({"model": {"quantize": "nf4"}}, "changes the result a little, slower; the base in 4 bits"))
+    lower = resolution * 3 // 4 // bucket_step * bucket_step
+    if lower >= bucket_step:
+        found.append(Lever({"data": {"resolution": lower}}, "changes the result: less detail"))
+    return tuple(found)
+
+
+def savings(config: Config, facts: BaseFacts, *, bucket: Bucket | None = None) -> tuple[Lever, ...]:
+    """`levers` with what each saves of a training step, by default at the resolution's square. Raises as `choose`."""
+    modules, found = Modules.of(config, facts), []
+    before = modules.step(config, bucket).gib
+    for lever in levers(config):
+        config = config.with_values({section: dict(pairs) for section, pairs in lever.changes.items()})
+        if lever.changes.keys() & {"adapter", "model"}:
+            modules = Modules.of(config, facts)
+        after = modules.step(config, None if "data" in lever.changes else bucket).gib
+        found.append(replace(lever, saved_gib=before - after))
+        before = after
+    return tuple(found)
+
+
+def _fastest_way(config: Config, fits: Callable[[int, float], bool]) -> tuple[int, float]:
+    """Rows of a pass and share of blocks to recompute: the least share with which anything fits, with it the most rows.
+
+    The rows are those set, halved until they are one.
+    """
+    asked = config.train.gradient_checkpointing
+    sizes = [config.train.batch_size]
+    while min(sizes[-1], rows_per_pass(config)) > 1:
+        sizes.append(min(sizes[-1], rows_per_pass(config)) // 2)
+    shares = SHARES if asked is None else (asked,)
+    first = bisect_left(shares, True, key=lambda share: fits(sizes[-1], share))
+    if first == len(shares):
+        return sizes[-1], shares[-1]
+    return next(size for size in sizes if size == sizes[-1] or fits(size, shares[first])), shares[first]
+
+
+def _reasons(config: Config, way: tuple[int, float], needs: Mapping[tuple[int, float], float]) -> list[str]:
+    """Why `way` was taken: a line for each choice, with what a faster one would need."""
+    (size, share), asked = way, config.train
+    reasons = [f"train.batch_size = {size}: as set"]
+    if size != asked.batch_size:
+        reasons = [f"train.batch_size = {size} (same result)"]
+        larger = [other for other in needs if other[0] > size and other[1] == share]
+        if larger:
+            reasons = [f"{reasons[0]}: {min(larger)[0]} needs {needs[min(larger)]:.1f} GiB"]
+    setting = f"train.gradient_checkpointing = {share:g}"
+    if asked.gradient_checkpointing is not None:
+        return [*reasons, f"{setting}: as set"]
+    if share == 0:
+        return [*reasons, f"{setting}: not needed, and a third faster so"]
+    less = max(other for _, other in needs if other < share)
+    slower = f"about {SLOWER_WHEN_RECOMPUTED * share:.0%} slower"
+    least = min(gib for (_, other), gib in needs.items() if other == less)
+    return [*reasons, f"{setting} (same result, {slower}): with {less:g} a step needs {least:.1f} GiB"]
+
+
+def _with_drawing(
+    modules: Modules, config: Config, budget_gib: float, bucket: Bucket | None
+) -> tuple[Config, list[str]]:
+    """`config` with the fastest way to draw class images and previews that fits, and a reason for each choice."""
+    has_class_images = config.has_prior and config.prior.folder is None
+
+    def need(candidate: Config) -> float:
+        phases = [modules.prepare(candidate, bucket)] if has_class_images else []
+        phases += [modules.draw(candidate, bucket)] if config.preview.images_per_prompt else []
+        return max((phase.gib for phase in phases), default=0.0) + OUTSIDE_GIB
+
+    reasons, one = [], config.with_values({"memory": {"pictures_at_once": 1, "tiled_decoding": False}})
+    if config.memory.tiled_decoding is None:
+        whole = need(one)
+        config = config.with_values({"memory": {"tiled_decoding": whole > budget_gib}})
+        if whole > budget_gib:
+            reasons.append(f"memory.tiled_decoding = true (same training): whole pictures need {whole:.1f} GiB")
+    if config.memory.pictures_at_once is None:
+        at_once = MAX_PICTURES_AT_ONCE
+        while at_once > 1 and need(config.with_values({"memory": {"pictures_at_once": at_once}})) > budget_gib:
+            at_once //= 2
+        config = config.with_values({"memory": {"pictures_at_once": at_once}})
+        reasons.append(f"memory.pictures_at_once = {at_once}: the most that fit, up to {MAX_PICTURES_AT_ONCE}")
+    return config, reasons
+
+
+def _spelled(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
