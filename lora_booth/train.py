@@ -83,11 +83,7 @@ def train(
     """
     report, stopwatch = report or Silent(), Stopwatch()
     inputs = inputs or plan.look(config, report)
-    accelerator = Accelerator(
-        log_with=list(config.run.trackers) or None,
-        project_dir=plan.run_folder(config),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
+    accelerator = _accelerator(config)
     device = accelerator.device
     config = plan.resolve(config, inputs, report, free_gib=_free_gib(device))
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
@@ -131,6 +127,14 @@ def train(
         loop.optimize(session, start)
         stopwatch.lap("steps and previews")
         return _finish(session, stopwatch)
+
+
+def _accelerator(config: Config) -> Accelerator:
+    return Accelerator(
+        log_with=list(config.run.trackers) or None,
+        project_dir=plan.run_folder(config),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
 
 
 def _load(config: Config, device: torch.device, dtype: torch.dtype) -> Family:
