@@ -22,6 +22,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the blocks that recompute their activations, as they are tried."""
 SLOWER_WHEN_RECOMPUTED = 0.33
 """Of a step, when all blocks recompute: the ratio of the FLOPs, counted on SD 1.5, 2.1 and SDXL."""
+CHOSEN_FOR_PICTURES = ("pictures_at_once", "tiled_decoding", "encode_alone")
+"""Of the section [memory]."""
 Changes = Mapping[str, Mapping[str, Any]]
 """Section, key and new value of settings, as `Config.with_values` takes them."""
 
@@ -78,7 +80,7 @@ def choose(config: Config, facts: BaseFacts, budget_gib: float, *, bucket: Bucke
     chosen, reasons = _with_drawing(modules, chosen, budget_gib, bucket)
     changes = {
         "train": {key: getattr(chosen.train, key) for key in ("batch_size", "gradient_checkpointing")},
-        "memory": {key: getattr(chosen.memory, key) for key in ("pictures_at_once", "tiled_decoding")},
+        "memory": {key: getattr(chosen.memory, key) for key in CHOSEN_FOR_PICTURES},
     }
     return Plan(
         changes, (*_reasons(config, (size, share), needs), *reasons), modules.phases(chosen, bucket), budget_gib
@@ -168,7 +170,15 @@ def _with_drawing(
         phases += [modules.draw(candidate, bucket)] if config.preview.images_per_prompt else []
         return max((phase.gib for phase in phases), default=0.0) + OUTSIDE_GIB
 
-    reasons, one = [], config.with_values({"memory": {"pictures_at_once": 1, "tiled_decoding": False}})
+    reasons = []
+    if config.memory.encode_alone is None:
+        encoding = modules.encode(config, bucket).gib + OUTSIDE_GIB
+        config = config.with_values({"memory": {"encode_alone": encoding > budget_gib}})
+        if encoding > budget_gib:
+            reasons.append(
+                f"memory.encode_alone = true (same result): beside the denoiser {encoding:.1f} GiB are needed"
+            )
+    one = config.with_values({"memory": {"pictures_at_once": 1, "tiled_decoding": False}})
     if config.memory.tiled_decoding is None:
         whole = need(one)
         config = config.with_values({"memory": {"tiled_decoding": whole > budget_gib}})

@@ -1,8 +1,8 @@
 """Every setting of a run: one frozen model per TOML section, and every check that needs no file and no model.
 
-What lives here: names, types, ranges, defaults with their reason, contradictions between settings. What does not:
-reading files (`config_file.py`) and values that depend on the base model or the pictures; those are `None` here,
-meaning "chosen for you", and `plan.py` fills them before anything runs.
+What lives here: names, types, ranges, defaults with their reason. What does not: contradictions between settings
+(`config_checks.py`), reading files (`config_file.py`) and values that depend on the base model or the pictures; those
+are `None` here, meaning "chosen for you", and `plan.py` fills them before anything runs.
 
 Words: a *step* is one optimizer update; `images_per_step` says how many instance images it sees, over all processes and
 micro-steps; `batch_size` says how many images go through the denoiser at once. The first changes what is computed, the
@@ -11,7 +11,6 @@ second only how.
 
 from __future__ import annotations
 
-import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -291,6 +290,11 @@ class MemoryConfig(Section):
         description="Decode pictures in overlapping tiles of 768 px: far less memory for SDXL, and tones may differ a "
         "little between tiles. Nothing that is trained on changes. Default: where the budget demands it.",
     )
+    encode_alone: bool | None = Field(
+        None,
+        description="The denoiser waits in main memory while pictures are encoded. Default: where the budget demands "
+        "it.",
+    )
 
 
 class RunConfig(Section):
@@ -323,7 +327,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _contradictions(self) -> Config:
-        faults = list(_contradictions(self))
+        from lora_booth.config_checks import contradictions  # it imports this module
+
+        faults = contradictions(self)
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -351,50 +357,3 @@ class Config(Section):
         for section, pairs in values.items():
             data[section].update(pairs)
         return Config.model_validate(data)
-
-
-def _contradictions(config: Config) -> list[str]:
-    """Faults that lie between settings. Each line starts with the key to change."""
-    prior, adapter, faults = config.prior, config.adapter, []
-    if prior.loss_weight > 0 and prior.folder is None:
-        if prior.num_images == 0:
-            faults.append(
-                f"prior.num_images is 0 but prior.loss_weight is {prior.loss_weight:g}; "
-                "set prior.loss_weight = 0, or draw some class images (200 is usual)."
-            )
-        if not prior.prompts or not all(p.strip() for p in prior.prompts):
-            faults.append('prior.prompts has an empty prompt; write the class prompt, e.g. ["a photo of {class}"].')
-    if not adapter.targets.startswith("regex:") and adapter.targets not in TARGET_PRESETS:
-        faults.append(f'adapter.targets is "{adapter.targets}"; use one of {", ".join(TARGET_PRESETS)}, or "regex:…".')
-    if config.objective.loss == "mse" and config.objective.huber_delta != 0.1:
-        faults.append('objective.huber_delta is set but objective.loss is "mse"; set objective.loss = "huber".')
-    rates = config.optimizer.learning_rate, config.optimizer.text_encoder_learning_rate
-    if config.optimizer.name == "prodigy" and adapter.text_encoder and rates[0] != rates[1]:
-        faults.append(
-            f"optimizer.text_encoder_learning_rate is {rates[1]:g} but optimizer.learning_rate is {rates[0]:g}; "
-            "prodigy finds one rate for all, so set both to the same number (1 is usual)."
-        )
-    if adapter.dora and config.model.quantize != "none":
-        faults.append(
-            f'adapter.dora is true but model.quantize is "{config.model.quantize}"; DoRA needs the base\'s own '
-            'weights, so set model.quantize = "none".'
-        )
-    if "{class}" not in config.subject.prompt:
-        faults.append(f'subject.prompt "{config.subject.prompt}" lacks the slot {{class}}; add it.')
-    templates = [("subject.prompt", config.subject.prompt, {"token", "class"})]
-    templates += [("prior.prompts", p, {"class"}) for p in prior.prompts]
-    templates += [("preview.prompts", p, {"token", "class"}) for p in config.preview.prompts]
-    for key, template, allowed in templates:
-        faults.extend(_slot_faults(key, template, allowed))
-    return faults
-
-
-def _slot_faults(key: str, template: str, allowed: set[str]) -> list[str]:
-    names = ", ".join("{" + name + "}" for name in sorted(allowed))
-    try:
-        slots = [slot for _, slot, _, _ in string.Formatter().parse(template) if slot is not None]
-    except ValueError as error:
-        return [f'{key} "{template}" has a broken slot ({error}); the slots are {names}.']
-    return [
-        f'{key} "{template}" has the slot {{{slot}}}; the slots are {names}.' for slot in slots if slot not in allowed
-    ]

@@ -136,21 +136,40 @@ class Modules:
 
     def prepare(self, config: Config, bucket: Bucket | None) -> Phase:
         """The fullest moment before there is an adapter: prompts and pictures are encoded, class images drawn."""
-        bucket = bucket or self.square(config)
-        text = _stored_bytes(self.text_encoders.values(), config)
-        is_text_trained = config.adapter.text_encoder
-        held = {"base": self.base_bytes - (text if is_text_trained else 0)}
-        every, held["VAE"] = {"text encoders": text}, self._vae_bytes()
-        after = every if is_text_trained else {}
-        pixels = torch.empty(1, 3, bucket.height_px, bucket.width_px, device=META)
-        moments = [
-            held | every | {"encoding": self._working(("prompts",), lambda: self.family.encode_prompts([""]))},
-            held | after | {"encoding": self._working(("encode", bucket), partial(self.vae.encode, pixels))},
-        ]
+        moments = [self._encode_prompts(config), self.encode(config, bucket)]
         if config.has_prior and config.prior.folder is None:
-            with inject.disabled(self.adapted):
-                moments.append(held | after | self._drawing(config, class_images_at_once(config), bucket, "base"))
-        return Phase("prepare", max(moments, key=lambda parts: sum(parts.values())))
+            moments.append(self._draw_class_images(config, bucket or self.square(config)))
+        return max(moments, key=lambda phase: phase.gib)
+
+    def encode(self, config: Config, bucket: Bucket | None) -> Phase:
+        """The moment of "prepare" in which the VAE encodes a picture."""
+        bucket = bucket or self.square(config)
+        held = self._before_training(config)
+        if config.memory.encode_alone:
+            del held["base"]
+        pixels = torch.empty(1, 3, bucket.height_px, bucket.width_px, device=META)
+        encoding = self._working(("encode", bucket), partial(self.vae.encode, pixels))
+        return Phase("prepare", held | {"encoding": encoding})
+
+    def _encode_prompts(self, config: Config) -> Phase:
+        encoding = self._working(("prompts",), lambda: self.family.encode_prompts([""]))
+        held = self._before_training(config) | {"text encoders": self._text_bytes(config)}
+        return Phase("prepare", held | {"encoding": encoding})
+
+    def _draw_class_images(self, config: Config, bucket: Bucket) -> Phase:
+        with inject.disabled(self.adapted):
+            drawing = self._drawing(config, class_images_at_once(config), bucket, "base")
+        return Phase("prepare", self._before_training(config) | drawing)
+
+    def _before_training(self, config: Config) -> dict[str, int]:
+        """What lies on the device once the prompts are encoded."""
+        if not config.adapter.text_encoder:
+            return {"base": self.base_bytes, "VAE": self._vae_bytes()}
+        text = self._text_bytes(config)
+        return {"base": self.base_bytes - text, "text encoders": text, "VAE": self._vae_bytes()}
+
+    def _text_bytes(self, config: Config) -> int:
+        return _stored_bytes(self.text_encoders.values(), config)
 
     def validate(self, config: Config, bucket: Bucket | None) -> Phase:
         """The phase "validate": the denoiser alone, on several noise levels of one image."""

@@ -6,7 +6,8 @@ All of it goes through caches that outlive the run, so that an interrupted or re
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,23 +96,16 @@ def prepare(
     classes = _classes(config, family, pictures, instances, prompts, report=report, stop=stop)
     drawing_seconds = time.perf_counter() - began
 
-    cache = TensorCache(cache_folder(config) / "latents")
     everything = [*instances, *mirrored, *classes, *held_out]
+    with _denoiser_aside(config, family):
+        encoded = _encode(config, family, everything, report=report, stop=stop)
     latents: dict[str, Moments] = {}
     items = []
-    for done, image in enumerate(everything, start=1):
-        stop.check(class_images.STOPPED)
-        if isinstance(image.source, ClassImage):
-            key, moments = image.source.name, _as_drawn(image.source)
-        else:
-            key, moments = _encode_image(config, family, cache, image, image.source)
+    for image, (key, moments) in zip(everything, encoded, strict=True):
         latents[key] = moments
         geometry = image.crop.mirrored().geometry if image.is_flipped else image.crop.geometry
         channels, height, width = moments.mean.shape
         items.append(Item(image.role, image.name, key, (channels, height, width), image.prompt, geometry))
-        report.progress("encode images", done, len(everything))
-    for path in cache.damaged:
-        report.warn(f"cache file {path} was damaged; it has been made again.")
 
     num_instances = len(instances) + len(mirrored)
     num_trained = num_instances + len(classes)
@@ -177,6 +171,36 @@ def _classes(
         _Image("class", image, assign(image.bucket.width_px, image.bucket.height_px, [image.bucket]), image.prompt)
         for image in wanted
     ]
+
+
+@contextmanager
+def _denoiser_aside(config: Config, family: Family) -> Iterator[None]:
+    """Inside, the denoiser waits in main memory, if that is wanted."""
+    device = next(family.denoiser.parameters()).device
+    if config.memory.encode_alone:
+        family.move_denoiser("cpu")
+    try:
+        yield
+    finally:
+        family.move_denoiser(device)
+
+
+def _encode(
+    config: Config, family: Family, everything: Sequence[_Image], *, report: Report, stop: StopRequest
+) -> list[tuple[str, Moments]]:
+    """Key and moments of each image. Raises Interrupted between two."""
+    cache = TensorCache(cache_folder(config) / "latents")
+    encoded = []
+    for done, image in enumerate(everything, start=1):
+        stop.check(class_images.STOPPED)
+        if isinstance(image.source, ClassImage):
+            encoded.append((image.source.name, _as_drawn(image.source)))
+        else:
+            encoded.append(_encode_image(config, family, cache, image, image.source))
+        report.progress("encode images", done, len(everything))
+    for path in cache.damaged:
+        report.warn(f"cache file {path} was damaged; it has been made again.")
+    return encoded
 
 
 def _as_drawn(image: ClassImage) -> Moments:

@@ -49,6 +49,7 @@ FREE_TO_CHANGE = (
     "memory.budget_gib",
     "memory.pictures_at_once",
     "memory.tiled_decoding",
+    "memory.encode_alone",
     "run.folder",
     "run.cache",
     "run.trackers",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "lora_booth"
 FLOORS = {
-    0: ("errors", "config", "config_file", "presets", "files", "report", "interrupts"),
+    0: ("errors", "config", "config_checks", "config_file", "presets", "files", "report", "interrupts"),
     1: (
         "run",
         "objectives",

@@ -264,19 +264,23 @@ def test_as_many_pictures_go_together_as_fit_and_tiles_only_where_whole_ones_do_
     facts = families.facts(config.model)
     modules = memory.Modules.of(config, facts)
 
-    def need(at_once: int) -> float:
-        one = config.with_values({"memory": {"pictures_at_once": at_once, "tiled_decoding": False}})
+    def need(at_once: int, encode_alone: bool = False) -> float:
+        settings = {"pictures_at_once": at_once, "tiled_decoding": False, "encode_alone": encode_alone}
+        one = config.with_values({"memory": settings})
         return max(modules.prepare(one, None).gib, modules.draw(one, None).gib) + memory.OUTSIDE_GIB
 
     def chosen(gib: float) -> dict[str, Any]:
         return dict(budget.choose(config, facts, gib).changes["memory"])
 
+    whole = {"tiled_decoding": False, "encode_alone": False}
     assert need(8) > need(4)
-    assert chosen(need(8) + 1e-9) == {"pictures_at_once": 8, "tiled_decoding": False}
-    assert chosen(need(8) - 1e-9) == {"pictures_at_once": 4, "tiled_decoding": False}
-    assert chosen(0.01) == {"pictures_at_once": 1, "tiled_decoding": True}
-    asked = config.with_values({"memory": {"pictures_at_once": 3, "tiled_decoding": True}})
-    assert budget.choose(asked, facts, 1000.0).changes["memory"] == {"pictures_at_once": 3, "tiled_decoding": True}
+    assert chosen(need(8) + 1e-9) == {"pictures_at_once": 8} | whole
+    assert chosen(need(8) - 1e-9) == {"pictures_at_once": 4} | whole
+    assert chosen(0.01) == {"pictures_at_once": 1, "tiled_decoding": True, "encode_alone": True}
+    settings = {"pictures_at_once": 3, "tiled_decoding": True, "encode_alone": True}
+    assert budget.choose(config.with_values({"memory": settings}), facts, 1000.0).changes["memory"] == settings
+    beside, alone = (modules.encode(config.with_values({"memory": {"encode_alone": x}}), None) for x in (False, True))
+    assert beside.gib - alone.gib == pytest.approx(modules.base_bytes / memory.GIB)
 
 
 def test_a_tile_takes_the_memory_of_a_tile() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,22 @@ def test_what_is_trained_on_are_the_latents_that_the_solver_left(make_config: Ma
             assert torch.equal(decoded.round().byte(), torch.tensor(np.asarray(picture)))
     with pytest.raises(AssertionError, match="released"):
         family.text_encoders()
+
+
+def test_the_denoiser_is_away_while_pictures_are_encoded_and_back_afterwards(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(run={"cache": tmp_path / "cache"}, memory={"encode_alone": True})
+    family = families.load(config.model, device="cpu", dtype=torch.float32)
+    happened: list[str] = []
+    encode = family.encode_images
+    monkeypatch.setattr(family, "move_denoiser", lambda device: happened.append(f"to {device}"))
+    monkeypatch.setattr(family, "encode_images", lambda pixels: happened.append("encode") or encode(pixels))
+    family.denoiser.register_forward_pre_hook(lambda *_: happened.append("denoise"))
+    pictures = subject.find_pictures(config, Silent())
+    family.denoiser.to("cpu")
+    prepare.prepare(config, family, pictures, sheet_path=tmp_path / "s.png", report=Silent(), stop=StopRequest())
+    assert [key for key, _ in itertools.groupby(happened)] == ["denoise", "to cpu", "encode", "to cpu"]
 
 
 def test_fewer_are_drawn_together_when_the_device_s_memory_does_not_suffice(

@@ -91,6 +91,10 @@ class Family(Protocol):
         """Put the VAE on `device`; it is only needed for caching and pictures."""
         ...
 
+    def move_denoiser(self, device: torch.device | str) -> None:
+        """Put the denoiser on `device`; pictures are encoded without it."""
+        ...
+
     def release_text_encoders(self) -> None:
         """Drop the text encoders, so that their memory is free. Prompts can no longer be encoded."""
         ...

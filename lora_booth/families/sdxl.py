@@ -118,6 +118,9 @@ class StableDiffusionXL:
         assert self._vae is not None, "the VAE was not loaded"
         self._vae.module.to(device)
 
+    def move_denoiser(self, device: torch.device | str) -> None:
+        self.denoiser.to(device)
+
     def release_text_encoders(self) -> None:
         self._encoders.clear()
 

@@ -1,0 +1,54 @@
+"""Faults that lie between settings, each fine by itself: what `config.Config` checks once its sections are whole."""
+
+from __future__ import annotations
+
+import string
+
+from lora_booth.config import TARGET_PRESETS, Config
+
+
+def contradictions(config: Config) -> list[str]:
+    """All faults that lie between the settings of `config`. Each line starts with the key to change."""
+    prior, adapter, faults = config.prior, config.adapter, []
+    if prior.loss_weight > 0 and prior.folder is None:
+        if prior.num_images == 0:
+            faults.append(
+                f"prior.num_images is 0 but prior.loss_weight is {prior.loss_weight:g}; "
+                "set prior.loss_weight = 0, or draw some class images (200 is usual)."
+            )
+        if not prior.prompts or not all(p.strip() for p in prior.prompts):
+            faults.append('prior.prompts has an empty prompt; write the class prompt, e.g. ["a photo of {class}"].')
+    if not adapter.targets.startswith("regex:") and adapter.targets not in TARGET_PRESETS:
+        faults.append(f'adapter.targets is "{adapter.targets}"; use one of {", ".join(TARGET_PRESETS)}, or "regex:…".')
+    if config.objective.loss == "mse" and config.objective.huber_delta != 0.1:
+        faults.append('objective.huber_delta is set but objective.loss is "mse"; set objective.loss = "huber".')
+    rates = config.optimizer.learning_rate, config.optimizer.text_encoder_learning_rate
+    if config.optimizer.name == "prodigy" and adapter.text_encoder and rates[0] != rates[1]:
+        faults.append(
+            f"optimizer.text_encoder_learning_rate is {rates[1]:g} but optimizer.learning_rate is {rates[0]:g}; "
+            "prodigy finds one rate for all, so set both to the same number (1 is usual)."
+        )
+    if adapter.dora and config.model.quantize != "none":
+        faults.append(
+            f'adapter.dora is true but model.quantize is "{config.model.quantize}"; DoRA needs the base\'s own '
+            'weights, so set model.quantize = "none".'
+        )
+    if "{class}" not in config.subject.prompt:
+        faults.append(f'subject.prompt "{config.subject.prompt}" lacks the slot {{class}}; add it.')
+    templates = [("subject.prompt", config.subject.prompt, {"token", "class"})]
+    templates += [("prior.prompts", p, {"class"}) for p in prior.prompts]
+    templates += [("preview.prompts", p, {"token", "class"}) for p in config.preview.prompts]
+    for key, template, allowed in templates:
+        faults.extend(_slot_faults(key, template, allowed))
+    return faults
+
+
+def _slot_faults(key: str, template: str, allowed: set[str]) -> list[str]:
+    names = ", ".join("{" + name + "}" for name in sorted(allowed))
+    try:
+        slots = [slot for _, slot, _, _ in string.Formatter().parse(template) if slot is not None]
+    except ValueError as error:
+        return [f'{key} "{template}" has a broken slot ({error}); the slots are {names}.']
+    return [
+        f'{key} "{template}" has the slot {{{slot}}}; the slots are {names}.' for slot in slots if slot not in allowed
+    ]
