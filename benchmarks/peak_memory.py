@@ -84,22 +84,19 @@ def on_card(config: str, budget_gib: float, out: Path) -> Row:
     return Row(f"{config} within {budget_gib:g} GiB", predicted, None if is_out_of_memory else measured)
 
 
-def on_cpu(share: float, out: Path, side_px: int) -> Row:
-    """One step on a base of a quarter of the widths: its tensors' bytes, beside those that are predicted."""
-    base = out / "sd1_quarter"
-    if not base.exists():
-        random_base(base, "sd1_quarter")
+def on_cpu(base: Path, share: float, side_px: int) -> Row:
+    """One step on `base`: its tensors' bytes, beside those that are predicted."""
     values = {"model": {"base": str(base), "precision": "fp32"}, "subject": {"images": "x", "class_noun": "dog"}}
     values |= {"train": {"gradient_checkpointing": share}, "data": {"resolution": side_px, "bucket_step": 64}}
     config = Config.model_validate(values)
-    step = memory.Modules.of(config, families.facts(config.model)).step(config, None)
+    modules = memory.Modules.of(config, families.facts(config.model))
+    step, shape = modules.step(config, None), modules.latent_shape(modules.square(config))
     predicted = sum(step.parts[part] for part in ("base", "adapter", "gradients", "inputs", "activations"))
 
     family = families.load(config.model, device="cpu", dtype=torch.float32, needs_vae=False)
     parameters = inject.inject_({"unet": family.denoiser}, config.adapter)["unet"]
     family.denoiser.train()
     family.prepare_denoiser_(gradient_checkpointing=share, attention="sdpa")
-    shape = (4, side_px // 8, side_px // 8)
     rows = memory.rows_per_pass(config)
     batch = trial.make_batch(family, rows, shape, is_text_trained=False, device=torch.device("cpu"))
     family.release_text_encoders()
@@ -125,7 +122,10 @@ def main() -> None:
         jobs = [(config, budget) for config in arguments.configs for budget in arguments.budgets]
         rows = [on_card(config, budget, out) for config, budget in jobs]
     else:
-        rows = [on_cpu(share, out, arguments.side) for share in SHARES]
+        base = out / "sd1_quarter"
+        if not base.exists():
+            random_base(base, "sd1_quarter")
+        rows = [on_cpu(base, share, arguments.side) for share in SHARES]
     for row in rows:
         measured = "does not fit" if row.measured_gib is None else f"measured {row.measured_gib:.3f} GiB"
         print(f"{row.job:<40} predicted {row.predicted_gib:.3f} GiB, {measured}")

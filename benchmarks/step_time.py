@@ -5,7 +5,9 @@
 
 Every row is a whole `lora-booth train` in a process of its own: two instance and two class images a step, adapter rank
 16 on attention, no pictures on the way, pictures of noise. Seconds are the median over all steps but the first three,
-as the run's metrics.jsonl has them; memory is the device's peak of tensors, on a CPU the process's.
+as the run's metrics.jsonl has them; memory is the device's peak of tensors, on a CPU the process's. "of limit" is the
+step's floating-point operations (counted on tensors without data) over those that a large matrix product reaches here
+in the same time.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks import record
 from benchmarks.bases import ARCHITECTURE_NAMES, noise_pictures, random_base
-from lora_booth import charts
+from lora_booth import charts, config_file, families, memory
 
 LEVERS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -31,6 +36,8 @@ LEVERS: dict[str, dict[str, object]] = {
     "int8 base": {"model.quantize": "int8"},
     "nf4 base": {"model.quantize": "nf4"},
     "text encoder too": {"adapter.text_encoder": "true"},
+    "half checkpointed": {"train.gradient_checkpointing": 0.5},
+    "compiled": {"train.compile": "true"},
 }
 WARM_UP_STEPS = 3
 
@@ -43,6 +50,8 @@ class Row:
     step_s: float
     peak_gib: float
     mean_loss: float
+    tflop: float
+    """Floating-point operations of a step, in 10^12."""
 
 
 def measure(lever: str, base: str, arguments: argparse.Namespace) -> Row:
@@ -75,7 +84,23 @@ def measure(lever: str, base: str, arguments: argparse.Namespace) -> Row:
     seconds = statistics.median(line["seconds"] for line in lines[WARM_UP_STEPS:])
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     loss = statistics.mean(line["instance_loss"] for line in lines)
-    return Row(lever, round(seconds, 4), round(summary["peak_gib"], 2), round(loss, 4))
+    config = config_file.load(None, words)
+    flops = memory.Modules.of(config, families.facts(config.model)).flops(config, None)
+    return Row(lever, round(seconds, 4), round(summary["peak_gib"], 2), round(loss, 4), round(flops / 1e12, 4))
+
+
+def matmul_tflops(dtype: torch.dtype, side: int) -> float:
+    """10^12 floating-point operations a second of a `side`×`side` matrix product: the best of five."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best / 1e12
 
 
 def main() -> None:
@@ -86,7 +111,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--steps", type=int, default=13)
-    parser.add_argument("--levers", nargs="*", choices=sorted(LEVERS), default=list(LEVERS))
+    parser.add_argument("--levers", nargs="*", choices=sorted(LEVERS), default=[*LEVERS][:-1])
     parser.add_argument("--out", type=Path, default=Path("build/step_time"))
     arguments = parser.parse_args()
     assert arguments.steps > WARM_UP_STEPS, "no step is left to be measured"
@@ -95,26 +120,29 @@ def main() -> None:
     base = arguments.base or str(arguments.out / arguments.architecture)
     if arguments.base is None and not Path(base).exists():
         random_base(Path(base), arguments.architecture)
+    is_card = torch.cuda.is_available()
+    limit = matmul_tflops(torch.bfloat16 if is_card else torch.float32, 8192 if is_card else 2048)
     rows = []
     for lever in arguments.levers:
         rows.append(measure(lever, base, arguments))
         print(
-            f"{lever:<18} {rows[-1].step_s:9.4f} s   {rows[-1].peak_gib:7.2f} GiB   loss {rows[-1].mean_loss}",
+            f"{lever:<18} {rows[-1].step_s:9.4f} s   {rows[-1].peak_gib:7.2f} GiB   loss {rows[-1].mean_loss}   "
+            f"{rows[-1].tflop / rows[-1].step_s / limit:.0%} of limit",
             flush=True,
         )
-    write(rows, arguments)
+    write(rows, limit, arguments)
 
 
-def write(rows: list[Row], arguments: argparse.Namespace) -> None:
+def write(rows: list[Row], limit: float, arguments: argparse.Namespace) -> None:
     """step_time.json with job, machine and versions, and a bar picture each of time and memory."""
     base, side = arguments.base or arguments.architecture, arguments.resolution
     job = {"base": base, "resolution": side, "steps": arguments.steps, "precision": arguments.precision}
+    job["matmul_tflops"] = limit
     record.write(arguments.out / "step_time.json", job | {"rows": [asdict(row) for row in rows]})
     for name, unit in (("step_s", "seconds of a step"), ("peak_gib", "GiB at most")):
         values = {row.lever: getattr(row, name) for row in rows}
-        charts.save_bars(
-            values, arguments.out / f"{name}.png", title=f"{base} at {side} px on {record.device_name()}", unit=unit
-        )
+        title = f"{base} at {side} px on {record.device_name()}"
+        charts.save_bars(values, arguments.out / f"{name}.png", title=title, unit=unit)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,11 @@ class Modules:
         side = config.data.resolution or self.native_resolution
         return Bucket(side, side)
 
+    def latent_shape(self, bucket: Bucket) -> Sequence[int]:
+        """`[C, h, w]` of a picture of this size."""
+        factor = self.vae.factor
+        return (self.vae.module.config.latent_channels, bucket.height_px // factor, bucket.width_px // factor)
+
     def phases(self, config: Config, bucket: Bucket | None) -> tuple[Phase, ...]:
         """All phases of the run."""
         phases = [self.prepare(config, bucket), self.step(config, bucket), self.validate(config, bucket)]
@@ -244,7 +249,7 @@ class Modules:
     def _drawing(self, config: Config, together: int, bucket: Bucket, denoiser: str) -> dict[str, int]:
         """The larger of denoising and decoding `together` pictures, with the `denoiser` "adapted" or of the "base"."""
         decoded = min(together, self.vae.num_at_once(bucket.width_px, bucket.height_px))
-        latents = torch.empty(decoded, *self._shape(bucket), device=META)
+        latents = torch.empty(decoded, *self.latent_shape(bucket), device=META)
         is_tiled = bool(config.memory.tiled_decoding)
         decode = partial(self.vae.decode_chunk, latents, is_tiled=is_tiled)
         decoding = self._working(("decode", decoded, bucket, is_tiled), decode)
@@ -275,11 +280,7 @@ class Modules:
 
     def _batch(self, config: Config, rows: int, bucket: Bucket) -> Batch:
         is_text_trained = config.adapter.text_encoder
-        return make_batch(self.family, rows, self._shape(bucket), is_text_trained=is_text_trained, device=META)
-
-    def _shape(self, bucket: Bucket) -> Sequence[int]:
-        factor = self.vae.factor
-        return (self.vae.module.config.latent_channels, bucket.height_px // factor, bucket.width_px // factor)
+        return make_batch(self.family, rows, self.latent_shape(bucket), is_text_trained=is_text_trained, device=META)
 
     def _switch(self, *, training: bool, gradient_checkpointing: float) -> None:
         for module in self.adapted.values():

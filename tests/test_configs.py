@@ -7,17 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from lora_booth import config_file, presets
+from lora_booth import budget, config_file, presets
 from lora_booth.demo import MASCOT, demo_config
+from tests.test_memory import full_size
 
 FILES = sorted(presets.FOLDER.glob("*.toml"))
 
 
 def test_the_promised_files_are_there() -> None:
     names = {path.stem for path in FILES}
-    assert names == {"demo"} | {
-        f"{base}_{kind}_12gb" for base in ("sd15", "sd21", "sdxl") for kind in ("subject", "style")
-    }
+    expected = {f"{base}_{kind}_12gb" for base in ("sd15", "sd21", "sdxl") for kind in ("subject", "style")}
+    expected |= {"sd15_subject_8gb", "sd21_subject_8gb", *(f"sdxl_subject_{gb}gb" for gb in (8, 16, 24))}
+    assert names == {"demo"} | expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "demo"], ids=lambda path: path.stem)
+def test_a_shipped_config_fits_the_card_in_its_name_by_prediction(path: Path) -> None:
+    config = config_file.load(path)
+    assert config.memory.budget_gib == int(path.stem.rpartition("_")[2].removesuffix("gb"))
+    facts = full_size({"sd15": "sd1", "sd21": "sd2"}.get(config.model.base, config.model.base))
+    resolved = config.with_values({"data": {"bucket_step": 64}})
+    assert budget.choose(resolved, facts, config.memory.budget_gib).too_large == ()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
