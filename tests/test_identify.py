@@ -123,6 +123,12 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "no number of layers up to 100",
     ),
     "endless schedule": ("sd1", lambda b: change(b / SCHEDULER_FILE, num_train_timesteps=1 << 40), "no count of steps"),
+    "odd spacing": ("sd1", lambda b: change(b / SCHEDULER_FILE, timestep_spacing=[[]]), "timestep_spacing .*known are"),
+    "no room for words": (
+        "sd1",
+        lambda b: change(b / "tokenizer/tokenizer_config.json", model_max_length=0),
+        "allows prompts of 0 tokens only",
+    ),
     "odd schedule": ("sd1", lambda b: change(b / SCHEDULER_FILE, trained_betas=[0.1, 2.0]), "leaves its range"),
     "broken json": ("sd1", lambda b: (b / "vae/config.json").write_text("{"), r"vae.config\.json cannot be read"),
 }

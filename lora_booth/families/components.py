@@ -29,6 +29,8 @@ from lora_booth.families.weight_names import SINGLE_FILE_PREFIXES
 
 MAX_REASON_CHARACTERS = 300
 """What a library says of a file is cut there: it may quote all of it."""
+MIN_WINDOW = 3
+"""Tokens of a prompt: start, one word, end."""
 CLIP_MERGES = ARCHITECTURES / "clip_merges.txt.gz"
 
 
@@ -245,7 +247,10 @@ def _tokens(facts: BaseFacts, encoder: str) -> Tokens:
     known = facts.number(encoder, "vocab_size", 49408)
     if len(tokenizer) > known:
         raise ModelError(f"{folder} has {len(tokenizer)} tokens, but {encoder} knows {known}; download the base again.")
-    return Tokens(tokenizer, facts.number(encoder, "max_position_embeddings", 77))
+    tokens = Tokens(tokenizer, facts.number(encoder, "max_position_embeddings", 77))
+    if tokens.window < MIN_WINDOW:
+        raise ModelError(f"{folder} allows prompts of {tokens.window} tokens only; download the base again.")
+    return tokens
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -13,6 +13,8 @@ from lora_booth.errors import ConfigError, ModelError
 from lora_booth.objectives import NoiseSchedule
 
 MAX_TIMESTEPS = 100_000
+SPACINGS = ("linspace", "leading", "trailing")
+"""How a solver chooses its timesteps (arXiv 2305.08891, table 2), as diffusers names them."""
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++": (
         "DPMSolverMultistepScheduler",
@@ -29,6 +31,10 @@ def noise_schedule(config: Mapping[str, Any], *, source: object = "the base") ->
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ModelError(f"{source} predicts {prediction_type!r}; only epsilon and v_prediction can be trained.")
+    spacing = config.get("timestep_spacing", "leading")
+    if spacing not in SPACINGS:
+        told = f"{source} has timestep_spacing {reprlib.repr(spacing)}"
+        raise ModelError(f"{told}; known are {', '.join(SPACINGS)}. Download the base again.")
     try:
         betas = _betas(config)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
