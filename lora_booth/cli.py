@@ -73,7 +73,7 @@ def demo(
 
     with _listening(as_json, quiet) as report:
         explain(report)
-        _train(demo_config(out), report, "lora-booth demo" + ("" if out == Path("runs/demo") else f" --out {out}"))
+        _train(demo_config(out), report, shlex.join(["lora-booth", *sys.argv[1:]]))
 
 
 @app.command()
@@ -191,21 +191,25 @@ def _config(
     from lora_booth.errors import ConfigError
 
     words = list(settings or [])
-    paths = [word for word in words if "=" not in word]
+    paths = [word for word in words if "=" not in word or Path(word).is_file()]
     if len(paths) > 1:
         raise ConfigError(f"{', '.join(paths)}: only one config file can be given; settings are section.key=value.")
     options = {
-        "subject.images": subject,
+        "subject.images": _path_text(subject),
         "subject.class_noun": class_noun,
         "subject.token": token,
         "model.base": base,
         "memory.budget_gib": vram,
-        "run.folder": out,
+        "run.folder": _path_text(out),
     }
-    overrides = [word for word in words if "=" in word]
-    overrides += [f"{key}={value}" for key, value in options.items() if value is not None]
+    overrides = [word for word in words if word not in paths]
+    overrides += [config_file.override(key, value) for key, value in options.items() if value is not None]
     path = Path(paths[0]) if paths else presets.for_base(base)
     return config_file.load(path, overrides)
+
+
+def _path_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _train(config: Config, report: Any, command: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from pathlib import Path
 
 from lora_booth.config import TARGET_PRESETS, Config
 
@@ -40,7 +41,19 @@ def contradictions(config: Config) -> list[str]:
     templates += [("preview.prompts", p, {"token", "class"}) for p in config.preview.prompts]
     for key, template, allowed in templates:
         faults.extend(_slot_faults(key, template, allowed))
-    return faults
+    return faults + _unwritable_paths(config)
+
+
+def _unwritable_paths(config: Config) -> list[str]:
+    """Paths with bytes that are not UTF-8, as old disks have them; Python reads such a byte as a lone surrogate."""
+    paths = [
+        (f"{name}.{key}", str(value)) for name, section in config for key, value in section if isinstance(value, Path)
+    ]
+    return [
+        f"{key} is {path!a}, whose bytes are not UTF-8, so that no config file can hold it; rename it."
+        for key, path in paths
+        if any("\ud800" <= letter <= "\udfff" for letter in path)
+    ]
 
 
 def _slot_faults(key: str, template: str, allowed: set[str]) -> list[str]:

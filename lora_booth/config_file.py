@@ -44,6 +44,11 @@ def build(values: Values, *, source: str, faults: Sequence[str] = ()) -> Config:
     return config
 
 
+def override(key: str, value: str | float) -> str:
+    """The override that sets `key` to `value` as it is: a word like 2024 or true stays a word."""
+    return f"{key}={tomli_w.dumps({'value': value}).removeprefix('value = ').rstrip()}"
+
+
 def to_toml(config: Config) -> str:
     """The whole config as TOML that `load` takes back to an equal Config. Settings left at None are left out."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

@@ -72,10 +72,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_abandoned(folder: Path, *, older_than_seconds: float = 0.0) -> None:
-    """Remove the temporary files that killed writers have left in `folder`; the age tells them from living ones."""
+    """Remove the temporary files that killed writers have left in `folder`; the age tells them from living ones.
+
+    A time ahead of the clock is as good as one behind it: clocks are set back.
+    """
     for path in folder.glob(".*.tmp"):
         with suppress(OSError):  # another process was faster, or it is not ours to delete; it costs only space
-            if time.time() - path.stat().st_mtime > older_than_seconds:
+            if abs(time.time() - path.stat().st_mtime) >= older_than_seconds:
                 path.unlink()
 
 

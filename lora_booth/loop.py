@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -294,12 +294,19 @@ def save(s: Session, done: int) -> None:
         state = {"validation_loss": loss, "scaler": s.scaler.state_dict()}
         set_training_(s, True)
         checkpoint = Checkpoint(done, inject.state(s.adapted), s.optimizer.state_dict(), state)
-        broken = [name for name, tensor in checkpoint.adapter.items() if not tensor.isfinite().all()]
+        broken = [f"{name} of the adapter" for name, t in checkpoint.adapter.items() if not t.isfinite().all()]
+        broken += [f"{name} of the optimizer" for name, t in _optimizer_tensors(s) if not t.isfinite().all()]
         if broken:
-            raise NumericError(f"{broken[0]} of the adapter is not finite after step {done}; {LOWER_RATE}")
+            raise NumericError(f"{broken[0]} is not finite after step {done}; {LOWER_RATE}")
         path = s.run.save(checkpoint, keep_last=s.config.train.keep_last)
         s.report.event("saved", f"step {done} saved, validation loss {loss:.4f}", step=done, path=str(path))
     s.accelerator.wait_for_everyone()
+
+
+def _optimizer_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
+    """What the optimizer remembers, floating point only: 8-bit states are numbers of a table."""
+    for state in s.optimizer.state.values():
+        yield from ((name, t) for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point())
 
 
 def restore(s: Session) -> int:

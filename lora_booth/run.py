@@ -138,12 +138,14 @@ class Run:
         return float(self._inputs()["started_at"])
 
     def append_metrics(self, values: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
+        """Add one line to metrics.jsonl. Raises DiskError when another process has taken the folder."""
+        self._require_taken()
         with files.writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps that were computed after the checkpoint that is continued from."""
+        """Drop the lines of steps after the checkpoint that is continued from. Raises DiskError as `append_metrics`."""
+        self._require_taken()
         if self.metrics_path.exists():
             lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
@@ -155,19 +157,13 @@ class Run:
         Raises DiskError when it cannot be written, or when another process has taken the folder.
         """
         self._require_taken()
-        folder = self.folder / "checkpoints"
-        target = folder / f"step-{checkpoint.step:06d}"
-        with files.writing(target):
-            folder.mkdir(exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-            try:
-                _write_checkpoint(temporary, checkpoint)
-                if target.exists():
-                    shutil.rmtree(target)
-                temporary.rename(target)
-                files.sync(folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        target = self.folder / "checkpoints" / f"step-{checkpoint.step:06d}"
+        try:
+            with files.writing(target):
+                _write_whole(target, checkpoint)
+        except DiskError:
+            self._require_taken()  # else it was another process that removed what was half written
+            raise
         self._prune(keep_last)
         return target
 
@@ -274,7 +270,7 @@ def _locked(folder: Path) -> FileLock:
     """The operating system's lock on `folder`; it falls with the process that holds it, so it cannot go stale."""
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1, poll_interval=0.1)  # seconds in which a holder that has just begun says who it is
     except Timeout:
         raise DiskError(
             f"run folder {folder} is in use by {_told(_owner_of(folder))}; wait for it, stop it, or choose another "
@@ -326,6 +322,21 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # the torn last line of a killed process
+
+
+def _write_whole(target: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` beside `target`, then let it take that name."""
+    folder = target.parent
+    folder.mkdir(exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        _write_checkpoint(temporary, checkpoint)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        files.sync(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

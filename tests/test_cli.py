@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +37,12 @@ def in_process(
     return code, captured.out, captured.err
 
 
+def processor_seconds_of_children() -> float:
+    """Of all processes that this one has waited for; a busy machine does not change it."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 @pytest.fixture
 def short(bases: dict[str, Path], pictures: Path, shared_cache: Path) -> list[str]:
     """A run of a second or two."""
@@ -57,10 +62,10 @@ def short(bases: dict[str, Path], pictures: Path, shared_cache: Path) -> list[st
 
 
 def test_help_answers_without_torch_and_in_well_under_a_second() -> None:
-    began = time.perf_counter()
+    began = processor_seconds_of_children()
     done = lora_booth("--help")
     assert done.returncode == 0
-    assert time.perf_counter() - began < 3  # 0.3 s on a quiet machine; the bound is for a busy one
+    assert processor_seconds_of_children() - began < 1.5  # 0.3 measured
     assert all(verb in done.stdout for verb in ("demo", "train", "plan", "generate", "config"))
     check = (
         "import sys, lora_booth.cli; sys.exit(any(m in sys.modules for m in ('torch', 'pydantic', 'rich.progress')))"
@@ -135,6 +140,19 @@ def test_plan_shows_what_would_happen_and_writes_nothing(
     assert code == 0
     assert all(part in text for part in ('"sks dog"', "5 pictures", "picture_00.png: 48×48 to 32×32", "a new run:"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["2024", "2024-05-01", "true", '"q"', " a ", "a=b", "-rf", "a\nb", "é"])
+def test_a_folder_given_as_an_option_may_have_any_name(name: str) -> None:
+    config = cli._config(None, subject=Path(name), class_noun="1e5", base="sd15", vram=12, out=Path(name))
+    assert (str(config.subject.images), str(config.run.folder)) == (name, name)
+    assert (config.subject.class_noun, config.memory.budget_gib) == ("1e5", 12)
+
+
+def test_a_config_file_may_have_an_equals_sign_in_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "run=3.toml"
+    path.write_text('model.base = "sd15"\nsubject = { images = "x", class_noun = "dog" }\n')
+    assert cli._config([str(path), "train.steps=7"]).train.steps == 7
 
 
 def test_config_prints_a_file_that_train_takes(

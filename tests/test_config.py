@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tomllib
 from pathlib import Path
 
@@ -94,6 +95,11 @@ def test_prodigy_with_two_learning_rates_is_refused() -> None:
     with pytest.raises(ConfigError, match="prodigy finds one rate for all, so set both to the same number"):
         config_file.load(None, words)
     config_file.load(None, [*words, "optimizer.learning_rate=1", "optimizer.text_encoder_learning_rate=1"])
+
+
+def test_a_folder_whose_name_no_config_file_can_hold_is_refused_by_its_key() -> None:
+    message = faults_of([*GOOD, f"run.folder={os.fsdecode(b'runs/caf' + bytes([0xE9]))}"])
+    assert r"run.folder is 'runs/caf\udce9', whose bytes are not UTF-8" in message
 
 
 def test_values_are_not_coerced() -> None:

@@ -34,12 +34,12 @@ def test_a_picture_that_takes_for_ever_is_left_out_and_the_others_are_used(
 ) -> None:
     tiny.tiny_pictures(tmp_path, 3)
     slow_jpeg(tmp_path / "slow.jpg")
-    monkeypatch.setattr(worker, "MAX_SECONDS", 2.0)
+    monkeypatch.setattr(worker, "MAX_SECONDS", 4.0)
     began = time.monotonic()
     found = images.find(tmp_path, max_megapixels=64)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 40
     assert len(found.pictures) == 3
-    assert "slow.jpg takes longer than 2 s to decode; save it again" in str(found.left_out[0])
+    assert "slow.jpg takes longer than 4 s to decode; save it again" in str(found.left_out[0])
 
 
 def test_a_decoder_that_crashes_costs_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

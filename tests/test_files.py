@@ -63,6 +63,16 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     )  # FIPS 180
 
 
+@pytest.mark.parametrize("days", [-365, 0, 365])
+def test_what_a_killed_writer_left_goes_whatever_the_clock_says(days: int, tmp_path: Path) -> None:
+    left = tmp_path / ".a.txt.x.tmp"
+    left.write_text("half")
+    seen = left.stat().st_mtime + days * 86_400
+    os.utime(left, (seen, seen))
+    files.remove_abandoned(tmp_path, older_than_seconds=0 if days == 0 else 86_400)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_term_signal_while_writing_leaves_nothing_half_written(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path\n"

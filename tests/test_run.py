@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lora_booth import files
 from lora_booth.config import Config
 from lora_booth.errors import ConfigError, DiskError
-from lora_booth.run import Checkpoint, Run, require_free_space
+from lora_booth.run import Checkpoint, Run, _locked, require_free_space
 
 INPUTS = {"base": "abc", "pictures": {"a.jpg": "1", "b.jpg": "2"}}
 
@@ -110,6 +113,24 @@ def test_a_save_that_dies_leaves_the_old_ones_and_no_orphan_after_the_next_start
     assert not list(run.folder.glob("*.tmp"))
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name_and_the_name_before_an_old_one_goes(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save(checkpoint(1, loss=2.0), keep_last=1)
+    order: list[str] = []
+
+    def told(module: Any, name: str, word: Callable[[Any], str]) -> None:
+        honest = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *words, **more: (order.append(word(words)), honest(*words, **more))[1])
+
+    told(files, "sync", lambda words: f"sync {words[0].name.rpartition('-')[0] or words[0].name}")
+    told(Path, "rename", lambda _: "rename")
+    told(shutil, "rmtree", lambda words: f"remove {Path(words[0]).name.rpartition('-')[0]}")
+    run.save(checkpoint(2), keep_last=1)
+    names = ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json", ".saving"]
+    assert order == [*(f"sync {name}" for name in names), "rename", "sync checkpoints", "remove .saving", "remove step"]
+
+
 def test_a_run_killed_before_its_config_was_written_may_start_again(tmp_path: Path) -> None:
     for name in (".lock", "..owner.json.x1.tmp", ".inputs.json.x2.tmp", ".config.toml.x3.tmp", "inputs.json"):
         (tmp_path / name).write_text("{")
@@ -147,6 +168,16 @@ def test_a_folder_that_another_process_took_is_not_saved_into(run: Run) -> None:
     run.save(checkpoint(2), keep_last=2)
 
 
+def test_the_metrics_of_a_folder_that_another_process_took_are_left_alone(run: Run) -> None:
+    run.append_metrics({"step": 1})
+    (run.folder / ".owner.json").write_text(json.dumps({"pid": 7, "id": "another"}))
+    with pytest.raises(DiskError, match="was taken by process 7"):
+        run.append_metrics({"step": 2})
+    with pytest.raises(DiskError, match="was taken by process 7"):
+        run.forget_metrics_after(0)
+    assert run.metrics_path.read_text() == '{"step": 1}\n'
+
+
 def test_another_config_is_refused_with_the_keys_that_differ(run: Run) -> None:
     run.close()
     with pytest.raises(ConfigError, match=r"train\.seed: 0 -> 3"):
@@ -173,6 +204,16 @@ def test_changed_inputs_are_refused_by_name(inputs: dict[str, Any], expected: st
         Run.open(run.folder, config(), inputs)
 
 
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(ConfigError, match=r"run folder .*run is a file; choose another folder with run\.folder"):
+        Run.open(tmp_path / "run", config(), INPUTS)
+
+
+def test_pictures_on_the_way_have_their_step_in_six_digits(run: Run) -> None:
+    assert run.preview_path(40) == run.folder / "previews" / "step-000040.png"
+
+
 def test_a_folder_with_other_files_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"holiday\.jpg"):
@@ -191,6 +232,41 @@ def test_a_second_run_in_the_folder_is_refused_with_its_owner(run: Run) -> None:
         os._exit(0)
     os.waitpid(child, 0)
     assert f"in use by process {os.getpid()} on " in os.read(read, 4096).decode()
+
+
+def test_a_holder_that_has_not_yet_said_who_it_is_gets_a_moment(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        lock = _locked(tmp_path)
+        os.write(write, b"locked")
+        time.sleep(0.3)
+        (tmp_path / ".owner.json").write_text(json.dumps({"pid": os.getpid(), "host": "here", "started": "now"}))
+        time.sleep(60 if lock else 0)
+        os._exit(0)
+    assert os.read(read, 6) == b"locked"
+    try:
+        with pytest.raises(DiskError, match=f"in use by process {child} on here since now"):
+            _locked(tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_save_that_another_process_swept_away_says_who_took_the_folder(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = files.sync
+
+    def sync_after_a_taking(path: Path) -> None:
+        (run.folder / ".owner.json").write_text(json.dumps({"pid": 7, "id": "another"}))
+        for unfinished in (run.folder / "checkpoints").glob(".saving-*"):
+            shutil.rmtree(unfinished)
+        honest(path)
+
+    monkeypatch.setattr(files, "sync", sync_after_a_taking)
+    with pytest.raises(DiskError, match="was taken by process 7"):
+        run.save(checkpoint(1), keep_last=1)
 
 
 def test_the_lock_of_a_dead_process_does_not_count(tmp_path: Path) -> None:
@@ -213,8 +289,12 @@ def test_metrics_after_the_checkpoint_are_forgotten_torn_lines_too(run: Run) -> 
 
 def test_too_little_space_is_told_before_the_first_step(tmp_path: Path) -> None:
     require_free_space(tmp_path, 1)
-    with pytest.raises(DiskError, match=r"MiB free, but the run's checkpoints need about"):
+    free_mib = shutil.disk_usage(tmp_path).free / 2**20
+    with pytest.raises(
+        DiskError, match=r"has \d+ MiB free, but the run's checkpoints need about 1099511627776 MiB"
+    ) as told:
         require_free_space(tmp_path, 2**60)
+    assert float(str(told.value).split(" has ")[1].split()[0]) == pytest.approx(free_mib, rel=0.2)
 
 
 def test_a_disk_that_fills_up_in_a_checkpoint_is_told_and_the_old_one_stays(run: Run) -> None:

@@ -188,9 +188,9 @@ def test_fingerprint_of_a_large_file_samples_its_ends_and_middle(tmp_path: Path)
     path, size = tmp_path / "x.safetensors", 6 * 2**30
     path.write_bytes(header_bytes({}))
     os.truncate(path, size)  # sparse: takes no room
-    start = time.monotonic()
+    start = time.process_time()
     seen = {sources.fingerprint(path)}
-    assert time.monotonic() - start < 1.0, "a base of 6 GiB must not be read whole"
+    assert time.process_time() - start < 1.0, "a base of 6 GiB must not be read whole"
     block = sources.BLOCK_BYTES
     for offset in (size - 1, (size - block) // 63 * 31 + block // 2):
         with path.open("r+b") as file:

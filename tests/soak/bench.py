@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,15 @@ from PIL import Image
 
 from lora_booth import export
 from lora_booth.config import Config
+from lora_booth.errors import LoraBoothError
 from lora_booth.run import Run
 from tests import tiny
 from tests.soak import crash
+from tests.soak.crash import Fate
 
 STEPS = 4
+FEW_LAYERS = r"regex:.*attn2\.to_k"
+"""17 of 136 layers: nothing that can be interrupted is left out, and a run takes half as long."""
 
 
 @dataclass(frozen=True)
@@ -29,30 +35,52 @@ class Result:
     note: str = ""
 
 
-class Bench:
-    """Bases, pictures, and the outcome of the straight run, in `folder`."""
+@dataclass(frozen=True)
+class Materials:
+    """Folders that a job reads."""
 
-    def __init__(self, folder: Path, **sections: dict[str, Any]) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.base = tiny.tiny_sdxl(folder / "base")
-        tiny.tiny_pictures(folder / "pictures", 3)
-        tiny.tiny_pictures(folder / "held_out", 1)
-        self.sections = sections
-        straight = self.config("straight")
-        outcome = crash.run(straight)
+    base: Path
+    pictures: Path
+    held_out: Path
+
+
+def materials(folder: Path, make_base: Callable[[Path], Path] = tiny.tiny_sdxl) -> Materials:
+    """A base, three pictures to learn and one to judge by, written into `folder`."""
+    tiny.tiny_pictures(folder / "pictures", 3)
+    tiny.tiny_pictures(folder / "held_out", 1)
+    return Materials(make_base(folder / "base"), folder / "pictures", folder / "held_out")
+
+
+class Bench:
+    """The job in `folder`, and what its straight run makes.
+
+    `changes`: what it changes on the disk, in order; `moments`: seconds since its start, by word of the report
+    and number.
+    """
+
+    def __init__(self, folder: Path, read: Materials | None = None, **sections: dict[str, Any]) -> None:
+        self.folder, self.sections = folder, sections
+        self.read = read or materials(folder)
+        self.straight = self.config("straight")
+        outcome = crash.run(self.straight, Fate(event="change", folder=folder / "straight"))
         assert outcome.code == 0, outcome.output
-        self.seconds = outcome.seconds
-        self.expected = made(straight)
+        lines = outcome.output.splitlines()
+        self.seconds, self.expected = outcome.seconds, made(self.straight)
+        self.changes = [line for line in lines if line.startswith("change ")]
+        self.moments: dict[tuple[str, int], float] = {}
+        counts: Counter[str] = Counter()
+        for _, seconds, word in (line.split(maxsplit=2) for line in lines if line.startswith("moment ")):
+            counts[word] += 1
+            self.moments[word, counts[word]] = float(seconds)
 
     def config(self, name: str, **sections: dict[str, Any]) -> Config:
         """The job in a folder of its own, with a cache of its own."""
         values: dict[str, dict[str, Any]] = {
-            "model": {"base": str(self.base)},
-            "subject": {"images": self.folder / "pictures", "class_noun": "dog", "held_out": self.folder / "held_out"},
+            "model": {"base": str(self.read.base)},
+            "subject": {"images": self.read.pictures, "class_noun": "dog", "held_out": self.read.held_out},
             "data": {"resolution": 32, "bucket_step": 16},
             "prior": {"num_images": 2, "sampler_steps": 1, "sampler": "ddim"},
-            "adapter": {"rank": 2},
+            "adapter": {"rank": 2, "targets": FEW_LAYERS},
             "optimizer": {"learning_rate": 1e-2},
             "train": {"steps": STEPS, "save_every_steps": 2, "keep_last": 1},
             "preview": {
@@ -67,7 +95,7 @@ class Bench:
         for changed in (self.sections, sections):
             for section, pairs in changed.items():
                 values.setdefault(section, {}).update(pairs)
-        (self.folder / name).mkdir(exist_ok=True)
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
         return Config.model_validate(values)
 
     def finish(self, config: Config) -> str:
@@ -114,6 +142,18 @@ def left_over(config: Config) -> str:
     assert config.run.folder is not None
     found = [*config.run.folder.rglob("*.tmp"), *config.run.folder.rglob(".saving-*")]
     return f"left over: {', '.join(path.name for path in found)}" if found else ""
+
+
+def half_file(config: Config, expected: dict[str, str]) -> str:
+    """What is wrong with the adapter files that a killed run has handed over already, "" when nothing is."""
+    assert config.run.folder is not None
+    for path in config.run.folder.glob("*.safetensors"):
+        try:
+            if export.read_metadata(path)["sshs_model_hash"] != expected[path.name] or not export.read(path):
+                return f"{path.name} is another than that of the straight run"
+        except LoraBoothError as error:
+            return f"{path.name} cannot be read: {error}"
+    return ""
 
 
 def lost_checkpoint(config: Config, output: str) -> str:

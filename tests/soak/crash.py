@@ -1,6 +1,6 @@
 """Runs in processes of their own that die where they are told: after a time, at an event, or at a change on the disk.
 
-The processes are forked from a server that has imported everything and computed nothing, so each costs its run alone.
+The processes are forked from a server that has imported everything and loaded a base, so each costs its run alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import transformers.models.clip
 
 from lora_booth import train
 from lora_booth.config import Config
+from lora_booth.console import Meter
 from lora_booth.errors import LoraBoothError
 from lora_booth.report import Silent
 
@@ -32,15 +35,16 @@ _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open")
 """Python's audit events that change the disk; of "open" only those that write."""
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([__name__])
+_server.set_forkserver_preload([__name__, "tests.soak.warm"])
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What befalls a run: `signal_number` after `seconds`, or at the `number`-th `event`, counted from 1.
+    """What befalls a run: `signal_number` after `seconds`, which count from its start or from the `number`-th `event`.
 
     `event`: "change" for the moment before a change on the disk below `folder`, else a word of the report: "train",
-    "saved" … With `number` 0 nothing befalls it, but its changes are listed.
+    "saved" …, numbered from 1. With `number` 0 nothing befalls it, but its changes and what it reports are listed.
+    `sabotage` is called in the process before it trains.
     """
 
     signal_number: int = signal.SIGKILL
@@ -48,6 +52,7 @@ class Fate:
     event: str = ""
     number: int = 0
     folder: Path | None = None
+    sabotage: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def run(
     process, log = start(config, fate, environment or {})
     began = time.monotonic()
     struck = None
-    if fate.seconds is not None:
+    if fate.seconds is not None and not fate.event:
         process.join(fate.seconds)
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, fate.signal_number)
@@ -81,10 +86,10 @@ def run(
     return Outcome(process.exitcode, log.read_text() if log.exists() else "", ended - began, after)
 
 
-def start(config: Config, fate: Fate, environment: dict[str, str]) -> tuple[Any, Path]:
-    """The process, begun, and the file that gets what it prints."""
+def start(config: Config, fate: Fate, environment: dict[str, str], name: str = "0") -> tuple[Any, Path]:
+    """The process, begun, and the file that gets what it prints, which `name` tells from those of others."""
     assert config.run.folder is not None
-    log = config.run.folder.with_suffix(f".{environment.get('RANK', '0')}.log")
+    log = config.run.folder.parent / f"{name}.log"
     process = _server.Process(target=_live, args=(config, fate, log, environment))
     process.start()
     return process, log
@@ -100,13 +105,6 @@ def join(process: Any, limit: float) -> float:
     return time.monotonic()
 
 
-def changes(config: Config, folder: Path) -> list[str]:
-    """What a whole run of `config` changes below `folder`, in order."""
-    outcome = run(config, Fate(event="change", folder=folder))
-    assert outcome.code == 0, outcome.output
-    return [line for line in outcome.output.splitlines() if line.startswith("change ")]
-
-
 def _live(config: Config, fate: Fate, log: Path, environment: dict[str, str]) -> None:
     """The child: all that is printed goes to `log`; it leaves with the exit code of the error."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -117,6 +115,8 @@ def _live(config: Config, fate: Fate, log: Path, environment: dict[str, str]) ->
     torch.set_num_threads(1)
     if fate.event == "change":
         sys.addaudithook(_Changes(fate))
+    if fate.sabotage is not None:
+        fate.sabotage()
     code = 0
     try:
         train.train(config, report=Fated(fate))
@@ -160,7 +160,7 @@ class Fated(Silent):
     """A report that prints, and strikes its own process at the event of `fate`."""
 
     def __init__(self, fate: Fate) -> None:
-        self.fate, self.count = fate, 0
+        self.fate, self.count, self.began, self.meter = fate, 0, time.monotonic(), Meter()
 
     def event(self, kind: str, text: str, **values: Any) -> None:
         print(text)
@@ -172,12 +172,21 @@ class Fated(Silent):
 
     def progress(self, task: str, done: int, total: int, **values: Any) -> None:
         self._meet(task)
+        if task == "train" and self.fate.event == "eta":
+            self.meter.update(done, values)
+            print("seconds left", self.meter.seconds_left(total) or 0.0)
         if task == "train" and self.fate.event == "measure" and done % self.fate.number == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             print("memory", pages * os.sysconf("SC_PAGE_SIZE") >> 20, len(os.listdir("/proc/self/fd")))
 
     def _meet(self, word: str) -> None:
+        if self.fate.event == "change" and self.fate.number == 0:
+            print(f"moment {time.monotonic() - self.began:.3f} {word}")
         if word == self.fate.event:
             self.count += 1
             if self.count == self.fate.number:
-                os.kill(os.getpid(), self.fate.signal_number)
+                words = (os.getpid(), self.fate.signal_number)
+                if self.fate.seconds:
+                    threading.Timer(self.fate.seconds, os.kill, words).start()
+                else:
+                    os.kill(*words)

@@ -7,19 +7,41 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from lora_booth.config import Config
 from lora_booth.errors import DiskError, ProcessLostError
 from lora_booth.run import CHECKPOINT_FILES, Run
+from tests import tiny
 from tests.soak import crash
-from tests.soak.bench import STEPS, Bench, Result, differences, lost_checkpoint, made
+from tests.soak.bench import STEPS, Bench, Result, differences, half_file, lost_checkpoint, made, materials
 from tests.soak.crash import Fate
 
 MAX_SECONDS_TO_STOP = 10.0
+SIZES: tuple[tuple[Callable[[Path], Path], dict[str, dict[str, Any]]], ...] = (
+    (tiny.tiny_sdxl, {}),
+    (tiny.tiny_sd, {"adapter": {"rank": 4, "targets": "attention", "text_encoder": True}}),
+    (tiny.tiny_sdxl, {"adapter": {"rank": 16, "targets": "attention+ff+conv"}}),
+)
+"""Base and settings of a small, a middle and a large adapter."""
+PHASES = {
+    "resume": (("base", 1), ("train", 1)),
+    "class images": (("encode prompts", 3), ("class_images", 1)),
+    "previews": (("saved", 1), ("preview", 2)),
+    "export": (("saved", 2), ("trigger", 1)),
+}
+"""The words of the report, with their numbers, that a phase lies between."""
+IN_TURN = ("resume", "class images", "export", "resume", "previews", "export")
 
 
 def kills_at_random(count: int, folder: Path, seed: int = 0) -> Result:
@@ -38,23 +60,50 @@ def kills_at_random(count: int, folder: Path, seed: int = 0) -> Result:
     return Result(count, tuple(failures), f"the straight run takes {bench.seconds:.1f} s")
 
 
-def kills_at_changes(count: int | None, folder: Path, seed: int = 0) -> Result:
+def kills_at_changes(count: int, folder: Path, seed: int = 0) -> Result:
     """SIGKILL right before each change on the disk: files opened, renamed and removed, folders made and removed.
 
-    `count`: how many of the changes, evenly spread from a random first; all of them when None.
+    `count`: how many changes, one at random in each of equal stretches of a run; when it has no more, of a larger one.
     """
-    bench, failures = Bench(folder), []
-    total = len(crash.changes(bench.config("listed"), folder / "listed"))
-    step = 1 if count is None else max(1, total // count)
-    numbers = range(1 + (0 if count is None else random.Random(seed).randrange(step)), total + 1, step)
-    for number in numbers:
-        config = bench.config(f"change-{number}")
-        outcome = crash.run(config, Fate(event="change", number=number, folder=folder / f"change-{number}"))
-        fault = "" if outcome.code == -signal.SIGKILL else f"ended with {outcome.code}: {outcome.output[-300:]}"
+    failures, tries, rng = [], [], random.Random(seed)
+    for size, (make_base, sections) in enumerate(SIZES):
+        if sum(tries) == count:
+            break
+        where = folder / str(size)
+        bench = Bench(where, materials(where, make_base), **sections)
+        tries.append(min(count - sum(tries), len(bench.changes)))
+        stretch = len(bench.changes) / tries[-1]
+        for i in range(tries[-1]):
+            number = 1 + int((i + rng.random()) * stretch)
+            config = bench.config(f"change-{number}")
+            outcome = crash.run(config, Fate(event="change", number=number, folder=where / f"change-{number}"))
+            fault = "" if outcome.code == -signal.SIGKILL else f"ended with {outcome.code}: {outcome.output[-300:]}"
+            fault = fault or lost_checkpoint(config, outcome.output) or bench.finish(config)
+            if fault:
+                failures.append(f"size {size}, change {number} ({bench.changes[number - 1]}): {fault}")
+    note = f"{', '.join(map(str, tries))} of {len(bench.changes)} changes in a run, by size"
+    return Result(sum(tries), tuple(failures), note)
+
+
+def kills_in_phases(count: int, folder: Path, seed: int = 0) -> Result:
+    """SIGKILL while a run resumes, draws class images or previews, or exports; then the same command to the end."""
+    bench, rng, failures = Bench(folder), random.Random(seed), []
+    killed: Counter[str] = Counter()
+    for i in range(count):
+        config, phase = bench.config(f"phase-{i}"), IN_TURN[i % len(IN_TURN)]
+        if phase == "resume":
+            assert crash.run(config, Fate(event="train", number=3)).code == -signal.SIGKILL
+        (word, number), end = PHASES[phase]
+        moment = rng.uniform(0.001, bench.moments[end] - bench.moments[word, number])
+        outcome = crash.run(config, Fate(event=word, number=number, seconds=moment))
+        killed[phase] += outcome.code == -signal.SIGKILL
+        fault = "" if outcome.code in (0, -signal.SIGKILL) else f"ended with {outcome.code}: {outcome.output[-300:]}"
+        fault = fault or half_file(config, bench.expected)
         fault = fault or lost_checkpoint(config, outcome.output) or bench.finish(config)
         if fault:
-            failures.append(f"change {number}: {fault}")
-    return Result(len(numbers), tuple(failures), f"of {total} changes in a run")
+            failures.append(f"{phase} {i}, {moment:.2f} s into it: {fault}")
+    failures += [f"never killed in {phase}" for phase in PHASES if count >= len(IN_TURN) and not killed[phase]]
+    return Result(count, tuple(failures), ", ".join(f"{number} in {phase}" for phase, number in killed.items()))
 
 
 def signals(count: int, folder: Path, seed: int = 0) -> Result:
@@ -84,9 +133,7 @@ def signals(count: int, folder: Path, seed: int = 0) -> Result:
 def full_disks(count: int, folder: Path, seed: int = 0) -> Result:
     """The disk of the run folder is full at byte k; then it gets space, and the same command to the end. Needs root."""
     bench, failures = Bench(folder), []
-    config = bench.config("measured")
-    assert crash.run(config).code == 0
-    needed = sum(path.stat().st_size for path in (folder / "measured/run").rglob("*") if path.is_file())
+    needed = sum(path.stat().st_size for path in (folder / "straight/run").rglob("*") if path.is_file())
     codes: Counter[int] = Counter()
     for i in range(count):
         config = bench.config(f"full-{i}")
@@ -163,18 +210,22 @@ MATRIX = list(
 
 def resume_matrix(count: int, folder: Path, seed: int = 0) -> Result:
     """Stopped at step 1 and killed at step 3 under every kind of run; then the same bytes as the straight run."""
-    failures = []
+    failures, read = [], materials(folder)
     rows = MATRIX if count >= len(MATRIX) else random.Random(seed).sample(MATRIX, count)
     for i, (optimizer, schedule, precision, has_prior, trains_text) in enumerate(rows):
         bench = Bench(
             folder / str(i),
+            read,
             model={"precision": precision},
             optimizer={"name": optimizer, "schedule": schedule, "text_encoder_learning_rate": 1e-2},
-            adapter={"rank": 16, "text_encoder": trains_text, "dropout": 0.1},  # 8-bit states need 4,096 numbers
+            adapter={"rank": 64, "text_encoder": trains_text, "dropout": 0.1},
             prior={"loss_weight": 1.0 if has_prior else 0.0},
             train={"save_every_steps": 1},
             preview={"images_per_prompt": 0},
+            run={"cache": folder / "cache"},
         )
+        is_8bit = any(tensor.dtype == torch.uint8 for tensor in _optimizer_tensors(bench.straight))
+        assert is_8bit == optimizer.endswith("8bit"), optimizer  # a tensor below 4,096 numbers keeps 32 bits
         config = bench.config("interrupted")
         stopped = crash.run(config, Fate(signal.SIGTERM, event="train", number=1))
         killed = crash.run(config, Fate(event="train", number=2))
@@ -184,6 +235,12 @@ def resume_matrix(count: int, folder: Path, seed: int = 0) -> Result:
             failures.append(f"{optimizer}, {schedule}, {precision}, prior {has_prior}, text {trains_text}: {fault}")
         shutil.rmtree(folder / str(i))
     return Result(len(rows), tuple(failures), f"of {len(MATRIX)} combinations")
+
+
+def _optimizer_tensors(config: Config) -> list[torch.Tensor]:
+    assert config.run.folder is not None
+    newest = max((config.run.folder / "checkpoints").glob("step-*"))
+    return list(load_file(newest / "optimizer.safetensors").values())
 
 
 def lost_processes(count: int, folder: Path, seed: int = 0) -> Result:
@@ -214,10 +271,10 @@ def lost_processes(count: int, folder: Path, seed: int = 0) -> Result:
 
 def _both(config: Config, victim: int = 0, moment: float | None = None) -> tuple[list[crash.Outcome], float]:
     """How the two processes of one run end, and how long after `moment`, when `victim` is killed, the last one does."""
-    port = str(random.SystemRandom().randrange(20_000, 60_000))
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-    begun = [crash.start(config, crash.SURVIVES, environment) for environment in environments]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "ACCELERATE_USE_CPU": "true"}
+    begun = [
+        crash.start(config, crash.SURVIVES, shared | {"RANK": rank, "LOCAL_RANK": rank}, name=rank) for rank in "01"
+    ]
     struck = time.monotonic()
     if moment is not None:
         begun[victim][0].join(moment)
@@ -228,6 +285,15 @@ def _both(config: Config, victim: int = 0, moment: float | None = None) -> tuple
     return outcomes, ended - struck
 
 
+def _free_port() -> str:
+    """Below those that the system hands out itself, so that nobody takes it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return str(port)
+
+
 def leaks(count: int, folder: Path, seed: int = 0) -> Result:
     """`count` steps with saves and pictures: the memory of the process and its open files stay what they are."""
     every = max(10, count // 20)
@@ -236,7 +302,6 @@ def leaks(count: int, folder: Path, seed: int = 0) -> Result:
         "long",
         train={"steps": count, "save_every_steps": every},
         preview={"every_steps": every},
-        adapter={"targets": r"regex:.*attn2\.to_k"},
     )
     outcome = crash.run(config, Fate(event="measure", number=every), limit=3600)
     lines = [line.split() for line in outcome.output.splitlines() if line.startswith("memory ")]

@@ -1,0 +1,43 @@
+"""Every campaign with its two lengths: few tries for each change that is submitted, many before a release."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.soak import adapters, hostile, kills, names, owners, sabotage, same
+from tests.soak.bench import Result
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """`run`: tries, folder and seed to what was found. `needs_root`: it mounts a small disk."""
+
+    run: Callable[[int, Path, int], Result]
+    few: int
+    many: int
+    needs_root: bool = False
+
+
+CAMPAIGNS = {
+    "kills_at_random": Campaign(kills.kills_at_random, 25, 100),
+    "kills_at_changes": Campaign(kills.kills_at_changes, 30, 330),
+    "kills_in_phases": Campaign(kills.kills_in_phases, 30, 150),
+    "signals": Campaign(kills.signals, 10, 50),
+    "full_disks": Campaign(kills.full_disks, 20, 200, needs_root=True),
+    "shared_folders": Campaign(owners.shared_folders, 5, 50),
+    "names": Campaign(names.names, 40, 200),
+    "not_finite": Campaign(sabotage.not_finite, 12, 100),
+    "out_of_memory": Campaign(sabotage.out_of_memory, 5, 20),
+    "clocks": Campaign(sabotage.clocks, 6, 24),
+    "damaged_checkpoints": Campaign(kills.damaged_checkpoints, 200, 5_000),
+    "same_result": Campaign(same.same_result, 3, 10),
+    "resume_matrix": Campaign(kills.resume_matrix, 24, 96),
+    "lost_processes": Campaign(kills.lost_processes, 5, 25),
+    "leaks": Campaign(kills.leaks, 400, 20_000),
+    "adapters": Campaign(adapters.adapters, 2_500, 200_000),
+    "configs": Campaign(hostile.configs, 2_000, 50_000),
+    "pictures": Campaign(hostile.pictures, 500, 20_000),
+    "bases": Campaign(hostile.bases, 40, 2_000),
+}
