@@ -107,7 +107,8 @@ def _poison(place: str, step: int, value: float, at: float) -> None:
 
 def out_of_memory(count: int, folder: Path, seed: int = 0) -> Result:
     """Memory runs out at one of all operations of a run: told with what to change; then the same command to the end."""
-    bench = Bench(folder, train={"gradient_checkpointing": True})  # less to advise, which takes seconds each time
+    train = {"gradient_checkpointing": True}  # less to advise, which takes seconds each time
+    bench = Bench(folder, train=train, memory={"pictures_at_once": 1})  # several are tried again in halves
     rng, failures = random.Random(seed), []
     listed = crash.run(bench.config("listed"), Fate(sabotage=partial(_run_out_of_memory, 0)))
     total = max(int(line.split()[1]) for line in listed.output.splitlines() if line.startswith("operation "))
