@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora_booth import optim, preview
 from lora_booth.adapter import inject
 from lora_booth.adapter.weights import plain_path
+from lora_booth.checkpoints import Checkpoint
 from lora_booth.config import Config
 from lora_booth.data.batches import Item, Row, micro_batches
 from lora_booth.data.grid import save_grid
@@ -30,7 +31,7 @@ from lora_booth.interrupts import StopRequest
 from lora_booth.objectives import Draws, Objective, draw, generator_for
 from lora_booth.prepare import Prepared
 from lora_booth.report import Report
-from lora_booth.run import Checkpoint, Run
+from lora_booth.run import Run
 from lora_booth.watchdog import Watchdog
 
 ROLES = ("instance", "class")

@@ -1,4 +1,4 @@
-"""The run folder: what is where, who is using it, and checkpoints that survive a crash at any moment.
+"""The run folder: what is where, who is using it, and which of its checkpoints is the newest.
 
 ```
 config.toml            the resolved config
@@ -9,7 +9,7 @@ previews/step-000400.png
 summary.json           written once, when the run is finished
 ```
 
-A checkpoint counts only with a manifest whose sizes and SHA-256 hold. The newest is the one with the highest step.
+The newest checkpoint is the whole one with the highest step, whatever the clock said.
 """
 
 from __future__ import annotations
@@ -19,24 +19,19 @@ import os
 import re
 import shutil
 import socket
-import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save
-from torch import Tensor
 
-from lora_booth import config_file, files
+from lora_booth import checkpoints, config_file, files
+from lora_booth.checkpoints import Checkpoint
 from lora_booth.config import Config
 from lora_booth.errors import ConfigError, DiskError
 
-CHECKPOINT_SCHEMA = 1
-CHECKPOINT_FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 OWNER_FILE = ".owner.json"
 OWN_BEFORE_CONFIG = re.compile(r"\.lock|(\.owner|inputs)\.json|\.(\.owner\.json|inputs\.json|config\.toml)\..+\.tmp")
 """What a run killed in its first moment may leave before its config is written."""
@@ -62,16 +57,6 @@ FREE_TO_CHANGE = (
     "export.license",
 )
 """Settings that may differ when a run is continued: they change how it is computed or kept, not what it computes."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A loaded checkpoint. `adapter`: float32 tensors by name; `optimizer`: the optimizer's state_dict."""
-
-    step: int
-    adapter: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    state: dict[str, Any]
 
 
 class Run:
@@ -160,7 +145,7 @@ class Run:
         target = self.folder / "checkpoints" / f"step-{checkpoint.step:06d}"
         try:
             with files.writing(target):
-                _write_whole(target, checkpoint)
+                checkpoints.write(target, checkpoint)
         except DiskError:
             self._require_taken()  # else it was another process that removed what was half written
             raise
@@ -170,9 +155,9 @@ class Run:
     def latest(self, on_damage: Callable[[str], None]) -> Checkpoint | None:
         """The newest valid checkpoint; `on_damage` is told of each newer one that had to be passed over."""
         for folder in reversed(self._checkpoint_folders()):
-            fault = _fault(folder)
+            fault = checkpoints.fault(folder)
             if fault is None:
-                return _read_checkpoint(folder)
+                return checkpoints.read(folder)
             on_damage(f"checkpoint {folder} is damaged ({fault}); going back to the one before.")
         return None
 
@@ -322,82 +307,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # the torn last line of a killed process
-
-
-def _write_whole(target: Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` beside `target`, then let it take that name."""
-    folder = target.parent
-    folder.mkdir(exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        _write_checkpoint(temporary, checkpoint)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        files.sync(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    tensors: dict[str, Tensor] = {}
-    optimizer = _without_tensors(checkpoint.optimizer, "optimizer", tensors)
-    # By Python, whose OSError tells of a full disk; safetensors' own writing raises an error of its own for it.
-    (folder / "adapter.safetensors").write_bytes(save(checkpoint.adapter))
-    (folder / "optimizer.safetensors").write_bytes(save(tensors))
-    state = {"schema": CHECKPOINT_SCHEMA, "step": checkpoint.step, **checkpoint.state, "optimizer": optimizer}
-    (folder / "state.json").write_text(json.dumps(state))
-    for name in CHECKPOINT_FILES:
-        files.sync(folder / name)
-    manifest = {n: {"sha256": files.sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in CHECKPOINT_FILES}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    files.sync(folder / "manifest.json")
-    files.sync(folder)
-
-
-def _fault(folder: Path) -> str | None:
-    """Why the checkpoint in `folder` cannot be trusted, None when it can."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name in CHECKPOINT_FILES:
-            if files.sha256(folder / name) != manifest[name]["sha256"]:
-                return f"{name} is not what was written"
-        schema = json.loads((folder / "state.json").read_text())["schema"]
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"unreadable: {error}"
-    return None if schema == CHECKPOINT_SCHEMA else f"written by another version (schema {schema})"
-
-
-def _read_checkpoint(folder: Path) -> Checkpoint:
-    state = json.loads((folder / "state.json").read_text())
-    tensors = load_file(folder / "optimizer.safetensors")
-    optimizer = _with_tensors(state.pop("optimizer"), tensors)
-    return Checkpoint(state.pop("step"), load_file(folder / "adapter.safetensors"), optimizer, state)
-
-
-def _without_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`tree` as JSON values, its tensors moved into `tensors` under path-like names. `_with_tensors` is its inverse."""
-    if isinstance(tree, Tensor):
-        tensors[name] = tree.detach().cpu().contiguous().clone()
-        return {"tensor": name}
-    if isinstance(tree, dict):
-        return {"dict": [[key, _without_tensors(value, f"{name}.{key}", tensors)] for key, value in tree.items()]}
-    if isinstance(tree, (list, tuple)):
-        kind = "tuple" if isinstance(tree, tuple) else "list"
-        return {kind: [_without_tensors(value, f"{name}.{i}", tensors) for i, value in enumerate(tree)]}
-    assert tree is None or isinstance(tree, (bool, int, float, str)), f"{name} is a {type(tree)}"
-    return tree
-
-
-def _with_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    ((kind, value),) = tree.items()
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "dict":
-        return {key: _with_tensors(item, tensors) for key, item in value}
-    items = [_with_tensors(item, tensors) for item in value]
-    return tuple(items) if kind == "tuple" else items

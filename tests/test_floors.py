@@ -13,6 +13,7 @@ FLOORS = {
     0: ("errors", "config", "config_checks", "config_file", "presets", "files", "report", "interrupts"),
     1: (
         "run",
+        "checkpoints",
         "objectives",
         "optim",
         "tracing",

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from lora_booth import files
+from lora_booth.checkpoints import Checkpoint
 from lora_booth.config import Config
 from lora_booth.errors import ConfigError, DiskError
-from lora_booth.run import Checkpoint, Run, _locked, require_free_space
+from lora_booth.run import Run, _locked, require_free_space
 
 INPUTS = {"base": "abc", "pictures": {"a.jpg": "1", "b.jpg": "2"}}
 

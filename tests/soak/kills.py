@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lora_booth.checkpoints import CHECKPOINT_FILES
 from lora_booth.config import Config
 from lora_booth.errors import DiskError, ProcessLostError
-from lora_booth.run import CHECKPOINT_FILES, Run
+from lora_booth.run import Run
 from tests import tiny
 from tests.soak import crash
 from tests.soak.bench import STEPS, Bench, Result, differences, half_file, lost_checkpoint, made, materials

@@ -25,6 +25,7 @@ from typing import Any
 
 TESTS = {
     "lora_booth/run.py": ("tests/test_run.py",),
+    "lora_booth/checkpoints.py": ("tests/test_run.py",),
     "lora_booth/data/images.py": ("tests/test_images.py", "tests/test_images_crop.py", "tests/test_duplicates.py"),
     "lora_booth/export/__init__.py": ("tests/test_export.py", "tests/test_diffusers_format.py"),
     "lora_booth/files.py": ("tests/test_files.py", "tests/test_cache.py"),

@@ -1,0 +1,111 @@
+"""One checkpoint on the disk: written whole or not at all, trusted only if nothing of it has changed since.
+
+It counts only with a manifest, written last, whose SHA-256 hold. No pickle: tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from lora_booth import files
+
+CHECKPOINT_SCHEMA = 1
+CHECKPOINT_FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint. `adapter`: float32 tensors by name; `optimizer`: the optimizer's state_dict."""
+
+    step: int
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+
+
+def write(target: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` beside `target`, then let it take that name."""
+    folder = target.parent
+    folder.mkdir(exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        _write_files(temporary, checkpoint)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        files.sync(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+    tensors: dict[str, Tensor] = {}
+    optimizer = _without_tensors(checkpoint.optimizer, "optimizer", tensors)
+    # By Python, whose OSError tells of a full disk; safetensors' own writing raises an error of its own for it.
+    (folder / "adapter.safetensors").write_bytes(save(checkpoint.adapter))
+    (folder / "optimizer.safetensors").write_bytes(save(tensors))
+    state = {"schema": CHECKPOINT_SCHEMA, "step": checkpoint.step, **checkpoint.state, "optimizer": optimizer}
+    (folder / "state.json").write_text(json.dumps(state))
+    for name in CHECKPOINT_FILES:
+        files.sync(folder / name)
+    manifest = {n: {"sha256": files.sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in CHECKPOINT_FILES}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    files.sync(folder / "manifest.json")
+    files.sync(folder)
+
+
+def fault(folder: Path) -> str | None:
+    """Why the checkpoint in `folder` cannot be trusted, None when it can."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name in CHECKPOINT_FILES:
+            if files.sha256(folder / name) != manifest[name]["sha256"]:
+                return f"{name} is not what was written"
+        schema = json.loads((folder / "state.json").read_text())["schema"]
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"unreadable: {error}"
+    return None if schema == CHECKPOINT_SCHEMA else f"written by another version (schema {schema})"
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, in which `fault` finds none."""
+    state = json.loads((folder / "state.json").read_text())
+    tensors = load_file(folder / "optimizer.safetensors")
+    optimizer = _with_tensors(state.pop("optimizer"), tensors)
+    return Checkpoint(state.pop("step"), load_file(folder / "adapter.safetensors"), optimizer, state)
+
+
+def _without_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`tree` as JSON values, its tensors moved into `tensors` under path-like names. `_with_tensors` is its inverse."""
+    if isinstance(tree, Tensor):
+        tensors[name] = tree.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        return {"dict": [[key, _without_tensors(value, f"{name}.{key}", tensors)] for key, value in tree.items()]}
+    if isinstance(tree, (list, tuple)):
+        kind = "tuple" if isinstance(tree, tuple) else "list"
+        return {kind: [_without_tensors(value, f"{name}.{i}", tensors) for i, value in enumerate(tree)]}
+    assert tree is None or isinstance(tree, (bool, int, float, str)), f"{name} is a {type(tree)}"
+    return tree
+
+
+def _with_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, value),) = tree.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: _with_tensors(item, tensors) for key, item in value}
+    items = [_with_tensors(item, tensors) for item in value]
+    return tuple(items) if kind == "tuple" else items
