@@ -12,7 +12,7 @@ import torch
 
 from lora_booth import families
 from lora_booth.config import ModelConfig
-from lora_booth.families.sampling import draw
+from lora_booth.families.sampling import Sampling, draw
 from tests import tiny
 
 torch.set_num_threads(1)  # a pool of threads does not outlive a fork
@@ -20,5 +20,4 @@ with tempfile.TemporaryDirectory() as _folder, torch.no_grad():
     _base = ModelConfig(base=str(tiny.tiny_sdxl(Path(_folder) / "base")))
     _family = families.load(_base, device="cpu", dtype=torch.float32)
     _prompts = _family.encode_prompts([""])
-    _size = {"width_px": 32, "height_px": 32}
-    list(draw(_family, [_prompts], _prompts, **_size, seeds=[0], sampler="ddim", sampler_steps=1, guidance_scale=2.0))
+    list(draw(_family, [_prompts], _prompts, Sampling(32, 32, "ddim", 1, 2.0), seeds=[0]))
