@@ -71,7 +71,7 @@ def wanted(
     for number in range(prior.num_images):
         prompt, bucket = prompts[number % len(prompts)], sizes[(number // len(prompts)) % len(sizes)]
         settings = (prior.sampler, prior.sampler_steps, prior.guidance_scale)
-        group = key("class image with latents", fingerprint, prompt, bucket.width_px, bucket.height_px, *settings)[:24]
+        group = key("class image", fingerprint, prompt, bucket.width_px, bucket.height_px, *settings)[:24]
         if group not in caches:
             caches[group] = TensorCache(root / group)
         images.append(ClassImage(caches[group], counts[group], prompt, bucket))
@@ -102,7 +102,7 @@ def draw_missing(
         if missing.isdisjoint(image.name for image in company):
             continue
         sampling = _sampling(config, company[0].bucket, at_once, stop)
-        seeds = [f"class image {image.name}" for image in company]
+        seeds = [f"class image {image.cache.folder.name} {image.number:05d}" for image in company]
         conditioning = [prompts[company[0].prompt]] * len(company)
         rest = company
         for latents in sample(family, conditioning, prompts[""], sampling, seeds=seeds):
