@@ -124,13 +124,13 @@ class Run:
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl. Raises DiskError when another process has taken the folder."""
-        self._require_taken()
+        self.require_taken()
         with files.writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps after the checkpoint that is continued from. Raises DiskError as `append_metrics`."""
-        self._require_taken()
+        self.require_taken()
         if self.metrics_path.exists():
             lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
@@ -141,13 +141,13 @@ class Run:
 
         Raises DiskError when it cannot be written, or when another process has taken the folder.
         """
-        self._require_taken()
+        self.require_taken()
         target = self.folder / "checkpoints" / f"step-{checkpoint.step:06d}"
         try:
             with files.writing(target):
                 checkpoints.write(target, checkpoint)
         except DiskError:
-            self._require_taken()  # else it was another process that removed what was half written
+            self.require_taken()  # else it was another process that removed what was half written
             raise
         self._prune(keep_last)
         return target
@@ -176,6 +176,15 @@ class Run:
                 continue
         return losses
 
+    def require_taken(self) -> None:
+        """Raises DiskError when another process says that it holds the folder: some network disks grant every lock."""
+        owner = _owner_of(self.folder)
+        if owner["id"] not in (None, self._owner["id"]):
+            raise DiskError(
+                f"run folder {self.folder} was taken by {_told(owner)}, so this run stops before the two mix; let "
+                "only one of them go on."
+            )
+
     def _take(self) -> None:
         """Say who holds the folder, and remove what a killed process left half written."""
         started = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -185,15 +194,6 @@ class Run:
             files.remove_abandoned(folder)
         for unfinished in (self.folder / "checkpoints").glob(".saving-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
-
-    def _require_taken(self) -> None:
-        """Raises DiskError when another process says that it holds the folder: some network disks grant every lock."""
-        owner = _owner_of(self.folder)
-        if owner["id"] not in (None, self._owner["id"]):
-            raise DiskError(
-                f"run folder {self.folder} was taken by {_told(owner)}, so this run stops before the two mix; let "
-                "only one of them go on."
-            )
 
     def _inputs(self) -> dict[str, Any]:
         return _read_json(self.folder / "inputs.json", "put it back from a copy, or train in a new run.folder")

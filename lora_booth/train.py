@@ -23,7 +23,7 @@ from lora_booth import deliver, export, families, files, loop, optim, plan, prep
 from lora_booth.adapter import inject
 from lora_booth.config import Config
 from lora_booth.data.grid import save_grid
-from lora_booth.errors import DeviceMemoryError, ProcessLostError
+from lora_booth.errors import DeviceMemoryError, DiskError, ProcessLostError
 from lora_booth.families.base import Family
 from lora_booth.interrupts import stop_requests
 from lora_booth.objectives import objective_for
@@ -152,6 +152,10 @@ def _opened(config: Config, inputs: plan.Inputs, accelerator: Accelerator) -> It
     try:
         with _told_plainly(config, inputs, accelerator):
             yield run
+    except DiskError:
+        if accelerator.is_main_process:
+            run.require_taken()  # else it was another process that removed what was half written
+        raise
     finally:
         run.close()
 

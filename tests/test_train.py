@@ -22,7 +22,14 @@ from safetensors.torch import load_file
 
 from lora_booth import config_file, export, families, loop, train
 from lora_booth.config import Config
-from lora_booth.errors import ConfigError, DataError, Interrupted, ModelError, NumericError
+from lora_booth.errors import (
+    ConfigError,
+    DataError,
+    DiskError,
+    Interrupted,
+    ModelError,
+    NumericError,
+)
 from lora_booth.report import Silent
 from tests import tiny
 from tests.conftest import MakeConfig
@@ -164,6 +171,22 @@ def test_compiled_blocks_change_time_only(make_config: MakeConfig) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
     assert_near(plain, compiled, 1e-2)
+
+
+def test_a_file_that_whoever_took_the_folder_removed_is_told_as_a_taken_folder(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    assert config.run.folder is not None
+    owner = config.run.folder / ".owner.json"
+
+    def taken(*_: object, **__: object) -> None:
+        owner.write_text(json.dumps(json.loads(owner.read_text()) | {"id": "another", "host": "elsewhere"}))
+        raise DiskError("contact_sheet.png cannot be written (No such file or directory)")
+
+    monkeypatch.setattr(train.prepare, "prepare", taken)
+    with pytest.raises(DiskError, match=r"was taken by process .* on elsewhere"):
+        train.train(config)
 
 
 def test_compiling_without_a_compiler_says_what_to_do(
