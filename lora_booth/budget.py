@@ -38,9 +38,8 @@ class Lever:
 
     @property
     def settings(self) -> str:
-        ((section, pairs),) = self.changes.items()
-        ((key, value),) = pairs.items()
-        return f"{section}.{key} = {_spelled(value)}"
+        """The change as one would write it."""
+        return spelled(self.changes)
 
     @property
     def told(self) -> str:
@@ -193,5 +192,9 @@ def _with_drawing(
     return config, reasons
 
 
-def _spelled(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+def spelled(changes: Changes) -> str:
+    """ "train.batch_size = 1, memory.tiled_decoding = true" """
+    settings = [(f"{section}.{key}", value) for section, pairs in changes.items() for key, value in pairs.items()]
+    return ", ".join(
+        f"{key} = {f'{value:g}' if type(value) is float else str(value).lower()}" for key, value in settings
+    )

@@ -43,7 +43,7 @@ LOWER_RATE = (
 )
 VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
 VALIDATION_ROWS = 16
-"""Images times noise levels: as many forward passes as five steps of two rows take."""
+"""Images times noise levels: by count of operations less than four steps of two rows each."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,9 @@ def _within(config: Config, inputs: Inputs, budget_gib: float, report: Report) -
         is_set = config.train.gradient_checkpointing is not None
         return config if is_set else config.with_values({"train": {"gradient_checkpointing": 1.0}})
     gib = memory.needed_gib(found.phases)
-    report.event("memory", f"memory: {gib:.1f} of {budget_gib:.1f} GiB predicted, with {_choices(found)}", gib=gib)
+    report.event(
+        "memory", f"memory: {gib:.1f} of {budget_gib:.1f} GiB predicted, with {budget.spelled(found.changes)}", gib=gib
+    )
     if found.too_large:
         steps = "; ".join(f"{lever.settings} ({lever.price})" for lever in budget.levers(_changed(config, found)))
         report.warn(f"{_excess(found)}, so the run may end for want of memory. What would help: {steps}.")
@@ -117,11 +119,6 @@ def _within(config: Config, inputs: Inputs, budget_gib: float, report: Report) -
 
 def _changed(config: Config, found: Plan) -> Config:
     return config.with_values({section: dict(pairs) for section, pairs in found.changes.items()})
-
-
-def _choices(found: Plan) -> str:
-    """What a plan settled, without its reasons."""
-    return ", ".join(reason.partition(" (")[0].partition(":")[0] for reason in found.reasons)
 
 
 def _excess(found: Plan) -> str:

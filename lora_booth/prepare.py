@@ -176,9 +176,11 @@ def _classes(
 @contextmanager
 def _denoiser_aside(config: Config, family: Family) -> Iterator[None]:
     """Inside, the denoiser waits in main memory, if that is wanted."""
+    if not config.memory.encode_alone:
+        yield
+        return
     device = next(family.denoiser.parameters()).device
-    if config.memory.encode_alone:
-        family.move_denoiser("cpu")
+    family.move_denoiser("cpu")
     try:
         yield
     finally:

@@ -220,7 +220,10 @@ def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
         if "kohya" in paths and s.config.model.base != "booth-mini":  # no program but this one draws with the miniature
             deliver.tell_use(paths["kohya"], "kohya", _delivery(s), s.report)
     stopwatch.lap("files and pictures")
-    steps = s.config.train.steps or 0
+    steps = s.config.train.steps
+    assert steps is not None, "config is not resolved"
+    validation_loss = s.run.validation_losses()[steps]
+    assert validation_loss is not None, "every save measures it"
     summary = Summary(
         folder=str(s.run.folder),
         files={name: str(path) for name, path in paths.items()},
@@ -229,7 +232,7 @@ def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
         seconds=sum(stopwatch.seconds_of.values()),
         peak_gib=loop.device_memory_gib(s.accelerator.device) or _process_memory_gib(),
         num_parameters=sum(parameter.numel() for parameter in s.parameters),
-        validation_loss=s.run.validation_losses()[steps] or 0.0,
+        validation_loss=validation_loss,
         seconds_of=stopwatch.seconds_of,
     )
     if s.accelerator.is_main_process:

@@ -314,6 +314,22 @@ def test_levers_in_order_save_what_the_smaller_run_does_not_hold(make_config: Ma
     assert all(lever.saved_gib is not None and lever.saved_gib >= 0 for lever in found)
 
 
+@pytest.mark.usefixtures("_modules_once")
+def test_training_tells_what_it_chose_and_warns_with_remedies_when_nothing_fits(make_config: MakeConfig) -> None:
+    class Warned(Lines):
+        def warn(self, text: str) -> None:
+            self.lines.append(f"warning: {text}")
+
+    report, config = Warned(), make_config()
+    plan.resolve(config, plan.look(config, Lines()), report, free_gib=100.0)
+    assert [line for line in report.lines if "of 100.0 GiB predicted, with train.batch_size = 2, train.grad" in line]
+    assert not [line for line in report.lines if line.startswith("warning")]
+    plan.resolve(config, plan.look(config, Lines()), report, free_gib=0.1)
+    (warning,) = [line for line in report.lines if line.startswith("warning")]
+    assert "of 0.1 GiB, so the run may end for want of memory. What would help: " in warning
+    assert "model.quantize = nf4 (changes the result a little" in warning
+
+
 def test_targets_that_match_nothing_are_told_as_training_would(make_config: MakeConfig) -> None:
     config = make_config(adapter={"targets": "regex:nothing"})
     with pytest.raises(ModelError, match="matches none"):

@@ -66,16 +66,19 @@ def test_an_interrupted_drawing_goes_on_where_it_was_and_gives_the_same_bytes(
 
     class Killed(Silent):
         def progress(self, task: str, done: int, total: int, **values: object) -> None:
-            if done == 3:  # the fourth picture was drawn together with it
+            if done == 4:  # a fifth was drawn together with the fourth
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         class_images.draw_missing(interrupted, family, config, prompts, report=Killed(), stop=StopRequest())
-    assert sum(image.path.exists() for image in interrupted) == 3
-    assert class_images.draw_missing(interrupted, family, config, prompts, **everything) == 5
+    assert sum(image.path.exists() for image in interrupted) == 4
+    rows: list[int] = []
+    family.denoiser.register_forward_pre_hook(lambda _, words: rows.append(len(words[0])))
+    assert class_images.draw_missing(interrupted, family, config, prompts, **everything) == 4
     assert [i.path.read_bytes() for i in straight] == [i.path.read_bytes() for i in interrupted]
     assert all(torch.equal(a.latents(), b.latents()) for a, b in zip(straight, interrupted, strict=True))
     assert len({image.path.read_bytes() for image in straight}) == 8
+    assert max(rows) == 2 * 2, "the fifth is drawn in the company that it had, with both halves of guidance in a pass"
 
 
 def test_a_stop_is_heeded_between_two_steps_of_the_solver(

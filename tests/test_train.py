@@ -189,6 +189,18 @@ def test_a_file_that_whoever_took_the_folder_removed_is_told_as_a_taken_folder(
         train.train(config)
 
 
+def test_a_stop_while_pictures_are_drawn_ends_between_two_steps_of_the_solver(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = session_of(make_config(preview={"images_per_prompt": 1}), monkeypatch)
+    passes: list[int] = []
+    s.family.denoiser.register_forward_pre_hook(lambda *_: passes.append(1))
+    s.stop.signal_number = signal.SIGTERM
+    with pytest.raises(Interrupted, match="stopped while drawing, everything is saved; continue with: "):
+        loop.draw_rows(s)
+    assert len(passes) == 1
+
+
 def test_compiling_without_a_compiler_says_what_to_do(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
