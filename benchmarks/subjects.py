@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.likeness import SEEDS, Drawn, draw_both, features
-from lora_booth import config_file, presets, train
+from lora_booth import config_file, files, presets, train
 from lora_booth.console import PlainReport
-from lora_booth.data.grid import save_grid
+from lora_booth.data.grid import labelled_grid
 from lora_booth.demo import MASCOT
 from tools.booth_mini.compose import COLOURS, article, paste
 from tools.booth_mini.data import load_icons
@@ -159,9 +159,8 @@ def main() -> None:
     (arguments.out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     columns = ("unseen", "unseen", "before", "before", "after", "after", "on red", "on red", "class before", "after")
     sheet = [(f"{row.subject}: a emo {row.class_noun}", pictures) for row, pictures in judged]
-    save_grid(
-        sheet, arguments.out / "sheet.png", columns=columns, title="The demo's settings on every held-out subject"
-    )
+    grid = labelled_grid(sheet, columns=columns, title="The demo's settings on every held-out subject")
+    files.write_png(arguments.out / "sheet.png", grid)
     for row in rows:
         print(
             f"{row.subject:<12} likeness {row.likeness_before:+.3f} -> {row.likeness_after:+.3f}  class "

@@ -53,8 +53,7 @@ class ClassImage:
     def save(self, picture: Image.Image, latents: Tensor) -> None:
         """Write both, the picture last."""
         self.cache.put(self.path.stem, {"latents": latents.float()})
-        with files.replacing(self.path) as temporary:
-            picture.save(temporary, format="PNG")
+        files.write_png(self.path, picture)
 
 
 def wanted(

@@ -11,8 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_booth.errors import DiskError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _REMEDIES = {
     errno.EACCES: "choose a folder you may write to",
@@ -69,6 +73,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, whole or not at all."""
     write_bytes(path, text.encode())
+
+
+def write_png(path: Path, picture: Image) -> None:
+    """Write `picture` to `path`, whole or not at all."""
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def remove_abandoned(folder: Path, *, older_than_seconds: float = 0.0) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from lora_booth import export, families, files
 from lora_booth.adapter.weights import AdapterWeights, find_module
 from lora_booth.config import ModelConfig
-from lora_booth.data.grid import save_grid
+from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.families.base import Family
 from lora_booth.families.identify import BaseFacts
@@ -150,11 +150,10 @@ def _write(
         for number, (prompt, image) in enumerate(zip(prompts, column, strict=True)):
             words = "".join(c if c.isalnum() else "_" for c in prompt)[:60].strip("_")
             path = _unused(folder / f"{number:02d}_{words}_{strength:g}.png")
-            with files.replacing(path) as temporary:
-                image.save(temporary, format="PNG")
+            files.write_png(path, image)
     rows = [(prompt, [column[number] for column in columns]) for number, prompt in enumerate(prompts)]
     grid = _unused(folder / "grid.png")
-    save_grid(rows, grid, title="", columns=[f"strength {strength:g}" for strength in strengths])
+    files.write_png(grid, labelled_grid(rows, columns=[f"strength {strength:g}" for strength in strengths]))
     report.event("pictures", f"{len(prompts) * len(strengths)} pictures and {grid}", path=str(grid))
     return grid
 

@@ -23,7 +23,7 @@ from lora_booth.adapter.weights import plain_path
 from lora_booth.checkpoints import Checkpoint
 from lora_booth.config import Config
 from lora_booth.data.batches import Item, Row, micro_batches
-from lora_booth.data.grid import save_grid
+from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import NumericError
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.families.sampling import concatenate
@@ -333,7 +333,8 @@ def draw_preview(s: Session, done: int) -> None:
         return
     if s.accelerator.is_main_process and not path.exists():
         rows = draw_rows(s)
-        save_grid(rows, path, title=f"{s.config.name}: {'the base' if done == 0 else f'after {done} steps'}")
+        title = f"{s.config.name}: {'the base' if done == 0 else f'after {done} steps'}"
+        s.run.write_picture(path, labelled_grid(rows, title=title))
         s.report.event("preview", f"pictures of step {done}: {path}", step=done, path=str(path))
     s.accelerator.wait_for_everyone()
 

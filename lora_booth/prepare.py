@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from platformdirs import user_cache_path
 from torch import Tensor
 
@@ -74,10 +75,15 @@ def cache_folder(config: Config) -> Path:
     return config.run.cache or user_cache_path("lora_booth")
 
 
-def prepare(
-    config: Config, family: Family, pictures: Pictures, *, sheet_path: Path, report: Report, stop: StopRequest
-) -> Prepared:
-    """Encode all prompts, draw missing class images, encode all pictures, and write the contact sheet.
+def sheet(config: Config, pictures: Pictures) -> Image.Image:
+    """The contact sheet: each instance image as the model will see it, with its prompt. `config` is resolved."""
+    instances = _instances(config, pictures.instances.pictures, is_flipped=False)
+    shown = [(f"{image.name}: {image.prompt}", _cut(image.source, image.crop)) for image in instances]
+    return contact_sheet(shown, title="What the model will see")
+
+
+def prepare(config: Config, family: Family, pictures: Pictures, *, report: Report, stop: StopRequest) -> Prepared:
+    """Encode all prompts, draw missing class images, and encode all pictures.
 
     `config` is resolved. Text encoders that are not trained are released as soon as the prompts are encoded; afterwards
     training does not need the VAE either. Raises Interrupted between two images, NumericError naming a picture whose
@@ -87,9 +93,6 @@ def prepare(
     if not config.adapter.text_encoder:
         family.release_text_encoders()
     instances = _instances(config, pictures.instances.pictures, is_flipped=False)
-    if not sheet_path.exists():
-        shown = [(f"{image.name}: {image.prompt}", _cut(image.source, image.crop)) for image in instances]
-        contact_sheet(shown, sheet_path, title="What the model will see")
     mirrored = _instances(config, pictures.instances.pictures, is_flipped=True) if config.data.flip else []
     held_out = _instances(config, pictures.held_out.pictures if pictures.held_out else (), is_flipped=False)
     began = time.perf_counter()

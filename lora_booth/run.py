@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from PIL import Image
 
 from lora_booth import checkpoints, config_file, files
 from lora_booth.checkpoints import Checkpoint
@@ -123,7 +124,7 @@ class Run:
         return float(self._inputs()["started_at"])
 
     def append_metrics(self, values: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl. Raises DiskError when another process has taken the folder."""
+        """Add one line to metrics.jsonl. Raises DiskError when the folder vanished or was taken."""
         self.require_taken()
         with files.writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
@@ -136,10 +137,20 @@ class Run:
             kept = [line for line in lines if _step_of(line) <= step]
             files.write_text(self.metrics_path, "".join(line + "\n" for line in kept))
 
+    def write_picture(self, path: Path, picture: Image.Image) -> None:
+        """Write a PNG at `path` in the folder. Raises DiskError as `append_metrics`."""
+        self.require_taken()
+        files.write_png(path, picture)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write `summary`, which marks the run as finished. Raises DiskError as `append_metrics`."""
+        self.require_taken()
+        files.write_text(self.summary_path, json.dumps(summary, indent=1))
+
     def save(self, checkpoint: Checkpoint, *, keep_last: int) -> Path:
         """Write `checkpoint` as a whole, then drop old ones except the last `keep_last` and the best.
 
-        Raises DiskError when it cannot be written, or when another process has taken the folder.
+        Raises DiskError when it cannot be written, or when the folder vanished or was taken.
         """
         self.require_taken()
         target = self.folder / "checkpoints" / f"step-{checkpoint.step:06d}"
@@ -177,7 +188,15 @@ class Run:
         return losses
 
     def require_taken(self) -> None:
-        """Raises DiskError when another process says that it holds the folder: some network disks grant every lock."""
+        """Raises DiskError when the folder has vanished, or when another process says that it holds it.
+
+        Some network disks grant every lock; and what is written into a vanished folder would make it anew.
+        """
+        if not (self.folder / OWNER_FILE).exists():
+            raise DiskError(
+                f"run folder {self.folder} has vanished, or lost its {OWNER_FILE}; bring it back, and the same command "
+                "goes on from its last checkpoint."
+            )
         owner = _owner_of(self.folder)
         if owner["id"] not in (None, self._owner["id"]):
             raise DiskError(
@@ -229,7 +248,8 @@ class Run:
 
 def require_free_space(folder: Path, needed_bytes: int) -> None:
     """Raises DiskError when the disk of `folder` cannot hold `needed_bytes` more."""
-    free = shutil.disk_usage(folder).free
+    with files.writing(folder):
+        free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise DiskError(
             f"{folder} has {free / 2**20:.0f} MiB free, but the run's checkpoints need about "
@@ -254,13 +274,14 @@ def _require_own(folder: Path) -> None:
 def _locked(folder: Path) -> FileLock:
     """The operating system's lock on `folder`; it falls with the process that holds it, so it cannot go stale."""
     lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=1, poll_interval=0.1)  # seconds in which a holder that has just begun says who it is
-    except Timeout:
-        raise DiskError(
-            f"run folder {folder} is in use by {_told(_owner_of(folder))}; wait for it, stop it, or choose another "
-            "folder with run.folder."
-        ) from None
+    with files.writing(folder / ".lock"):
+        try:
+            lock.acquire(timeout=1, poll_interval=0.1)  # seconds in which a holder that has just begun says who it is
+        except Timeout:
+            raise DiskError(
+                f"run folder {folder} is in use by {_told(_owner_of(folder))}; wait for it, stop it, or choose another "
+                "folder with run.folder."
+            ) from None
     return lock
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +18,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from PIL import Image
 from torch import nn
 
-from lora_booth import deliver, export, families, files, loop, optim, plan, prepare, preview
+from lora_booth import deliver, export, families, loop, optim, plan, prepare, preview
 from lora_booth.adapter import inject
 from lora_booth.config import Config
-from lora_booth.data.grid import save_grid
+from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import DeviceMemoryError, DiskError, ProcessLostError
 from lora_booth.families.base import Family
 from lora_booth.interrupts import stop_requests
@@ -91,13 +90,15 @@ def train(
         if finished is not None:
             report.event("finished", f"{run.folder} is finished already; name another run.folder to train again")
             return Summary(**finished)
+        if accelerator.is_main_process and not run.sheet_path.exists():
+            run.write_picture(run.sheet_path, prepare.sheet(config, inputs.pictures))
         dtype = dtype_for(config.model.precision, device)
         report.event("base", f"base {plan.described(inputs.facts)}, in {dtype} on {device}".replace("torch.", ""))
         family = _load(config, device, dtype)
         listeners = {"report": report, "stop": stop}
         stopwatch.lap("loading")
         with accelerator.main_process_first():  # it fills the caches, the others find them full
-            prepared = prepare.prepare(config, family, inputs.pictures, sheet_path=run.sheet_path, **listeners)
+            prepared = prepare.prepare(config, family, inputs.pictures, **listeners)
         stopwatch.seconds_of["class images"] = prepared.drawing_seconds
         stopwatch.lap("encoding", without="class images")
         family.move_vae("cpu")
@@ -212,10 +213,12 @@ def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
     if s.accelerator.is_main_process:
         weights, weight_of = inject.collect(s.adapted), partial(inject.base_weight, s.adapted)
         forms = deliver.forms(s.config.export.formats, weights, weight_of, s.report)
+        s.run.require_taken()
         deliver.write_files(_delivery(s), forms, Silent())  # before the pictures, which may fail
     comparison, cover = _draw_before_and_after(s)
     paths: dict[str, Path] = {}
     if s.accelerator.is_main_process:
+        s.run.require_taken()
         paths = deliver.write_files(_delivery(s, cover), forms, s.report)
         if "kohya" in paths and s.config.model.base != "booth-mini":  # no program but this one draws with the miniature
             deliver.tell_use(paths["kohya"], "kohya", _delivery(s), s.report)
@@ -236,7 +239,7 @@ def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
         seconds_of=stopwatch.seconds_of,
     )
     if s.accelerator.is_main_process:
-        files.write_text(s.run.summary_path, json.dumps(asdict(summary), indent=1))
+        s.run.finish(asdict(summary))
     s.accelerator.end_training()
     return summary
 
@@ -286,7 +289,8 @@ def _draw_before_and_after(s: loop.Session) -> tuple[Path | None, Image.Image | 
     after = loop.draw_rows(s)
     rows = preview.before_and_after(before, after)
     title = f"{s.config.name}: {s.config.train.steps} steps"
-    save_grid(rows, path, title=title, columns=("before", "after") * s.config.preview.images_per_prompt)
+    columns = ("before", "after") * s.config.preview.images_per_prompt
+    s.run.write_picture(path, labelled_grid(rows, title=title, columns=columns))
     return path, after[0][1][0]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 
 from lora_booth.data import images, worker
 from lora_booth.data.decode import Unusable
+from lora_booth.errors import DataError
 from tests import tiny
 
 
@@ -50,6 +53,25 @@ def test_a_decoder_that_crashes_costs_its_file(tmp_path: Path, monkeypatch: pyte
         worker.inspect(picture, 64)
     monkeypatch.setattr(worker, "_START", honest)
     assert worker.inspect(picture, 64)[1] == (48, 48)
+
+
+def test_a_decoder_that_cannot_be_started_is_not_the_fault_of_the_picture(tmp_path: Path) -> None:
+    tiny.tiny_pictures(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 1, before[1]))
+    taken: list[int] = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        os.close(taken.pop())  # for the folder that `find` lists
+        with pytest.raises(DataError, match=r"can be started \(Too many open files\); .*`ulimit -a`"):
+            images.find(tmp_path, max_megapixels=64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for descriptor in taken:
+            os.close(descriptor)
 
 
 def test_a_picture_that_needs_too_much_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lora_booth import files
 from lora_booth.errors import DiskError
@@ -49,6 +50,22 @@ def test_the_disks_refusal_says_what_to_do(
     with pytest.raises(DiskError, match=expected):
         files.write_bytes(tmp_path / "x", b"123")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_carries_no_metadata(tmp_path: Path) -> None:
+    files.write_png(tmp_path / "s.png", Image.new("RGB", (8, 8)))
+    data, kinds, at = (tmp_path / "s.png").read_bytes(), [], 8
+    while at < len(data):
+        kinds.append(data[at + 4 : at + 8])
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    assert set(kinds) == {b"IHDR", b"IDAT", b"IEND"}
+
+
+def test_a_picture_that_cannot_be_written_is_a_disk_error_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "s.png").mkdir()
+    with pytest.raises(DiskError, match=r"s\.png cannot be written"):
+        files.write_png(tmp_path / "s.png", Image.new("RGB", (8, 8)))
+    assert [p.name for p in tmp_path.iterdir()] == ["s.png"]
 
 
 def test_folders_are_made(tmp_path: Path) -> None:

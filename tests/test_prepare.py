@@ -113,8 +113,7 @@ def test_what_is_trained_on_are_the_latents_that_the_solver_left(make_config: Ma
     config = make_config(run={"cache": tmp_path / "cache"})
     family = families.load(config.model, device="cpu", dtype=torch.float32)
     pictures = subject.find_pictures(config, Silent())
-    sheet = tmp_path / "sheet.png"
-    prepared = prepare.prepare(config, family, pictures, sheet_path=sheet, report=Silent(), stop=StopRequest())
+    prepared = prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest())
     for item in prepared.order.classes:
         moments = prepared.latents[item.latent_key]
         assert not moments.std.any()
@@ -137,7 +136,7 @@ def test_the_denoiser_is_away_while_pictures_are_encoded_and_back_afterwards(
     family.denoiser.register_forward_pre_hook(lambda *_: happened.append("denoise"))
     pictures = subject.find_pictures(config, Silent())
     family.denoiser.to("cpu")
-    prepare.prepare(config, family, pictures, sheet_path=tmp_path / "s.png", report=Silent(), stop=StopRequest())
+    prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest())
     assert [key for key, _ in itertools.groupby(happened)] == ["denoise", "to cpu", "encode", "to cpu"]
 
 
@@ -175,8 +174,7 @@ def test_a_second_preparation_reads_everything_from_the_cache(
     pictures = subject.find_pictures(config, Silent())
 
     def prepared() -> prepare.Prepared:
-        sheet = tmp_path / "sheet.png"
-        return prepare.prepare(config, family, pictures, sheet_path=sheet, report=Silent(), stop=StopRequest())
+        return prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest())
 
     first = prepared()
     for name in ("encode_images", "encode_prompts"):
@@ -191,11 +189,11 @@ def test_a_damaged_cache_file_is_told_and_made_again(make_config: MakeConfig, tm
     config = make_config(run={"cache": tmp_path / "cache"}, prior={"loss_weight": 0.0})
     family = families.load(config.model, device="cpu", dtype=torch.float32)
     pictures = subject.find_pictures(config, Silent())
-    recorder, sheet = Recorder(), tmp_path / "sheet.png"
-    prepare.prepare(config, family, pictures, sheet_path=sheet, report=recorder, stop=StopRequest())
+    recorder = Recorder()
+    prepare.prepare(config, family, pictures, report=recorder, stop=StopRequest())
     victim = sorted((tmp_path / "cache" / "latents").iterdir())[0]
     good = victim.read_bytes()
     victim.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    prepare.prepare(config, family, pictures, sheet_path=sheet, report=recorder, stop=StopRequest())
+    prepare.prepare(config, family, pictures, report=recorder, stop=StopRequest())
     assert any(victim.name in text for text in recorder.warnings)
     assert victim.read_bytes() == good

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak import kills
+from tests.soak import disks
 from tests.soak.campaigns import CAMPAIGNS
 
 SEED = int(os.environ.get("LORA_BOOTH_SEED", "0"))
@@ -19,7 +19,7 @@ SEED = int(os.environ.get("LORA_BOOTH_SEED", "0"))
 @pytest.mark.parametrize("name", CAMPAIGNS)
 def test_nothing_fails(name: str, tmp_path: Path) -> None:
     campaign = CAMPAIGNS[name]
-    if campaign.needs_root and not kills.can_mount():
+    if campaign.needs_root and not disks.can_mount():
         pytest.skip("only root may mount a small disk")
     result = campaign.run(campaign.few, tmp_path, SEED)
     assert result.failures == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from lora_booth import files
+from lora_booth import checkpoints, config_file, files
 from lora_booth.checkpoints import Checkpoint
 from lora_booth.config import Config
 from lora_booth.errors import ConfigError, DiskError
@@ -179,6 +181,25 @@ def test_the_metrics_of_a_folder_that_another_process_took_are_left_alone(run: R
     assert run.metrics_path.read_text() == '{"step": 1}\n'
 
 
+def test_a_folder_that_vanished_is_not_made_anew(run: Run) -> None:
+    run.save(checkpoint(1), keep_last=2)
+    away = run.folder.rename(run.folder.with_name("away"))
+    for use in (
+        lambda: run.save(checkpoint(2), keep_last=2),
+        lambda: run.append_metrics({"step": 2}),
+        lambda: run.forget_metrics_after(0),
+        lambda: run.write_picture(run.sheet_path, Image.new("RGB", (8, 8))),
+        lambda: run.finish({}),
+    ):
+        with pytest.raises(DiskError, match=f"run folder {run.folder} has vanished.*bring it back"):
+            use()
+    with pytest.raises(DiskError, match="No such file"):
+        require_free_space(run.folder, 1)
+    assert not run.folder.exists()
+    away.rename(run.folder)
+    assert run.save(checkpoint(2), keep_last=2).exists()
+
+
 def test_another_config_is_refused_with_the_keys_that_differ(run: Run) -> None:
     run.close()
     with pytest.raises(ConfigError, match=r"train\.seed: 0 -> 3"):
@@ -188,6 +209,7 @@ def test_another_config_is_refused_with_the_keys_that_differ(run: Run) -> None:
 def test_settings_that_do_not_change_the_result_may_differ(run: Run) -> None:
     run.close()
     Run.open(run.folder, config(train={"batch_size": 7, "keep_last": 9}), INPUTS).close()
+    assert config_file.load(run.folder / "config.toml").train.batch_size == 7
 
 
 @pytest.mark.parametrize(
@@ -203,6 +225,43 @@ def test_changed_inputs_are_refused_by_name(inputs: dict[str, Any], expected: st
     run.close()
     with pytest.raises(ConfigError, match=expected):
         Run.open(run.folder, config(), inputs)
+
+
+@pytest.mark.parametrize(("count", "end"), [(5, "p4.png is new$"), (6, "p4.png is new, …$")])
+def test_of_many_changed_pictures_five_are_named(count: int, end: str, run: Run) -> None:
+    run.close()
+    pictures = INPUTS["pictures"] | {f"p{i}.png": "f" for i in range(count)}
+    with pytest.raises(ConfigError) as caught:
+        Run.open(run.folder, config(), {**INPUTS, "pictures": pictures})
+    assert re.search(end, str(caught.value), re.MULTILINE)
+
+
+def test_a_folder_that_is_only_read_has_no_lock_to_let_go(run: Run) -> None:
+    Run(run.folder).close()
+    with pytest.raises(DiskError, match="in use"):
+        Run.open(run.folder, config(), INPUTS)
+
+
+def test_a_checkpoint_is_saved_again_over_itself(run: Run) -> None:
+    run.save(checkpoint(1), keep_last=2)
+    run.save(checkpoint(1), keep_last=2)
+    assert steps_kept(run) == [1]
+    assert run.latest(pytest.fail) is not None
+
+
+def test_a_checkpoint_of_another_version_is_named_and_passed_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.save(checkpoint(1), keep_last=2)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SCHEMA", 2)
+    run.save(checkpoint(2), keep_last=2)
+    monkeypatch.undo()
+    told: list[str] = []
+    newest = run.latest(told.append)
+    assert newest is not None and newest.step == 1
+    assert len(told) == 1 and "step-000002 is damaged (written by another version (schema 2))" in told[0]
+
+
+def test_without_a_measured_loss_no_step_is_the_best(run: Run) -> None:
+    assert run.best_step() is None
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
@@ -233,6 +292,12 @@ def test_a_second_run_in_the_folder_is_refused_with_its_owner(run: Run) -> None:
         os._exit(0)
     os.waitpid(child, 0)
     assert f"in use by process {os.getpid()} on " in os.read(read, 4096).decode()
+
+
+def test_a_folder_that_cannot_be_locked_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    with pytest.raises(DiskError, match=r"\.lock cannot be written \(Is a directory\)"):
+        Run.open(tmp_path / "run", config(), INPUTS)
 
 
 def test_a_holder_that_has_not_yet_said_who_it_is_gets_a_moment(tmp_path: Path) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lora_booth import files
 from lora_booth.data.sheet import fitted
 
 _GAP, _MARGIN, _LABEL = 10, 24, 30
@@ -17,13 +15,6 @@ _PAPER, _INK, _FAINT = "#f7f6f3", "#22211f", "#6f6c66"
 
 Rows = Sequence[tuple[str, Sequence[Image.Image]]]
 """A label and its pictures, row by row; all rows have equally many pictures."""
-
-
-def save_grid(rows: Rows, path: Path, *, columns: Sequence[str] = (), title: str = "") -> None:
-    """Write `rows` as one labelled PNG."""
-    sheet = labelled_grid(rows, columns=columns, title=title)
-    with files.replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
 
 
 def labelled_grid(rows: Rows, *, columns: Sequence[str] = (), title: str = "") -> Image.Image:

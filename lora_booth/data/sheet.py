@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
-
-from lora_booth import files
 
 MAX_CELLS = 120
 """More crops are counted in the line under the title but not drawn."""
@@ -23,12 +20,11 @@ Rgb = npt.NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def contact_sheet(items: Sequence[tuple[str, Rgb]], path: Path, title: str) -> Path:
-    """Write a PNG at `path` with the crops (uint8 `[H, W, 3]`) on it, each above its label and its size; gives `path`.
+def contact_sheet(items: Sequence[tuple[str, Rgb]], title: str) -> Image.Image:
+    """A picture with the crops (uint8 `[H, W, 3]`) on it, each above its label and its size.
 
     Small crops are enlarged by a whole factor without smoothing, so that their pixels can be seen. Labels are cut to
     two lines, the title to one; letters that Pillow's own font lacks lose their accents or become "?".
-    Raises DiskError if the file cannot be written.
     """
     assert items, "a contact sheet needs a crop"
     drawn = items[:MAX_CELLS]
@@ -43,9 +39,7 @@ def contact_sheet(items: Sequence[tuple[str, Rgb]], path: Path, title: str) -> P
         left = _MARGIN + column * (_CELL + _GAP)
         top = _MARGIN + _HEAD + row * (_CELL + _LABEL + _GAP)
         _draw_cell(sheet, label, crop, left, top)
-    with files.replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
-    return path
+    return sheet
 
 
 def _draw_head(sheet: Image.Image, title: str, count: int) -> None:

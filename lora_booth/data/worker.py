@@ -26,6 +26,7 @@ from PIL import Image
 
 from lora_booth.data.decode import MAX_FILE_BYTES, Unusable, file_bytes, opened, orientation, upright_rgb
 from lora_booth.data.duplicates import Look, look
+from lora_booth.errors import DataError
 
 MAX_SECONDS = 30.0
 """For one file. The largest allowed photograph takes about 2 s; a JPEG can be made that takes hours."""
@@ -92,13 +93,19 @@ class _Decoder:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, json.dumps(sys.path), str(MAX_BYTES)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # its threads would use up the address space
-                start_new_session=True,  # Ctrl-C in the terminal asks the run to stop, not its decoder
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _START, json.dumps(sys.path), str(MAX_BYTES)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # its threads would use up the address space
+                    start_new_session=True,  # Ctrl-C in the terminal asks the run to stop, not its decoder
+                )
+            except OSError as error:
+                raise DataError(
+                    f"no process that decodes pictures can be started ({error.strerror}); close other programs, or "
+                    "raise the limits that `ulimit -a` shows."
+                ) from error
             self._owner = os.getpid()
         return self._process
 

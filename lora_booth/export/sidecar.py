@@ -42,8 +42,7 @@ def write_sidecar(path: Path, *, family: str, trigger: str, strength: float = 1.
 def write_cover(path: Path, cover: Image.Image) -> Path:
     """Write the picture that belongs to the adapter file `path`; returns its path. Raises DiskError."""
     beside = path.with_suffix(".png")
-    with files.replacing(beside) as temporary:
-        _small(cover, COVER_PX).save(temporary, format="PNG")
+    files.write_png(beside, _small(cover, COVER_PX))
     return beside
 
 

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.soak import kills
+from tests.soak import disks
 from tests.soak.campaigns import CAMPAIGNS
 
 OUT = Path("docs/reliability")
@@ -41,7 +41,7 @@ def main() -> int:
     has_failed = False
     for name in arguments.only:
         campaign, began = CAMPAIGNS[name], time.monotonic()
-        if campaign.needs_root and not kills.can_mount():
+        if campaign.needs_root and not disks.can_mount():
             print(f"{name}: left out, only root may mount a small disk", flush=True)
             continue
         with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.soak import adapters, hostile, kills, names, owners, sabotage, same
+from tests.soak import adapters, disks, hostile, kills, names, owners, sabotage, same
 from tests.soak.bench import Result
 
 
@@ -25,7 +25,8 @@ CAMPAIGNS = {
     "kills_at_changes": Campaign(kills.kills_at_changes, 30, 330),
     "kills_in_phases": Campaign(kills.kills_in_phases, 30, 150),
     "signals": Campaign(kills.signals, 10, 50),
-    "full_disks": Campaign(kills.full_disks, 20, 200, needs_root=True),
+    "full_disks": Campaign(disks.full_disks, 20, 200, needs_root=True),
+    "refusals": Campaign(disks.refusals, 14, 140),
     "shared_folders": Campaign(owners.shared_folders, 5, 50),
     "names": Campaign(names.names, 40, 200),
     "not_finite": Campaign(sabotage.not_finite, 12, 100),

@@ -44,7 +44,8 @@ class Fate:
 
     `event`: "change" for the moment before a change on the disk below `folder`, else a word of the report: "train",
     "saved" …, numbered from 1. With `number` 0 nothing befalls it, but its changes and what it reports are listed.
-    `sabotage` is called in the process before it trains.
+    With `error`, a change is not the end: it and all that follow are refused with that error number. `sabotage` is
+    called in the process before it trains.
     """
 
     signal_number: int = signal.SIGKILL
@@ -52,6 +53,7 @@ class Fate:
     event: str = ""
     number: int = 0
     folder: Path | None = None
+    error: int = 0
     sabotage: Callable[[], None] | None = None
 
 
@@ -130,7 +132,7 @@ def _live(config: Config, fate: Fate, log: Path, environment: dict[str, str]) ->
 
 
 class _Changes:
-    """An audit hook that ends the process before a change on the disk, or lists the changes."""
+    """An audit hook that ends the process before a change on the disk, refuses the change, or lists them all."""
 
     def __init__(self, fate: Fate) -> None:
         self.fate, self.count = fate, 0
@@ -141,6 +143,9 @@ class _Changes:
         self.count += 1
         if self.fate.number == 0:
             os.write(1, f"change {event} {arguments[0]}\n".encode())
+        elif self.fate.error:
+            if self.count >= self.fate.number:
+                raise OSError(self.fate.error, os.strerror(self.fate.error))
         elif self.count == self.fate.number:
             os.kill(os.getpid(), self.fate.signal_number)
 

@@ -1,14 +1,12 @@
-"""Runs that are killed, stopped, starved of space or damaged, and what the same command makes of them afterwards."""
+"""Runs that are killed, stopped or damaged, and what the same command makes of them afterwards."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from safetensors.torch import load_file
 
 from lora_booth.checkpoints import CHECKPOINT_FILES
 from lora_booth.config import Config
-from lora_booth.errors import DiskError, ProcessLostError
+from lora_booth.errors import ProcessLostError
 from lora_booth.run import Run
 from tests import tiny
 from tests.soak import crash
@@ -129,35 +127,6 @@ def signals(count: int, folder: Path, seed: int = 0) -> Result:
         failures.append(f"the slowest stop took {slowest:.1f} s")
     counted = ", ".join(f"{number} with {code}" for code, number in sorted(codes.items()))
     return Result(count, tuple(failures), f"slowest stop {slowest:.1f} s; ended {counted}")
-
-
-def full_disks(count: int, folder: Path, seed: int = 0) -> Result:
-    """The disk of the run folder is full at byte k; then it gets space, and the same command to the end. Needs root."""
-    bench, failures = Bench(folder), []
-    needed = sum(path.stat().st_size for path in (folder / "straight/run").rglob("*") if path.is_file())
-    codes: Counter[int] = Counter()
-    for i in range(count):
-        config = bench.config(f"full-{i}")
-        disk = folder / f"full-{i}" / "run"
-        disk.mkdir()
-        size = 4096 + (i * needed * 2 // count)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], check=True)
-        try:
-            outcome = crash.run(config)
-            codes[outcome.code] += 1
-            words = ("no space for", "MiB free, but")
-            is_told = outcome.code == DiskError.exit_code and any(word in outcome.output for word in words)
-            fault = "" if outcome.code == 0 or is_told else f"ended with {outcome.code}: {outcome.output[-400:]}"
-            subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
-            fault = fault or lost_checkpoint(config, outcome.output)
-            again = crash.run(config)
-            fault = fault or ("" if again.code == 0 else f"did not go on: {again.output[-300:]}")
-            fault = fault or differences(bench.expected, made(config))
-        finally:
-            subprocess.run(["umount", disk], check=True)
-        if fault:
-            failures.append(f"disk of {size} bytes: {fault}")
-    return Result(count, tuple(failures), ", ".join(f"{n} ended with {code}" for code, n in sorted(codes.items())))
 
 
 def damaged_checkpoints(count: int, folder: Path, seed: int = 0) -> Result:
@@ -317,8 +286,3 @@ def leaks(count: int, folder: Path, seed: int = 0) -> Result:
     return Result(
         count, tuple(failures), f"{growth:+d} MiB and {late[-1][1] - late[0][1]:+d} open files over the second half"
     )
-
-
-def can_mount() -> bool:
-    """Whether this process may mount a small disk."""
-    return os.name == "posix" and hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("mount") is not None
