@@ -43,7 +43,7 @@ Out = Annotated[Path | None, typer.Option(help="Run folder (run.folder).")]
 
 def main() -> None:
     """Entry point: every error a user can cause becomes one message and its exit code."""
-    from lora_booth.errors import LoraBoothError
+    from lora_booth.errors import DeviceMemoryError, LoraBoothError, lacks_memory
     from lora_booth.interrupts import exit_on_term
 
     _speak_plainly()
@@ -57,6 +57,9 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         _fail("stopped.", 130)
     except Exception as error:
+        if lacks_memory(error):
+            advice = "close other programs that use the device, or ask for less at once"
+            _fail(f"there is not enough memory ({str(error).splitlines()[0]}); {advice}.", DeviceMemoryError.exit_code)
         if not hasattr(error, "format_message"):  # click's usage errors carry their own message and exit code
             raise
         _fail(f"{error.format_message()} See `lora-booth --help`.", getattr(error, "exit_code", 2))

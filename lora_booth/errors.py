@@ -61,3 +61,17 @@ class Interrupted(LoraBoothError):
     def __init__(self, message: str, *, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether `error`, or what led to it, is that a device or the machine has no memory left.
+
+    Known by name, since torch need not be there; its allocator for main memory raises a plain RuntimeError.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

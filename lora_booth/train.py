@@ -22,7 +22,7 @@ from lora_booth import deliver, export, families, loop, optim, plan, prepare, pr
 from lora_booth.adapter import inject
 from lora_booth.config import Config
 from lora_booth.data.grid import labelled_grid
-from lora_booth.errors import DeviceMemoryError, DiskError, ProcessLostError
+from lora_booth.errors import DeviceMemoryError, DiskError, LoraBoothError, ProcessLostError, lacks_memory
 from lora_booth.families.base import Family
 from lora_booth.interrupts import stop_requests
 from lora_booth.objectives import objective_for
@@ -166,9 +166,11 @@ def _told_plainly(config: Config, inputs: plan.Inputs, accelerator: Accelerator)
     """Turn what torch raises when memory or another process is gone into errors that say what to do."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(plan.memory_advice(config, inputs.facts)) from error
-    except RuntimeError as error:
+    except LoraBoothError:
+        raise
+    except Exception as error:
+        if lacks_memory(error):
+            raise DeviceMemoryError(plan.memory_advice(config, inputs.facts)) from error
         is_lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if accelerator.num_processes == 1 or not is_lost:
             raise

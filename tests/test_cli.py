@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_booth import cli
 
@@ -41,6 +42,21 @@ def processor_seconds_of_children() -> float:
     """Of all processes that this one has waited for; a busy machine does not change it."""
     times = os.times()
     return times.children_user + times.children_system
+
+
+def test_a_lack_of_memory_anywhere_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(**_: object) -> None:
+        try:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OSError("Unable to load weights") from error  # as diffusers does
+
+    monkeypatch.setattr(cli, "app", load)
+    code, _, told = in_process([], capsys, monkeypatch)
+    assert code == 5
+    assert told.startswith("lora-booth: there is not enough memory (Unable to load weights); close other programs")
 
 
 @pytest.fixture

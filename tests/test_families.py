@@ -21,9 +21,10 @@ import transformers
 
 from lora_booth import families
 from lora_booth.config import ModelConfig
-from lora_booth.errors import ConfigError
+from lora_booth.errors import ConfigError, LoraBoothError, lacks_memory
 from lora_booth.families import vae
 from lora_booth.families.base import Conditioning, Family
+from tests.soak.sabotage import OutOfMemory
 from tests.tiny import PROMPT_TOKENS, tiny_sd, tiny_sd2, tiny_sdxl
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -451,3 +452,11 @@ def test_libraries_keep_their_logging_settings(base: Base) -> None:
     before = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
     load(base.folder)
     assert (transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.parametrize("number", [1, 3000, 10_000])
+def test_a_lack_of_memory_while_loading_is_not_taken_for_a_damaged_file(number: int, bases: dict[str, Path]) -> None:
+    with pytest.raises(Exception) as caught, OutOfMemory(number):  # noqa: PT011 - whatever the libraries make of it
+        families.load(ModelConfig(base=str(bases["sd1"])), device="cpu", dtype=torch.float16)
+    assert lacks_memory(caught.value)
+    assert not isinstance(caught.value, LoraBoothError)

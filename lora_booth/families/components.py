@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_booth.errors import ConfigError, LoraBoothError, ModelError
+from lora_booth.errors import ConfigError, LoraBoothError, ModelError, lacks_memory
 from lora_booth.export.rewrite import FLOATS, read_layout
 from lora_booth.families.identify import ARCHITECTURES, BaseFacts
 from lora_booth.families.prompts import Tokens
@@ -287,9 +287,11 @@ def readable(path: Path) -> Iterator[None]:
     """Errors of the loading libraries, which raise dozens of kinds on odd files, as one ModelError that names it."""
     try:
         yield
-    except (LoraBoothError, torch.OutOfMemoryError):
+    except LoraBoothError:
         raise
     except Exception as error:
+        if lacks_memory(error):
+            raise
         reason = next(iter(str(error).splitlines()), "")[:MAX_REASON_CHARACTERS] or type(error).__name__
         raise ModelError(
             f"{path} cannot be loaded ({reason.rstrip('.: ')}); copy or download the base again."

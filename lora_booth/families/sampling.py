@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_booth.errors import NumericError
+from lora_booth.errors import NumericError, lacks_memory
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.objectives import generator_for
 
@@ -117,8 +117,8 @@ def _unless_too_large(denoise: Callable[[slice], Tensor], rows: slice) -> Tensor
     """`denoise(rows)`, or None where several rows exceed the device's memory."""
     try:
         return denoise(rows)
-    except torch.OutOfMemoryError:
-        if rows.stop - rows.start == 1:
+    except (RuntimeError, MemoryError) as error:
+        if rows.stop - rows.start == 1 or not lacks_memory(error):
             raise
     torch.cuda.empty_cache()
     return None

@@ -124,10 +124,10 @@ def out_of_memory(count: int, folder: Path, seed: int = 0) -> Result:
 
 
 def _run_out_of_memory(number: int) -> None:
-    _Memory(number).__enter__()
+    OutOfMemory(number).__enter__()
 
 
-class _Memory(TorchDispatchMode):
+class OutOfMemory(TorchDispatchMode):
     """Refuses the `number`-th operation as a full device does; with 0, tells now and then how many there were."""
 
     def __init__(self, number: int) -> None:
