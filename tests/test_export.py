@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import save, save_file
 
 from lora_booth import export
 from lora_booth.adapter.weights import AdapterWeights, LowRank, delta
-from lora_booth.errors import DiskError, ModelError, NumericError
+from lora_booth.errors import ConfigError, DiskError, ModelError, NumericError
 from tests.adapted import relative_difference
 
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -170,3 +171,41 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path: Path) -> N
             break
     assert path.read_bytes()[0] == 0x80
     assert list(export.read(path)["unet"]) == list(layers)
+
+
+@pytest.mark.parametrize(
+    ("formats", "dtype", "expected"),
+    [
+        (["kohya", "a1111"], None, '--format "a1111" is unknown; use diffusers or kohya'),
+        ([], None, '--format "" is unknown'),
+        (None, "fp8", '--dtype "fp8" is unknown; use one of fp16, bf16, fp32'),
+    ],
+)
+def test_an_unknown_choice_is_told_with_the_known_ones(
+    formats: list[str] | None, dtype: str | None, expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        export.require_choices(formats, dtype)
+    export.require_choices(None, None)
+    export.require_choices(["diffusers", "kohya"], "bf16")
+
+
+def test_another_kind_can_be_shown_and_not_trained_on(tmp_path: Path) -> None:
+    tensors = {
+        f"lora_unet_mid_block_attentions_0_proj_in.hada_w{n}": torch.ones(2, 2) for n in ("1_a", "1_b", "2_a", "2_b")
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert export.read_any(tmp_path / "x.safetensors")["unet"]
+    with pytest.raises(
+        ModelError, match=r"x\.safetensors is loha at unet\.mid_block.*`lora-booth resize x\.safetensors"
+    ):
+        export.read(tmp_path / "x.safetensors")
+
+
+def test_what_is_wrong_names_the_file_once(tmp_path: Path) -> None:
+    save_file(
+        {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ModelError, match=r"^x\.safetensors: ") as caught:
+        export.read_any(tmp_path / "x.safetensors")
+    assert str(caught.value).count("x.safetensors") == 1

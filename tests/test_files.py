@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,32 @@ def test_the_disks_refusal_says_what_to_do(
     with pytest.raises(DiskError, match=expected):
         files.write_bytes(tmp_path / "x", b"123")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_others_may_read_what_was_written_and_no_file_stays_open(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    files.write_bytes(tmp_path / "x", b"1")
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_the_size_that_is_needed_is_told_only_where_it_is_known(
+    tmp_path: Path,
+) -> None:
+    with (
+        pytest.raises(DiskError, match=r"no space for .*x: \d+ are free; free some space"),
+        files.writing(tmp_path / "x"),
+    ):
+        raise OSError(errno.ENOSPC, "")
+
+
+def test_space_is_asked_for_where_the_file_will_lie(tmp_path: Path) -> None:
+    path = tmp_path / "not" / "yet" / "x"
+    free = shutil.disk_usage(tmp_path).free
+    files.require_space(path, free // 2)
+    with pytest.raises(DiskError, match=rf"no space for {path}: it needs {free * 2} bytes and \d+ are free"):
+        files.require_space(path, free * 2)
+    assert not path.parent.exists()
 
 
 def test_a_picture_carries_no_metadata(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ TESTS = {
     "lora_booth/run.py": ("tests/test_run.py",),
     "lora_booth/checkpoints.py": ("tests/test_run.py",),
     "lora_booth/data/images.py": ("tests/test_images.py", "tests/test_images_crop.py", "tests/test_duplicates.py"),
-    "lora_booth/export/__init__.py": ("tests/test_export.py", "tests/test_diffusers_format.py"),
-    "lora_booth/files.py": ("tests/test_files.py", "tests/test_cache.py"),
+    "lora_booth/export/__init__.py": ("tests/test_export.py", "tests/test_deliver.py", "tests/test_kinds.py"),
+    "lora_booth/files.py": ("tests/test_files.py", "tests/test_cache.py", "tests/test_merge.py"),
 }
 """Module to the tests that claim to hold it."""
 MAX_SECONDS = 300.0
