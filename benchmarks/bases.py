@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from lora_booth.families.components import shipped_tokenizer
-from lora_booth.families.identify import ARCHITECTURES
+from lora_booth.families.sources import ARCHITECTURES
 
 QUARTER: dict[str, dict[str, Any]] = {
     "unet": {"block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 256},

@@ -132,7 +132,9 @@ def _fastest_way(config: Config, fits: Callable[[int, float], bool]) -> tuple[in
     while min(sizes[-1], rows_per_pass(config)) > 1:
         sizes.append(min(sizes[-1], rows_per_pass(config)) // 2)
     shares = SHARES if asked is None else (asked,)
-    first = bisect_left(shares, True, key=lambda share: fits(sizes[-1], share))
+    first = 0  # tried first, since most budgets allow it
+    if not fits(sizes[-1], shares[0]):
+        first = bisect_left(shares, True, lo=1, key=lambda share: fits(sizes[-1], share))
     if first == len(shares):
         return sizes[-1], shares[-1]
     return next(size for size in sizes if size == sizes[-1] or fits(size, shares[first])), shares[first]

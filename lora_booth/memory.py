@@ -259,19 +259,17 @@ class Modules:
         return {"denoising": denoising} if denoising > decoding else {"decoding": decoding}
 
     def _denoising(self, config: Config, bucket: Bucket, denoiser: str) -> int:
-        """Bytes of a pass, inputs included, for one row; several take as many times that."""
-        return self._working(("denoise", bucket, denoiser), partial(self._denoise, config, 2, bucket)) // 2
-
-    def _denoise(self, config: Config, rows: int, bucket: Bucket) -> None:
-        """One pass of the denoiser for looking, its inputs included."""
-        self._switch(training=False, gradient_checkpointing=0.0)
+        """Bytes of a pass for looking, inputs included, for one row; several take as many times that."""
+        batch = self._batch(config, 2, bucket)
         objective = objective_for(config.objective, self.family.schedule)
-        micro_step(self.family, objective, self._batch(config, rows, bucket))
+        self._switch(training=False, gradient_checkpointing=0.0)
+        denoise = partial(micro_step, self.family, objective, batch)
+        return (held_bytes(batch.tensors) + self._working(("denoise", bucket, denoiser), denoise, batch.tensors)) // 2
 
-    def _working(self, key: tuple[Any, ...], run: Callable[[], Any]) -> int:
-        """Most bytes that `run` holds beyond the modules, without gradients."""
+    def _working(self, key: tuple[Any, ...], run: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> int:
+        """Most bytes that `run` holds beyond the modules and its inputs, without gradients."""
         if key not in self.traced:
-            live = LiveBytes("meta", self._tensors())
+            live = LiveBytes("meta", [*self._tensors(), *inputs])
             with torch.no_grad(), live, fused_attention():
                 run()
             self.traced[key] = live.peak
@@ -279,8 +277,13 @@ class Modules:
         return size
 
     def _batch(self, config: Config, rows: int, bucket: Bucket) -> Batch:
-        is_text_trained = config.adapter.text_encoder
-        return make_batch(self.family, rows, self.latent_shape(bucket), is_text_trained=is_text_trained, device=META)
+        key = ("batch", rows, bucket)
+        if key not in self.traced:
+            is_trained = config.adapter.text_encoder
+            shape = self.latent_shape(bucket)
+            self.traced[key] = make_batch(self.family, rows, shape, is_text_trained=is_trained, device=META)
+        batch: Batch = self.traced[key]
+        return batch
 
     def _switch(self, *, training: bool, gradient_checkpointing: float) -> None:
         for module in self.adapted.values():

@@ -45,12 +45,15 @@ class Inputs:
         return {"base": fingerprint(self.facts.path), **self.pictures.hashes()}
 
 
-def look(config: Config, report: Report) -> Inputs:
+def look(config: Config, report: Report, *, needs_weights: bool = True) -> Inputs:
     """Find and check pictures and base; what is wrong with them is told before torch or a model is loaded.
 
-    Raises DataError or ModelError.
+    Without `needs_weights`, those of a base that is not on this machine are not downloaded. Raises DataError or
+    ModelError.
     """
-    pictures, facts = find_pictures(config, report), identify(sources.resolve(config.model))
+    pictures = find_pictures(config, report)
+    path = sources.resolve(config.model, needs_weights=needs_weights)
+    facts = identify(path, has_weights=needs_weights or sources.is_local(config.model))
     if config.objective.zero_terminal_snr and facts.prediction_type == "epsilon":
         raise ConfigError(
             f"objective.zero_terminal_snr is true, but {facts.path.name} predicts epsilon, which says nothing at pure "
@@ -66,14 +69,14 @@ def resolve(config: Config, inputs: Inputs, report: Report, *, free_gib: float |
     chose is told; without one nothing is traced. Raises ConfigError or ModelError for an adapter that the base cannot
     take.
     """
-    config = _filled(config, inputs)
+    config = filled(config, inputs)
     budget_gib = config.memory.budget_gib or free_gib
     if budget_gib is not None:
         config = _within(config, inputs, budget_gib, report)
     return config.with_values({"train": {"gradient_checkpointing": config.train.gradient_checkpointing or 0.0}})
 
 
-def _filled(config: Config, inputs: Inputs) -> Config:
+def filled(config: Config, inputs: Inputs) -> Config:
     """`config` with every choice made that does not depend on memory."""
     train, data, base = config.train, config.data, inputs.facts
     num_images = len(inputs.pictures.instances.pictures)
@@ -156,19 +159,19 @@ def _levers(config: Config, facts: BaseFacts | None) -> list[tuple[str, str]]:
 
 def show(config: Config, report: Report) -> None:
     """Tell what `train` would do with `config`; nothing is run or written. Memory comes last, since it needs torch."""
-    inputs = look(config, report)
-    config, pictures = _filled(config, inputs), inputs.pictures
+    inputs = look(config, report, needs_weights=False)
+    config, pictures = filled(config, inputs), inputs.pictures
     crops = crops_of(config, pictures.instances.pictures)
     train, adapter = config.train, config.adapter
     assert train.steps is not None, "filled just above"
     seen = train.steps * train.images_per_step / len(crops)
     lines = {
         "subject": f'"{config.fill("{token} {class}")}", {len(crops)} pictures in {_buckets(crops)}',
-        "base": described(inputs.facts),
+        "base": described(config, inputs.facts),
         "adapter": f"{adapter.targets}, rank {adapter.rank}, alpha {adapter.alpha:g}",
         "prior": _prior(config, pictures),
         "steps": f"{train.steps} of {train.images_per_step} instance images: each picture is seen {seen:.0f} times",
-        "writes": f"{_state(run_folder(config))} {run_folder(config)}",
+        "writes": f"{_state(config)} {run_folder(config)}",
     }
     for name, text in lines.items():
         report.event(name, f"{name:<8} {text}")
@@ -221,14 +224,20 @@ def _largest_bucket(config: Config, pictures: Pictures) -> Bucket:
     return max(buckets, key=lambda bucket: bucket.width_px * bucket.height_px)
 
 
-def described(facts: BaseFacts) -> str:
+def described(config: Config, facts: BaseFacts) -> str:
     """A base in one line."""
-    return f"{facts.path.name}: {facts.family}, {facts.prediction_type}, {facts.native_resolution} px"
+    name = facts.path.name if sources.is_local(config.model) else config.model.base
+    return f"{name}: {facts.family}, {facts.prediction_type}, {facts.native_resolution} px"
 
 
 def run_folder(config: Config) -> Path:
     """`run.folder`, or runs/<name> in the current folder."""
     return config.run.folder or Path("runs") / config.name
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run folder of `config` holds a finished run."""
+    return (run_folder(config) / "summary.json").exists()
 
 
 def _buckets(crops: Sequence[Crop]) -> str:
@@ -246,7 +255,7 @@ def _prior(config: Config, pictures: Pictures) -> str:
     return f"{config.prior.num_images} class images of {prompts}, {weight}"
 
 
-def _state(folder: Path) -> str:
-    if (folder / "summary.json").exists():
+def _state(config: Config) -> str:
+    if is_finished(config):
         return "nothing, since the run is finished:"
-    return "a run that is continued:" if (folder / "config.toml").exists() else "a new run:"
+    return "a run that is continued:" if (run_folder(config) / "config.toml").exists() else "a new run:"

@@ -232,7 +232,8 @@ class Run:
                 f"run folder {self.folder} holds a run of another config:\n{lines}\n"
                 "Put the old values back to continue it, or choose a new folder with run.folder."
             )
-        files.write_text(config_path, config_file.to_toml(config))
+        if not self.summary_path.exists():
+            files.write_text(config_path, config_file.to_toml(config))
 
     def _checkpoint_folders(self) -> list[Path]:
         folders = (self.folder / "checkpoints").glob("step-*")

@@ -84,7 +84,10 @@ def train(
     inputs = inputs or plan.look(config, report)
     accelerator = _accelerator(config)
     device = accelerator.device
-    config = plan.resolve(config, inputs, report, free_gib=_free_gib(device))
+    if plan.is_finished(config):  # nothing will be computed, so memory need not be predicted
+        config = plan.filled(config, inputs)
+    else:
+        config = plan.resolve(config, inputs, report, free_gib=_free_gib(device))
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
         finished = run.summary()
         if finished is not None:
@@ -93,7 +96,9 @@ def train(
         if accelerator.is_main_process and not run.sheet_path.exists():
             run.write_picture(run.sheet_path, prepare.sheet(config, inputs.pictures))
         dtype = dtype_for(config.model.precision, device)
-        report.event("base", f"base {plan.described(inputs.facts)}, in {dtype} on {device}".replace("torch.", ""))
+        report.event(
+            "base", f"base {plan.described(config, inputs.facts)}, in {dtype} on {device}".replace("torch.", "")
+        )
         family = _load(config, device, dtype)
         listeners = {"report": report, "stop": stop}
         stopwatch.lap("loading")

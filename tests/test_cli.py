@@ -158,6 +158,16 @@ def test_plan_shows_what_would_happen_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_of_an_alias_downloads_nothing(pictures: Path, tmp_path: Path) -> None:
+    settings = ["train.batch_size=1", "prior.loss_weight=0", "preview.images_per_prompt=0"]
+    words = ["--subject", pictures, "--class-noun", "dog", "--base", "sd15", *settings]
+    ended = lora_booth("plan", *words, folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "base     sd15: sd1, epsilon, 512 px" in ended.stdout
+    assert "predicted for a CUDA card, not measured" in ended.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["2024", "2024-05-01", "true", '"q"', " a ", "a=b", "-rf", "a\nb", "é"])
 def test_a_folder_given_as_an_option_may_have_any_name(name: str) -> None:
     config = cli._config(None, subject=Path(name), class_noun="1e5", base="sd15", vram=12, out=Path(name))

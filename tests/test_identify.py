@@ -16,7 +16,7 @@ import torch
 from lora_booth import families
 from lora_booth.config import ModelConfig
 from lora_booth.errors import ModelError
-from lora_booth.families import identify
+from lora_booth.families import identify, sources
 from lora_booth.families.components import CLIP_MERGES, shipped_tokenizer
 from tests.test_sources import header_bytes
 from tests.tiny import tiny_sd, tiny_sd2, tiny_sdxl, tiny_single_file
@@ -157,7 +157,7 @@ def test_other_incomplete_and_unsafe_folders_are_refused(tmp_path: Path, bases: 
 def test_real_architectures_have_their_published_sides_and_steps(
     name: str, family: str, prediction_type: str, side: int, step: int
 ) -> None:
-    configs = identify.ARCHITECTURES / name
+    configs = sources.ARCHITECTURES / name
     unet, vae = (json.loads((configs / part / "config.json").read_text()) for part in ("unet", "vae"))
     assert identify._native_resolution(unet, 8, family, prediction_type) == side
     assert identify._native_resolution(unet | {"sample_size": None}, 8, family, prediction_type) == side
@@ -181,7 +181,7 @@ def test_shipped_architectures_have_the_published_number_of_weights() -> None:
 
     millions = {}
     for name in ("sd1", "sd2_v", "sdxl"):
-        folder = identify.ARCHITECTURES / name
+        folder = sources.ARCHITECTURES / name
         with torch.device("meta"):
             models = [diffusers.UNet2DConditionModel.from_config(json.loads((folder / "unet/config.json").read_text()))]
             for part in sorted(folder.glob("text_encoder*/config.json")):
@@ -193,7 +193,7 @@ def test_shipped_architectures_have_the_published_number_of_weights() -> None:
 
 
 def test_shipped_tokenizer_is_clips() -> None:
-    tokenizer = shipped_tokenizer(identify.ARCHITECTURES / "sdxl" / "tokenizer_2")
+    tokenizer = shipped_tokenizer(sources.ARCHITECTURES / "sdxl" / "tokenizer_2")
     ids = tokenizer("a photo of an astronaut riding a horse", padding="max_length").input_ids
     # the ids of CLIP's published vocabulary; SDXL's second tokenizer pads with "!", which is 0
     assert ids[:11] == [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 49407, 0]

@@ -24,7 +24,7 @@ from lora_booth.export import ldm
 from lora_booth.export.layers import SPELLINGS, module_paths
 from lora_booth.export.loader_table import LOADERS
 from lora_booth.export.loaders import Verdict, verdicts, verdicts_of_file
-from lora_booth.families.identify import ARCHITECTURES
+from lora_booth.families.sources import ARCHITECTURES
 from tests import adapted
 from tests.test_metadata import facts
 

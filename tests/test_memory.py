@@ -18,7 +18,8 @@ from lora_booth.config import Config, OptimizerConfig
 from lora_booth.errors import ModelError
 from lora_booth.families.base import Family
 from lora_booth.families.components import without_weights
-from lora_booth.families.identify import ARCHITECTURES, BaseFacts
+from lora_booth.families.identify import BaseFacts
+from lora_booth.families.sources import ARCHITECTURES
 from lora_booth.objectives import objective_for
 from lora_booth.tracing import LiveBytes, fused_attention, held_bytes, tensors_of
 from tests.conftest import MakeConfig

@@ -10,7 +10,8 @@ from lora_booth import budget, memory, plan
 from lora_booth.config import Config
 from lora_booth.data.buckets import Bucket
 from lora_booth.data.images import Found, Picture
-from lora_booth.families.identify import ARCHITECTURES, BaseFacts
+from lora_booth.families.identify import BaseFacts
+from lora_booth.families.sources import ARCHITECTURES
 from lora_booth.report import Silent
 from lora_booth.subject import Pictures
 

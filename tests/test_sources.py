@@ -19,6 +19,7 @@ from huggingface_hub import errors as hub_errors
 from lora_booth.config import BASE_ALIASES, ModelConfig
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.families import sources
+from lora_booth.families.identify import identify
 
 http_client = importlib.import_module(hub_errors.HTTPError.__module__.partition(".")[0])
 """httpx or httpx2, whichever this version of huggingface_hub is built on."""
@@ -272,6 +273,21 @@ def test_only_safe_and_needed_files_are_downloaded(hub: Hub) -> None:
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     }
+
+
+def test_without_weights_only_the_small_files_are_downloaded_and_of_an_alias_nothing(hub: Hub) -> None:
+    config = ModelConfig(base="owner/name")
+    assert sources.resolve(config, needs_weights=False) == hub.folder
+    ((_, settings),) = hub.asked
+    assert "unet/config.json" in settings["allow_patterns"]
+    assert not any(name.endswith(".safetensors") for name in settings["allow_patterns"])
+    for alias, architecture in sources.SHIPPED.items():
+        path = sources.resolve(ModelConfig(base=alias), needs_weights=False)
+        assert path == sources.ARCHITECTURES / architecture
+        assert identify(path, has_weights=False).family == architecture.partition("_")[0]
+    assert len(hub.asked) == 1
+    sources.resolve(ModelConfig(base="sdxl", revision="v1"), needs_weights=False)  # which may not be what ships
+    assert len(hub.asked) == 2
 
 
 def test_fp32_downloads_full_precision(hub: Hub) -> None:

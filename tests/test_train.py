@@ -109,6 +109,17 @@ def test_the_files_say_what_they_are_and_hold_no_path(make_config: MakeConfig, t
     assert str(tmp_path) not in str(header)
 
 
+def test_a_finished_run_is_shown_and_left_as_it_is(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(train={"steps": 2}, memory={"budget_gib": 2.0})
+    summary, folder = train.train(config), tmp_path / "run"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".owner.json"}
+    recorder = Recorder()
+    other = config.with_values({"memory": {"budget_gib": 0.1}, "train": {"save_every_steps": 1}})
+    assert train.train(other, report=recorder) == summary
+    assert not any(kind == "memory" for kind, _ in recorder.events), "nothing was predicted"
+    assert before == {path: path.read_bytes() for path in before}
+
+
 def test_both_files_hold_the_same_update(make_config: MakeConfig, tmp_path: Path) -> None:
     train.train(make_config(export={"dtype": "fp32"}))
     kohya = export.read(tmp_path / "run" / "sks_dog.safetensors")["unet"]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lora_booth.adapter import inject
 from lora_booth.adapter.weights import plain_path
 from lora_booth.errors import ModelError
-from lora_booth.families.identify import ARCHITECTURES, BaseFacts
+from lora_booth.families.identify import BaseFacts
+from lora_booth.families.sources import ARCHITECTURES
 from lora_booth.families.weight_names import Place, find, weight_sets
 from tests import tiny
 

@@ -52,6 +52,7 @@ def load(
     quantization = None if config.quantize == "none" else config.quantize
     wanted = Wanted(torch.device(device), dtype, needs_vae, needs_text_encoders, quantization)
     family = around(base, load_components(base, wanted))
+    family.fingerprint = sources.fingerprint(base.path)
     if quantization is not None:
         family.fingerprint += f" in {quantization}"  # its embeddings and pictures are not those of the plain base
     if needs_vae and needs_text_encoders:
@@ -61,7 +62,7 @@ def load(
 
 
 def around(base: identify.BaseFacts, parts: Components) -> Family:
-    """The family of `base`, made of `parts`."""
+    """The family of `base`, made of `parts`; without a fingerprint, since nothing of its weights is read."""
     module, _, name = FAMILIES[base.family].partition(":")
     family: Family = getattr(import_module(module), name)(base, parts)
     return family

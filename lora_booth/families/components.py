@@ -20,10 +20,10 @@ from torch import nn
 
 from lora_booth.errors import ConfigError, LoraBoothError, ModelError, lacks_memory
 from lora_booth.export.rewrite import FLOATS, read_layout
-from lora_booth.families.identify import ARCHITECTURES, BaseFacts
+from lora_booth.families.identify import BaseFacts
 from lora_booth.families.prompts import Tokens
 from lora_booth.families.quantize import Quantization, quantize_
-from lora_booth.families.sources import component_weights, read_json
+from lora_booth.families.sources import ARCHITECTURES, component_weights, read_json
 from lora_booth.families.vae import Vae
 from lora_booth.families.weight_names import SINGLE_FILE_PREFIXES
 

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_booth.errors import ModelError
-from lora_booth.families.sources import component_weights, read_header, read_json
+from lora_booth.families.sources import ARCHITECTURES, component_weights, read_header, read_json
 
 Shapes = dict[str, tuple[int, ...]]
 
-ARCHITECTURES = Path(__file__).parent.parent / "assets" / "architectures"
-"""Folders of component configs for single-file checkpoints, which carry weights alone."""
 PIPELINES = {"StableDiffusionPipeline": 1, "StableDiffusionXLPipeline": 2}
 """Pipeline class to the number of its text encoders."""
 SCHEDULERS = frozenset(
@@ -97,12 +95,15 @@ class BaseFacts:
         return value
 
 
-def identify(base: Path) -> BaseFacts:
-    """The facts of a base; ModelError when it is not one that lora_booth trains."""
+def identify(base: Path, *, has_weights: bool = True) -> BaseFacts:
+    """The facts of a base; ModelError when it is not one that lora_booth trains.
+
+    `has_weights`: False for a folder of its configs alone.
+    """
     if base.is_file():
         configs, changes = _architecture_of_file(base)
     else:
-        _check_folder(base)
+        _check_folder(base, has_weights=has_weights)
         configs, changes = base, {}
     unet, vae = read_json(configs / "unet" / "config.json"), read_json(configs / "vae" / "config.json")
     scheduler = read_json(configs / "scheduler" / "scheduler_config.json") | changes
@@ -149,7 +150,7 @@ def _bucket_step(unet: dict[str, Any], vae_factor: int, native_resolution: int) 
     return step
 
 
-def _check_folder(base: Path) -> None:
+def _check_folder(base: Path, *, has_weights: bool) -> None:
     """Refuse a diffusers folder that is not one of ours, is incomplete, or names other classes or code."""
     index = read_json(base / "model_index.json")
     pipeline = index.get("_class_name")
@@ -174,16 +175,16 @@ def _check_folder(base: Path) -> None:
             )
         _check_class(base / "model_index.json", name, index[name][1], classes)
     for name in needed:
-        _check_component(base, name)
+        _check_component(base, name, has_weights=has_weights)
     unet, vae = read_json(base / "unet" / "config.json"), read_json(base / "vae" / "config.json")
     _check_denoiser(base, unet, vae, is_sdxl=num_encoders == 2)
 
 
-def _check_component(base: Path, name: str) -> None:
+def _check_component(base: Path, name: str, *, has_weights: bool) -> None:
     """Refuse a component whose config names another class or code, or whose weights are missing or unsafe."""
     folder, classes = base / name, CLASSES[name][1]
     if name.startswith("tokenizer"):
-        if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        if has_weights and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
             raise ModelError(f"{folder} holds no vocab.json; the base is incomplete, copy or download it again.")
         path = folder / "tokenizer_config.json"
         config = read_json(path) if path.is_file() else {}
@@ -202,7 +203,7 @@ def _check_component(base: Path, name: str) -> None:
     if name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         for key in LAYER_COUNTS:
             _check_layer_count(path, key, config.get(key, 1))
-        for file in component_weights(folder).files:
+        for file in component_weights(folder).files if has_weights else ():
             read_header(file)
 
 

@@ -18,7 +18,7 @@ from lora_booth.families.base import Conditioning
 from lora_booth.families.components import Components, compile_unet_, prepare_unet_, quiet
 from lora_booth.families.identify import BaseFacts
 from lora_booth.families.schedules import noise_schedule, solver
-from lora_booth.families.sources import fingerprint, read_json
+from lora_booth.families.sources import read_json
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -28,7 +28,6 @@ class StableDiffusionXL:
 
     def __init__(self, facts: BaseFacts, parts: Components) -> None:
         self.name = facts.family
-        self.fingerprint = fingerprint(facts.path)
         self.native_resolution = facts.native_resolution
         self.bucket_step = facts.bucket_step
         self._solver_config = facts.config("scheduler")

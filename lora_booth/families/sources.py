@@ -24,6 +24,10 @@ from lora_booth.errors import ConfigError, DiskError, ModelError
 log = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "booth_mini"
+ARCHITECTURES = Path(__file__).parent.parent / "assets" / "architectures"
+"""Folders of component configs: for single-file checkpoints, which carry weights alone, and for aliases."""
+SHIPPED = {"sd15": "sd1", "sd21": "sd2_v", "sdxl": "sdxl"}
+"""Alias to its folder of configs, by which it is known before it is downloaded."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 WEIGHT_STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -52,10 +56,17 @@ class Weights:
     files: tuple[Path, ...]
 
 
-def resolve(config: ModelConfig) -> Path:
+def is_local(config: ModelConfig) -> bool:
+    """Whether `model.base` is on this machine without any download: a path, or the miniature."""
+    return config.base == "booth-mini" or (config.base not in BASE_ALIASES and Path(config.base).expanduser().exists())
+
+
+def resolve(config: ModelConfig, *, needs_weights: bool = True) -> Path:
     """The folder or `.safetensors` file that `model.base` means; a hub id is downloaded, nothing else uses the network.
 
-    Order: alias, existing path, hub id. A folder that has the name of an alias is reached as `./name`.
+    Order: alias, existing path, hub id. A folder that has the name of an alias is reached as `./name`. Without weights,
+    a base that is not local is a folder of its configs: of an alias those that ship with lora_booth, of a hub id those
+    few files of it.
     """
     base = config.base
     if base == "booth-mini":
@@ -63,15 +74,15 @@ def resolve(config: ModelConfig) -> Path:
         if not (EMBEDDED / "model_index.json").is_file():
             raise ModelError(f"model.base is booth-mini, but {EMBEDDED} is missing; install lora-booth again.")
         return EMBEDDED
-    if base not in BASE_ALIASES:
-        path = Path(base).expanduser()
-        if path.exists():
-            _refuse_revision(config)
-            return _checked_local(path)
+    if is_local(config):
+        _refuse_revision(config)
+        return _checked_local(Path(base).expanduser())
+    if not needs_weights and base in SHIPPED and config.revision is None:
+        return ARCHITECTURES / SHIPPED[base]
     repository = BASE_ALIASES.get(base, base)
     if not _is_hub_id(repository):
         raise ModelError(f"model.base {base!r} is no file or folder here{_nearby(base)}.")
-    return _download(repository, config, hint=_nearby(base))
+    return _download(repository, config, needs_weights=needs_weights, hint=_nearby(base))
 
 
 def component_weights(folder: Path) -> Weights:
@@ -233,7 +244,7 @@ def _digest_samples(path: Path, digest: Any) -> None:
             digest.update(file.read(BLOCK_BYTES))
 
 
-def _download(repository: str, config: ModelConfig, *, hint: str) -> Path:
+def _download(repository: str, config: ModelConfig, *, needs_weights: bool, hint: str) -> Path:
     """The snapshot of `repository` in the hub's cache, fetched if need be; fp16 weights unless fp32 is asked for."""
     import huggingface_hub
     from huggingface_hub import errors
@@ -243,7 +254,8 @@ def _download(repository: str, config: ModelConfig, *, hint: str) -> Path:
     try:
         facts = huggingface_hub.HfApi().model_info(repository, revision=config.revision)
         names = [sibling.rfilename for sibling in facts.siblings or ()]
-        wanted = _wanted(names, where, prefer_fp16=config.precision != "fp32")
+        small, weights = _wanted(names, where, prefer_fp16=config.precision != "fp32")
+        wanted = [*small, *weights] if needs_weights else small
         return Path(huggingface_hub.snapshot_download(repository, revision=facts.sha, allow_patterns=wanted))
     except errors.GatedRepoError:
         raise ModelError(
@@ -283,15 +295,15 @@ def _from_cache(repository: str, revision: str | None, where: str, error: Except
     return Path(folder)
 
 
-def _wanted(names: list[str], where: str, *, prefer_fp16: bool) -> list[str]:
-    """Of a repository's files, those that a diffusers base needs: configs, tokenizers, and one set of safetensors."""
+def _wanted(names: list[str], where: str, *, prefer_fp16: bool) -> tuple[list[str], list[str]]:
+    """Of a repository's files, what a diffusers base needs: configs and tokenizers; and one set of safetensors."""
     if "model_index.json" not in names:
         raise ModelError(f"{where} is not in diffusers format (no model_index.json); pass one .safetensors file of it.")
-    wanted = ["model_index.json"]
+    small, weights = ["model_index.json"], []
     for name in names:
         folder, _, file = name.partition("/")
         if folder in CONFIG_FOLDERS and "/" not in file and file.endswith((".json", ".txt")):
-            wanted.append(name)
+            small.append(name)
     for component, stem in WEIGHT_STEMS.items():
         files = [n for n in names if n.startswith(f"{component}/")]
         if not files:
@@ -301,5 +313,5 @@ def _wanted(names: list[str], where: str, *, prefer_fp16: bool) -> list[str]:
         half = [n for n in files if re.fullmatch(rf"{component}/{stem}\.fp16{number}\.safetensors", n)]
         if not full and not half:
             raise ModelError(f"{where} has no safetensors file for {component}: {WHY_NO_PICKLE}.")
-        wanted += half if half and (prefer_fp16 or not full) else full
-    return wanted
+        weights += half if half and (prefer_fp16 or not full) else full
+    return small, weights

@@ -16,7 +16,6 @@ from lora_booth.families.base import Conditioning
 from lora_booth.families.components import Components, compile_unet_, prepare_unet_, quiet
 from lora_booth.families.identify import BaseFacts
 from lora_booth.families.schedules import noise_schedule, solver
-from lora_booth.families.sources import fingerprint
 
 
 class StableDiffusion:
@@ -24,7 +23,6 @@ class StableDiffusion:
 
     def __init__(self, facts: BaseFacts, parts: Components) -> None:
         self.name = facts.family
-        self.fingerprint = fingerprint(facts.path)
         self.native_resolution = facts.native_resolution
         self.bucket_step = facts.bucket_step
         self._solver_config = facts.config("scheduler")

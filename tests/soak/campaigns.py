@@ -22,7 +22,7 @@ class Campaign:
 
 CAMPAIGNS = {
     "kills_at_random": Campaign(kills.kills_at_random, 25, 100),
-    "kills_at_changes": Campaign(kills.kills_at_changes, 30, 330),
+    "kills_at_changes": Campaign(kills.kills_at_changes, 30, 321),
     "kills_in_phases": Campaign(kills.kills_in_phases, 30, 150),
     "signals": Campaign(kills.signals, 10, 50),
     "full_disks": Campaign(disks.full_disks, 20, 200, needs_root=True),
