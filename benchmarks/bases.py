@@ -15,21 +15,36 @@ from torch import nn
 from lora_booth.families.components import shipped_tokenizer
 from lora_booth.families.sources import ARCHITECTURES
 
-QUARTER: dict[str, dict[str, Any]] = {
-    "unet": {"block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 256},
-    "vae": {"block_out_channels": [32, 64, 128, 128]},
-    "text_encoder": {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4},
+_VAE = {"block_out_channels": [32, 64, 128, 128]}
+_TEXT = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
+QUARTERS: dict[str, dict[str, dict[str, Any]]] = {
+    "sd1_quarter": {
+        "unet": {"block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 256},
+        "vae": _VAE,
+        "text_encoder": _TEXT,
+    },
+    "sdxl_quarter": {
+        "unet": {
+            "block_out_channels": [64, 160, 320],
+            "cross_attention_dim": 512,
+            "projection_class_embeddings_input_dim": 6 * 256 + 256,
+        },
+        "vae": _VAE,
+        "text_encoder": _TEXT,
+        "text_encoder_2": _TEXT | {"projection_dim": 256},
+    },
 }
-"""Of SD 1.5 with about a quarter of its widths: a UNet of 35 million parameters, which a CPU core trains in seconds."""
-ARCHITECTURE_NAMES = ("sd1_quarter", "sd1", "sd2_base", "sd2_v", "sdxl")
+"""Of SD 1.5 and SDXL with about a quarter of their widths: UNets of 35 and 160 million parameters, which a CPU core
+trains in seconds."""
+ARCHITECTURE_NAMES = (*QUARTERS, "sd1", "sd2_base", "sd2_v", "sdxl")
 
 
 def random_base(folder: Path, architecture: str) -> Path:
-    """A diffusers folder in bf16: a shipped architecture, or "sd1_quarter"; weights drawn small, CLIP's tokenizer."""
+    """A diffusers folder in bf16: a shipped architecture or a quarter of one, random weights, CLIP's tokenizer."""
     import diffusers
     import transformers
 
-    changes = QUARTER if architecture == "sd1_quarter" else {}
+    changes = QUARTERS.get(architecture, {})
     architecture = architecture.removesuffix("_quarter")
     shutil.copytree(ARCHITECTURES / architecture, folder)
     for name, values in changes.items():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -52,6 +53,8 @@ class Row:
     mean_loss: float
     tflop: float
     """Floating-point operations of a step, in 10^12."""
+    warm_up_s: float
+    """What the first steps took beyond the time of later ones: compiling, mostly."""
 
 
 def measure(lever: str, base: str, arguments: argparse.Namespace) -> Row:
@@ -82,11 +85,19 @@ def measure(lever: str, base: str, arguments: argparse.Namespace) -> Row:
         raise RuntimeError(f"{lever}: {done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = statistics.median(line["seconds"] for line in lines[WARM_UP_STEPS:])
+    warm_up = sum(line["seconds"] - seconds for line in lines[:WARM_UP_STEPS])
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     loss = statistics.mean(line["instance_loss"] for line in lines)
     config = config_file.load(None, words)
     flops = memory.Modules.of(config, families.facts(config.model)).flops(config, None)
-    return Row(lever, round(seconds, 4), round(summary["peak_gib"], 2), round(loss, 4), round(flops / 1e12, 4))
+    peak, tflop = round(summary["peak_gib"], 2), round(flops / 1e12, 4)
+    return Row(lever, round(seconds, 4), peak, round(loss, 4), tflop, round(warm_up, 2))
+
+
+def break_even(row: Row, plain: Row) -> int | None:
+    """Steps after which a lever that takes longer to begin has paid for it; None when its steps are not faster."""
+    saved = plain.step_s - row.step_s
+    return None if saved <= 0 else max(0, math.ceil((row.warm_up_s - plain.warm_up_s) / saved))
 
 
 def matmul_tflops(dtype: torch.dtype, side: int) -> float:
@@ -127,10 +138,18 @@ def main() -> None:
         rows.append(measure(lever, base, arguments))
         print(
             f"{lever:<18} {rows[-1].step_s:9.4f} s   {rows[-1].peak_gib:7.2f} GiB   loss {rows[-1].mean_loss}   "
-            f"{rows[-1].tflop / rows[-1].step_s / limit:.0%} of limit",
+            f"{rows[-1].tflop / rows[-1].step_s / limit:.0%} of limit{_payment(rows)}",
             flush=True,
         )
     write(rows, limit, arguments)
+
+
+def _payment(rows: list[Row]) -> str:
+    """After how many steps compiling has paid, where that can be said."""
+    if rows[-1].lever != "compiled" or rows[0].lever != "plain":
+        return ""
+    steps = break_even(rows[-1], rows[0])
+    return "   never pays" if steps is None else f"   pays after {steps} steps"
 
 
 def write(rows: list[Row], limit: float, arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -67,6 +68,14 @@ def test_a_step_s_time_memory_and_operations_are_measured(base: Path, tmp_path: 
     assert row.step_s > 0
     assert row.peak_gib > 0.1
     assert row.tflop > 1e-3
+
+
+def test_a_lever_that_begins_slowly_pays_after_some_steps_or_never() -> None:
+    plain = step_time.Row("plain", 0.5, 1.0, 1.0, 1.0, warm_up_s=1.0)
+    compiled = dataclasses.replace(plain, lever="compiled", step_s=0.25, warm_up_s=21.0)
+    assert step_time.break_even(compiled, plain) == 80
+    assert step_time.break_even(dataclasses.replace(compiled, warm_up_s=0.0), plain) == 0
+    assert step_time.break_even(dataclasses.replace(compiled, step_s=0.5), plain) is None
 
 
 def test_the_parts_of_a_job_add_up_to_its_time(base: Path, tmp_path: Path) -> None:
