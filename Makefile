@@ -35,7 +35,7 @@ test-slow: $(VENV)/.installed-dev
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/pytest -m gpu
 
-# Kills, damage and hostile files at release length; writes docs/reliability.md. About three hours.
+# Kills, damage and hostile files at release length; writes docs/reliability.md. About four hours.
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.soak
 

@@ -1,6 +1,6 @@
 """The long column: every campaign at release length, and its table in docs/reliability.md.
 
-    python -m tests.soak                   # all, about three hours on two cores
+    python -m tests.soak                   # all, about four hours on two cores
     python -m tests.soak --only kills_at_random configs
     python -m tests.soak --share 0.1       # a tenth of the tries; 5 for five times as many
 
