@@ -459,4 +459,5 @@ def test_a_lack_of_memory_while_loading_is_not_taken_for_a_damaged_file(number: 
     with pytest.raises(Exception) as caught, OutOfMemory(number):  # noqa: PT011 - whatever the libraries make of it
         families.load(ModelConfig(base=str(bases["sd1"])), device="cpu", dtype=torch.float16)
     assert lacks_memory(caught.value)
+    assert torch.get_default_dtype() is torch.float32
     assert not isinstance(caught.value, LoraBoothError)

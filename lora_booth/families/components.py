@@ -284,7 +284,11 @@ def shipped_tokenizer(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Errors of the loading libraries, which raise dozens of kinds on odd files, as one ModelError that names it."""
+    """Errors of the loading libraries, which raise dozens of kinds on odd files, as one ModelError that names it.
+
+    Where they fail they leave torch's default type behind as they had set it; it is put back.
+    """
+    default_dtype = torch.get_default_dtype()
     try:
         yield
     except LoraBoothError:
@@ -296,6 +300,8 @@ def readable(path: Path) -> Iterator[None]:
         raise ModelError(
             f"{path} cannot be loaded ({reason.rstrip('.: ')}); copy or download the base again."
         ) from error
+    finally:
+        torch.set_default_dtype(default_dtype)
 
 
 @contextlib.contextmanager
