@@ -24,6 +24,7 @@ from lora_booth.config import Config
 from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import DeviceMemoryError, DiskError, LoraBoothError, ProcessLostError, lacks_memory
 from lora_booth.families.base import Family
+from lora_booth.families.identify import BaseFacts
 from lora_booth.interrupts import stop_requests
 from lora_booth.objectives import objective_for
 from lora_booth.precision import dtype_for
@@ -84,10 +85,7 @@ def train(
     inputs = inputs or plan.look(config, report)
     accelerator = _accelerator(config)
     device = accelerator.device
-    if plan.is_finished(config):  # nothing will be computed, so memory need not be predicted
-        config = plan.filled(config, inputs)
-    else:
-        config = plan.resolve(config, inputs, report, free_gib=_free_gib(device))
+    config = _resolved(config, inputs, report, device)
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
         finished = run.summary()
         if finished is not None:
@@ -96,10 +94,7 @@ def train(
         if accelerator.is_main_process and not run.sheet_path.exists():
             run.write_picture(run.sheet_path, prepare.sheet(config, inputs.pictures))
         dtype = dtype_for(config.model.precision, device)
-        report.event(
-            "base", f"base {plan.described(config, inputs.facts)}, in {dtype} on {device}".replace("torch.", "")
-        )
-        family = _load(config, device, dtype)
+        family = _load(config, inputs.facts, device, dtype, report)
         listeners = {"report": report, "stop": stop}
         stopwatch.lap("loading")
         with accelerator.main_process_first():  # it fills the caches, the others find them full
@@ -143,7 +138,16 @@ def _accelerator(config: Config) -> Accelerator:
     )
 
 
-def _load(config: Config, device: torch.device, dtype: torch.dtype) -> Family:
+def _resolved(config: Config, inputs: plan.Inputs, report: Report, device: torch.device) -> Config:
+    """`config` with every open choice made; for a finished run nothing is computed, so its memory is not predicted."""
+    if plan.is_finished(config):
+        return plan.filled(config, inputs)
+    return plan.resolve(config, inputs, report, free_gib=_free_gib(device))
+
+
+def _load(config: Config, facts: BaseFacts, device: torch.device, dtype: torch.dtype, report: Report) -> Family:
+    kind = plan.described(config, facts)
+    report.event("base", f"base {kind}, in {dtype} on {device}".replace("torch.", ""))
     family = families.load(config.model, device=device, dtype=dtype)
     if config.objective.zero_terminal_snr:
         family.schedule = family.schedule.rescaled_to_zero_terminal_snr()

@@ -37,11 +37,12 @@ class Watchdog:
         elif min(self._seconds[-SLOW_STEPS:]) > SLOW_FACTOR * self._baseline and not self._has_told_slow:
             self._has_told_slow = True
             times = min(self._seconds[-SLOW_STEPS:]) / self._baseline
-            cause = (
-                "the driver may have moved memory off the device" if used_share is not None else "the machine is busy"
-            )
-            warnings.append(
-                f"steps take {times:.0f} times as long as at first; {cause}. Close other programs, or stop, give "
-                "memory.budget_gib a smaller number and continue."
-            )
+            told = f"steps take {times:.0f} times as long as at first"
+            if used_share is None:
+                warnings.append(f"{told}: other programs keep the processor busy.")
+            else:
+                warnings.append(
+                    f"{told}; the driver may have moved memory off the device. Close other programs, or stop, give "
+                    "memory.budget_gib a smaller number and continue."
+                )
         return warnings
