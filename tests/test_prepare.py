@@ -140,8 +140,11 @@ def test_the_denoiser_is_away_while_pictures_are_encoded_and_back_afterwards(
     assert [key for key, _ in itertools.groupby(happened)] == ["denoise", "to cpu", "encode", "to cpu"]
 
 
-def test_fewer_are_drawn_together_when_the_device_s_memory_does_not_suffice(
-    family: Family, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "lack", [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+)
+def test_fewer_are_drawn_together_when_the_memory_does_not_suffice(
+    lack: Exception, family: Family, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampling = Sampling(32, 32, "ddim", 2, 1.0, batch_size=5)
     unet, seen = family.denoiser, []
@@ -150,7 +153,7 @@ def test_fewer_are_drawn_together_when_the_device_s_memory_does_not_suffice(
     def full(self: object, sample: torch.Tensor, *arguments: object, **settings: object) -> object:
         seen.append(len(sample))
         if len(sample) > 2:
-            raise torch.OutOfMemoryError("full")
+            raise lack
         return predict(self, sample, *arguments, **settings)  # type: ignore[arg-type]
 
     rows = {"seeds": list(range(5))}
@@ -161,9 +164,24 @@ def test_fewer_are_drawn_together_when_the_device_s_memory_does_not_suffice(
     assert [len(latents) for latents in found] == [2, 2, 1]
     assert seen == [5, 2, 2, 2, 2, 1, 1]
     assert torch.allclose(torch.cat(found), expected, atol=1e-5)
-    monkeypatch.setattr(type(unet), "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
-    with pytest.raises(torch.OutOfMemoryError):
+    monkeypatch.setattr(type(unet), "forward", lambda *_, **__: (_ for _ in ()).throw(lack))
+    with pytest.raises(type(lack)):
         list(sample(family, conditioning[:1], prompts[""], sampling, seeds=[0]))
+
+
+def test_another_error_while_drawing_is_not_taken_for_a_lack_of_memory(
+    family: Family, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def broken(_: object, latents: torch.Tensor, *__: object, **___: object) -> None:
+        seen.append(len(latents))
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(type(family.denoiser), "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        list(sample(family, [prompts["a dog"]] * 2, prompts[""], Sampling(32, 32, "ddim", 2, 1.0), seeds=[0, 1]))
+    assert seen == [2], "it is not tried again with fewer"
 
 
 def test_a_second_preparation_reads_everything_from_the_cache(
