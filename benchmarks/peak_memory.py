@@ -102,8 +102,8 @@ def on_cpu(base: Path, share: float, side_px: int) -> Row:
     family.release_text_encoders()
     known = tensors_of([family.denoiser])
     objective = objective_for(config.objective, family.schedule)
-    measured = sum(trial.trace_step(family, objective, batch, parameters, known))
-    measured += held_bytes(known) + held_bytes(batch.tensors)
+    gradients, others, _ = trial.trace_step(family, objective, batch, parameters, known)
+    measured = gradients + others + held_bytes(known) + held_bytes(batch.tensors)
     return Row(f"one step at {side_px} px, share {share:g}", predicted / GIB, measured / GIB)
 
 

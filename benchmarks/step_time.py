@@ -5,9 +5,9 @@
 
 Every row is a whole `lora-booth train` in a process of its own: two instance and two class images a step, adapter rank
 16 on attention, no pictures on the way, pictures of noise. Seconds are the median over all steps but the first three,
-as the run's metrics.jsonl has them; memory is the device's peak of tensors, on a CPU the process's. "of limit" is the
-step's floating-point operations (counted on tensors without data) over those that a large matrix product reaches here
-in the same time.
+as the run's metrics.jsonl has them; memory is the device's peak of tensors, on a CPU the process's. "at least" is the
+time that the step's operations, counted on tensors without data, need at the rates that a large matrix product and a
+large copy reach here (`lora_booth.tracing.Work.seconds`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import torch
 from benchmarks import record
 from benchmarks.bases import ARCHITECTURE_NAMES, noise_pictures, random_base
 from lora_booth import charts, config_file, families, memory
+from lora_booth.cards import Card
 
 LEVERS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -53,12 +55,14 @@ class Row:
     mean_loss: float
     tflop: float
     """Floating-point operations of a step, in 10^12."""
+    least_s: float
+    """Seconds that they need, or moving their bytes, at the rates measured here."""
     warm_up_s: float
     """What the first steps took beyond the time of later ones: compiling, mostly."""
 
 
-def measure(lever: str, base: str, arguments: argparse.Namespace) -> Row:
-    """Train once. Raises RuntimeError with the run's last words when it fails."""
+def measure(lever: str, base: str, card: Card, arguments: argparse.Namespace) -> Row:
+    """Train once, on what computes at the rates of `card`. Raises RuntimeError with the run's last words."""
     folder = arguments.out / "run"
     shutil.rmtree(folder, ignore_errors=True)
     settings: dict[str, object] = {
@@ -89,9 +93,9 @@ def measure(lever: str, base: str, arguments: argparse.Namespace) -> Row:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     loss = statistics.mean(line["instance_loss"] for line in lines)
     config = config_file.load(None, words)
-    flops = memory.Modules.of(config, families.facts(config.model)).flops(config, None)
-    peak, tflop = round(summary["peak_gib"], 2), round(flops / 1e12, 4)
-    return Row(lever, round(seconds, 4), peak, round(loss, 4), tflop, round(warm_up, 2))
+    work = memory.Modules.of(config, families.facts(config.model)).step_work(config, None)
+    peak, tflop, least = round(summary["peak_gib"], 2), round(work.flops / 1e12, 4), round(work.seconds(card), 4)
+    return Row(lever, round(seconds, 4), peak, round(loss, 4), tflop, least, round(warm_up, 2))
 
 
 def break_even(row: Row, plain: Row) -> int | None:
@@ -100,18 +104,30 @@ def break_even(row: Row, plain: Row) -> int | None:
     return None if saved <= 0 else max(0, math.ceil((row.warm_up_s - plain.warm_up_s) / saved))
 
 
-def matmul_tflops(dtype: torch.dtype, side: int) -> float:
-    """10^12 floating-point operations a second of a `side`×`side` matrix product: the best of five."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(side, side, device=device, dtype=dtype)
+def measured_card() -> Card:
+    """What computes here, by the rates of one matrix product and one copy, each the best of five.
+
+    On a CPU the product is in float32, of which a card has half the rate.
+    """
+    is_card = torch.cuda.is_available()
+    device, dtype, side = ("cuda", torch.bfloat16, 8192) if is_card else ("cpu", torch.float32, 2048)
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    source, target = (torch.empty(2**28, device=device, dtype=torch.uint8) for _ in range(2))
+    tflops = 2 * side**3 / _best_s(lambda: matrix @ matrix) / 1e12
+    gb_per_s = 2 * source.nbytes / _best_s(lambda: target.copy_(source)) / 1e9
+    memory_gib = torch.cuda.mem_get_info()[1] // 2**30 if is_card else 0
+    return Card(record.device_name(), tflops * (1 if is_card else 2), gb_per_s, memory_gib)
+
+
+def _best_s(run: Callable[[], object]) -> float:
     best = float("inf")
     for _ in range(5):
         began = time.perf_counter()
-        a @ a
-        if device == "cuda":
+        run()
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / best / 1e12
+    return best
 
 
 def main() -> None:
@@ -131,17 +147,15 @@ def main() -> None:
     base = arguments.base or str(arguments.out / arguments.architecture)
     if arguments.base is None and not Path(base).exists():
         random_base(Path(base), arguments.architecture)
-    is_card = torch.cuda.is_available()
-    limit = matmul_tflops(torch.bfloat16 if is_card else torch.float32, 8192 if is_card else 2048)
-    rows = []
+    card, rows = measured_card(), list[Row]()
     for lever in arguments.levers:
-        rows.append(measure(lever, base, arguments))
+        rows.append(measure(lever, base, card, arguments))
         print(
             f"{lever:<18} {rows[-1].step_s:9.4f} s   {rows[-1].peak_gib:7.2f} GiB   loss {rows[-1].mean_loss}   "
-            f"{rows[-1].tflop / rows[-1].step_s / limit:.0%} of limit{_payment(rows)}",
+            f"at least {rows[-1].least_s:.4f} s{_payment(rows)}",
             flush=True,
         )
-    write(rows, limit, arguments)
+    write(rows, card, arguments)
 
 
 def _payment(rows: list[Row]) -> str:
@@ -152,11 +166,11 @@ def _payment(rows: list[Row]) -> str:
     return "   never pays" if steps is None else f"   pays after {steps} steps"
 
 
-def write(rows: list[Row], limit: float, arguments: argparse.Namespace) -> None:
+def write(rows: list[Row], card: Card, arguments: argparse.Namespace) -> None:
     """step_time.json with job, machine and versions, and a bar picture each of time and memory."""
     base, side = arguments.base or arguments.architecture, arguments.resolution
     job = {"base": base, "resolution": side, "steps": arguments.steps, "precision": arguments.precision}
-    job["matmul_tflops"] = limit
+    job["rates"] = asdict(card)
     record.write(arguments.out / "step_time.json", job | {"rows": [asdict(row) for row in rows]})
     for name, unit in (("step_s", "seconds of a step"), ("peak_gib", "GiB at most")):
         values = {row.lever: getattr(row, name) for row in rows}

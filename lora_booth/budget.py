@@ -49,12 +49,16 @@ class Lever:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen to stay within a budget, a reason for each choice, and the phases of the run as it is then."""
+    """What was chosen to stay within a budget, a reason for each choice, and the phases of the run as it is then.
+
+    `modules`: what they were traced on.
+    """
 
     changes: Changes
     reasons: tuple[str, ...]
     phases: tuple[Phase, ...]
     budget_gib: float
+    modules: Modules
 
     @property
     def too_large(self) -> tuple[Phase, ...]:
@@ -65,7 +69,7 @@ class Plan:
 def choose(config: Config, facts: BaseFacts, budget_gib: float, *, bucket: Bucket | None = None) -> Plan:
     """The fastest ways to train and to draw that stay within `budget_gib`; where none does, the smallest.
 
-    What is set in the config stays. `bucket`: as `memory.predict` has it. Raises as that does.
+    What is set in the config stays. `bucket`: as `Modules` has it. Raises as its making does.
     """
     modules, needs = Modules.of(config, facts), {}
 
@@ -81,9 +85,8 @@ def choose(config: Config, facts: BaseFacts, budget_gib: float, *, bucket: Bucke
         "train": {key: getattr(chosen.train, key) for key in ("batch_size", "gradient_checkpointing")},
         "memory": {key: getattr(chosen.memory, key) for key in CHOSEN_FOR_PICTURES},
     }
-    return Plan(
-        changes, (*_reasons(config, (size, share), needs), *reasons), modules.phases(chosen, bucket), budget_gib
-    )
+    reasons = [*_reasons(config, (size, share), needs), *reasons]
+    return Plan(changes, tuple(reasons), modules.phases(chosen, bucket), budget_gib, modules)
 
 
 def levers(config: Config) -> tuple[Lever, ...]:

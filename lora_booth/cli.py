@@ -109,15 +109,19 @@ def plan(
     token: Token = None,
     base: Base = None,
     vram: Vram = None,
+    card: Annotated[
+        str | None, typer.Option(help='Card to plan for, as "RTX 3060": its memory and speed. Default: the one here.')
+    ] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Decide and show what `train` would do with the same arguments; run nothing."""
+    from lora_booth import cards
     from lora_booth import plan as verb
 
     config = _config(settings, subject, class_noun, token, base, vram, out)
     with _listening(as_json, False) as report:
-        verb.show(config, report)
+        verb.show(config, report, None if card is None else cards.named(card))
 
 
 @app.command()

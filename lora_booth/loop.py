@@ -17,12 +17,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lora_booth import optim, preview
+from lora_booth import gpu, optim, preview
 from lora_booth.adapter import inject
 from lora_booth.adapter.weights import plain_path
 from lora_booth.checkpoints import Checkpoint
 from lora_booth.config import Config
-from lora_booth.data.batches import Item, Row, micro_batches
+from lora_booth.data.batches import VALIDATION_ROWS, Item, Row, micro_batches, validation_levels
 from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import NumericError
 from lora_booth.families.base import Conditioning, Family
@@ -41,9 +41,6 @@ LOWER_RATE = (
     "nothing of this step was kept, and the last checkpoint is good. Lower optimizer.learning_rate, or set "
     "model.precision = bf16 (or fp32); if it happens at the first step, the base itself may be damaged."
 )
-VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
-VALIDATION_ROWS = 16
-"""Images times noise levels: by count of operations less than four steps of two rows each."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def optimize(s: Session, start: int) -> None:
             "seconds": time.perf_counter() - began,
         }
         _log(s, step + 1, rows, losses, metrics)
-        for warning in s.watchdog.observe(metrics["seconds"], used_share(s.accelerator.device)):
+        for warning in s.watchdog.observe(metrics["seconds"], gpu.used_share(s.accelerator.device)):
             s.report.warn(warning)
         _save_and_draw(s, step + 1, is_stopping=is_stopping)
         if is_stopping:
@@ -178,13 +175,6 @@ def validation_loss(s: Session) -> float:
         )
         losses += _losses(s, [item] * len(levels), draws).tolist()
     return sum(losses) / len(losses)
-
-
-def validation_levels(number: int, count: int) -> list[float]:
-    """Noise levels of image `number` of `count`, as shares of all: each image all of them while rows last, else in turn
-    another."""
-    rounds = range(min(len(VALIDATION_QUANTILES), -(-(VALIDATION_ROWS - number) // count)))
-    return [VALIDATION_QUANTILES[(number + r) % len(VALIDATION_QUANTILES)] for r in rounds]
 
 
 def _num_timesteps(s: Session) -> int:
@@ -272,7 +262,7 @@ def _log(s: Session, done: int, rows: Sequence[Row], losses: Tensor, metrics: di
     values = {f"{role}_loss": sum(x) / len(x) for role, x in by_role.items() if x} | metrics
     s.run.append_metrics({"step": done, **values})
     s.accelerator.log(values, step=done)
-    memory = device_memory_gib(s.accelerator.device)
+    memory = gpu.peak_gib(s.accelerator.device)
     s.report.progress("train", done, s.config.train.steps or done, **values, memory_gib=memory)
 
 
@@ -357,16 +347,3 @@ def _stop_drawing(s: Session) -> None:
     """
     if s.accelerator.num_processes == 1:
         s.stop.check(f"stopped while drawing, everything is saved; continue with: {s.continue_command}")
-
-
-def device_memory_gib(device: torch.device) -> float | None:
-    """Most device memory held by tensors so far; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-
-
-def used_share(device: torch.device) -> float | None:
-    """Share of the device's memory that anybody uses; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    return 1 - free / total

@@ -1,4 +1,4 @@
-"""How much device memory a run takes, part by part: its real training step, traced on tensors without data.
+"""How much device memory a run takes, part by part, and how much work: its real step, traced on tensors without data.
 
 The base's modules are built on the meta device from its configs, the real adapter is put in, and the real forward, loss
 and backward run through them while every storage is counted from its birth to its death. That needs neither weights nor
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lora_booth import families, optim
 from lora_booth.adapter import inject
 from lora_booth.config import Config
+from lora_booth.data.batches import VALIDATION_QUANTILES
 from lora_booth.data.buckets import Bucket
 from lora_booth.families.base import Family
 from lora_booth.families.components import without_weights
@@ -32,15 +32,13 @@ from lora_booth.families.sampling import PICTURES_AT_ONCE
 from lora_booth.families.vae import Vae
 from lora_booth.objectives import objective_for
 from lora_booth.precision import DTYPES
-from lora_booth.tracing import LiveBytes, fused_attention, held_bytes, tensors_of
-from lora_booth.trial import Batch, make_batch, micro_step, trace_step
+from lora_booth.tracing import LiveBytes, Work, fused_attention, held_bytes, tensors_of
+from lora_booth.trial import Batch, StepTrace, make_batch, micro_step, trace_step
 
 GIB = 2**30
 OUTSIDE_GIB = 0.8
 """CUDA context, cuDNN's workspaces and the allocator's gaps: assumed, not measured. The context is never part of
 `torch.cuda.max_memory_allocated`."""
-VALIDATION_LEVELS = 4
-"""Noise levels of an image whose validation loss the loop measures in one pass, at most."""
 META = torch.device("meta")
 
 
@@ -59,15 +57,6 @@ class Phase:
 def needed_gib(phases: Iterable[Phase]) -> float:
     """Device memory of the fullest phase, with what lies outside of tensors."""
     return max(phase.gib for phase in phases) + OUTSIDE_GIB
-
-
-def predict(config: Config, facts: BaseFacts, *, bucket: Bucket | None = None) -> tuple[Phase, ...]:
-    """The phases of a run, in the order in which it comes to them.
-
-    `bucket`: the largest that is trained at; by default the square of the resolution, which no other exceeds. Precision
-    and optimizer "auto" mean what a CUDA card gets. Raises ModelError or ConfigError where training would.
-    """
-    return Modules.of(config, facts).phases(config, bucket)
 
 
 def class_images_at_once(config: Config) -> int:
@@ -98,7 +87,11 @@ def _stored_bytes(modules: Iterable[nn.Module], config: Config) -> int:
 
 @dataclass(frozen=True)
 class Modules:
-    """A base without weights, with its adapter: what phases are traced on. `adapted`: what carries the adapter."""
+    """A base without weights, with its adapter: what is traced. `adapted`: what carries the adapter.
+
+    `bucket` everywhere: the largest that is trained at; None is the square of the resolution, which no other exceeds.
+    Precision and optimizer "auto" mean what a CUDA card gets.
+    """
 
     family: Family
     vae: Vae
@@ -112,6 +105,7 @@ class Modules:
 
     @staticmethod
     def of(config: Config, facts: BaseFacts) -> Modules:
+        """Modules of the base, with the adapter of `config`. Raises ModelError or ConfigError where training would."""
         dtype = DTYPES.get(config.model.precision, torch.bfloat16)  # "auto" on a card: two bytes, bf16 or fp16
         parts = without_weights(facts, dtype)
         family = families.around(facts, parts)
@@ -135,7 +129,7 @@ class Modules:
         return (self.vae.module.config.latent_channels, bucket.height_px // factor, bucket.width_px // factor)
 
     def phases(self, config: Config, bucket: Bucket | None) -> tuple[Phase, ...]:
-        """All phases of the run."""
+        """All phases of the run, in the order in which it comes to them."""
         phases = [self.prepare(config, bucket), self.step(config, bucket), self.validate(config, bucket)]
         return (*phases, self.draw(config, bucket)) if config.preview.images_per_prompt else tuple(phases)
 
@@ -152,12 +146,14 @@ class Modules:
         held = self._before_training(config)
         if config.memory.encode_alone:
             del held["base"]
+        return Phase("prepare", held | {"encoding": self._encoding(bucket).peak})
+
+    def _encoding(self, bucket: Bucket) -> LiveBytes:
         pixels = torch.empty(1, 3, bucket.height_px, bucket.width_px, device=META)
-        encoding = self._working(("encode", bucket), partial(self.vae.encode, pixels))
-        return Phase("prepare", held | {"encoding": encoding})
+        return self._working(("encode", bucket), partial(self.vae.encode, pixels))
 
     def _encode_prompts(self, config: Config) -> Phase:
-        encoding = self._working(("prompts",), lambda: self.family.encode_prompts([""]))
+        encoding = self._working(("prompts",), lambda: self.family.encode_prompts([""])).peak
         held = self._before_training(config) | {"text encoders": self._text_bytes(config)}
         return Phase("prepare", held | {"encoding": encoding})
 
@@ -178,7 +174,7 @@ class Modules:
 
     def validate(self, config: Config, bucket: Bucket | None) -> Phase:
         """The phase "validate": the denoiser alone, on several noise levels of one image."""
-        measuring = VALIDATION_LEVELS * self._denoising(config, self.square(config), "adapted")
+        measuring = len(VALIDATION_QUANTILES) * self._row_bytes(config, self.square(config), "adapted")
         return Phase("validate", self._lasting(config, bucket) | {"denoising": measuring})
 
     def draw(self, config: Config, bucket: Bucket | None) -> Phase:
@@ -189,7 +185,7 @@ class Modules:
     def step(self, config: Config, bucket: Bucket | None) -> Phase:
         """The phase "train": one micro-step."""
         batch = self._batch(config, rows_per_pass(config), bucket or self.square(config))
-        gradients, others = self._trace(config, batch)
+        gradients, others, _ = self._trace(config, batch)
         parts = {
             "base": self.base_bytes,
             "adapter": held_bytes(self.parameters),
@@ -200,20 +196,24 @@ class Modules:
         }
         return Phase("train", parts)
 
-    def flops(self, config: Config, bucket: Bucket | None) -> int:
-        """Floating-point operations of one optimizer step: forward, backward, and what is computed again.
-
-        Those of matrix products, convolutions and attention, as torch.utils.flop_counter has them.
-        """
-        rows = _rows_per_step(config)
+    def step_work(self, config: Config, bucket: Bucket | None) -> Work:
+        """One optimizer step: forward, backward, and what is computed again; not the optimizer's own."""
+        rows = rows_per_pass(config)
         batch = self._batch(config, rows, bucket or self.square(config))
-        self._switch(training=True, gradient_checkpointing=config.train.gradient_checkpointing or 0.0)
-        objective = objective_for(config.objective, self.family.schedule)
-        with FlopCounterMode(display=False) as counter:
-            micro_step(self.family, objective, batch).backward()  # type: ignore[no-untyped-call]
-        for parameter in self.parameters:
-            parameter.grad = None
-        return int(counter.get_total_flops())
+        return self._trace(config, batch).work * (_rows_per_step(config) / rows)
+
+    def encode_work(self, bucket: Bucket) -> Work:
+        """One picture through the VAE's encoder."""
+        return self._encoding(bucket).work
+
+    def draw_work(self, config: Config, bucket: Bucket, solver_steps: int, *, is_guided: bool) -> Work:
+        """One picture drawn: the denoiser at each of `solver_steps`, twice where it is guided."""
+        rows = 2 if is_guided else 1
+        return self._denoising(config, bucket, "adapted").work * (solver_steps * rows / 2)
+
+    def decode_work(self, config: Config, bucket: Bucket) -> Work:
+        """One picture through the VAE's decoder."""
+        return self._decoding(config, 1, bucket).work
 
     def _optimizer_bytes(self, config: Config) -> int:
         key = ("optimizer", config.optimizer.name)
@@ -223,7 +223,7 @@ class Modules:
         size: int = self.traced[key]
         return size
 
-    def _trace(self, config: Config, batch: Batch) -> tuple[int, int]:
+    def _trace(self, config: Config, batch: Batch) -> StepTrace:
         train, rows = config.train, len(batch.latents)
         follows_another = _rows_per_step(config) > rows or train.images_per_step > 1  # whose buckets may differ
         share = train.gradient_checkpointing or 0.0
@@ -236,7 +236,7 @@ class Modules:
             self.traced[key] = trace_step(self.family, objective, batch, self.parameters, self._tensors())
             for parameter in self.parameters:
                 parameter.grad = None
-        counted: tuple[int, int] = self.traced[key]
+        counted: StepTrace = self.traced[key]
         return counted
 
     def _lasting(self, config: Config, bucket: Bucket | None) -> dict[str, int]:
@@ -248,33 +248,41 @@ class Modules:
 
     def _drawing(self, config: Config, together: int, bucket: Bucket, denoiser: str) -> dict[str, int]:
         """The larger of denoising and decoding `together` pictures, with the `denoiser` "adapted" or of the "base"."""
+        decoding = self._decoding(config, together, bucket).peak
+        scales = (config.prior.guidance_scale, config.preview.guidance_scale)
+        rows = together * (2 if max(scales) > 1 else 1)  # both halves of guidance go in one pass
+        denoising = rows * self._row_bytes(config, bucket, denoiser)
+        return {"denoising": denoising} if denoising > decoding else {"decoding": decoding}
+
+    def _decoding(self, config: Config, together: int, bucket: Bucket) -> LiveBytes:
         decoded = min(together, self.vae.num_at_once(bucket.width_px, bucket.height_px))
         latents = torch.empty(decoded, *self.latent_shape(bucket), device=META)
         is_tiled = bool(config.memory.tiled_decoding)
         decode = partial(self.vae.decode_chunk, latents, is_tiled=is_tiled)
-        decoding = self._working(("decode", decoded, bucket, is_tiled), decode)
-        scales = (config.prior.guidance_scale, config.preview.guidance_scale)
-        rows = together * (2 if max(scales) > 1 else 1)  # both halves of guidance go in one pass
-        denoising = rows * self._denoising(config, bucket, denoiser)
-        return {"denoising": denoising} if denoising > decoding else {"decoding": decoding}
+        return self._working(("decode", decoded, bucket, is_tiled), decode)
 
-    def _denoising(self, config: Config, bucket: Bucket, denoiser: str) -> int:
+    def _row_bytes(self, config: Config, bucket: Bucket, denoiser: str) -> int:
         """Bytes of a pass for looking, inputs included, for one row; several take as many times that."""
+        inputs = held_bytes(self._batch(config, 2, bucket).tensors)
+        return (inputs + self._denoising(config, bucket, denoiser).peak) // 2
+
+    def _denoising(self, config: Config, bucket: Bucket, denoiser: str) -> LiveBytes:
+        """A pass for looking, of two rows."""
         batch = self._batch(config, 2, bucket)
         objective = objective_for(config.objective, self.family.schedule)
         self._switch(training=False, gradient_checkpointing=0.0)
         denoise = partial(micro_step, self.family, objective, batch)
-        return (held_bytes(batch.tensors) + self._working(("denoise", bucket, denoiser), denoise, batch.tensors)) // 2
+        return self._working(("denoise", bucket, denoiser), denoise, batch.tensors)
 
-    def _working(self, key: tuple[Any, ...], run: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> int:
-        """Most bytes that `run` holds beyond the modules and its inputs, without gradients."""
+    def _working(self, key: tuple[Any, ...], run: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> LiveBytes:
+        """What `run` holds beyond the modules and its inputs, without gradients, and its work."""
         if key not in self.traced:
             live = LiveBytes("meta", [*self._tensors(), *inputs])
-            with torch.no_grad(), live, fused_attention():
+            with torch.no_grad(), live, fused_attention(live.work):
                 run()
-            self.traced[key] = live.peak
-        size: int = self.traced[key]
-        return size
+            self.traced[key] = live
+        counted: LiveBytes = self.traced[key]
+        return counted
 
     def _batch(self, config: Config, rows: int, bucket: Bucket) -> Batch:
         key = ("batch", rows, bucket)

@@ -9,9 +9,12 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_booth import cards
+from lora_booth.cards import Card
 from lora_booth.config import Config
 from lora_booth.data.buckets import Bucket, Crop
 from lora_booth.errors import ConfigError, LoraBoothError
@@ -23,6 +26,7 @@ from lora_booth.subject import Pictures, crops_of, find_pictures
 
 if TYPE_CHECKING:
     from lora_booth.budget import Plan
+    from lora_booth.duration import Duration
     from lora_booth.memory import Phase
 
 log = logging.getLogger(__name__)
@@ -157,8 +161,11 @@ def _levers(config: Config, facts: BaseFacts | None) -> list[tuple[str, str]]:
     return [(lever.settings, lever.told) for lever in found]
 
 
-def show(config: Config, report: Report) -> None:
-    """Tell what `train` would do with `config`; nothing is run or written. Memory comes last, since it needs torch."""
+def show(config: Config, report: Report, card: Card | None = None) -> None:
+    """Tell what `train` would do with `config`; nothing is run or written. Memory and time come last: they need torch.
+
+    `card`: the one to plan for, whose memory is the budget where none is set; by default the one that is here.
+    """
     inputs = look(config, report, needs_weights=False)
     config, pictures = filled(config, inputs), inputs.pictures
     crops = crops_of(config, pictures.instances.pictures)
@@ -180,21 +187,27 @@ def show(config: Config, report: Report) -> None:
         note = ", enlarged" if crop.enlargement > 1 else ""
         text = f"         {picture.path.name}: {size} to {crop.bucket}, {crop.lost_fraction:.0%} cut off{note}"
         report.event("picture", text, name=picture.path.name)
-    _show_memory(config, inputs, report)
+    _show_prediction(config, inputs, report, card)
 
 
-def _show_memory(config: Config, inputs: Inputs, report: Report) -> None:
-    """The predicted memory part by part; with a budget also what was chosen, and where it does not fit, what helps."""
-    from lora_booth import budget, memory
+def _show_prediction(config: Config, inputs: Inputs, report: Report, card: Card | None) -> None:
+    """The predicted memory part by part; with a budget also what was chosen, and where it does not fit, what helps.
 
-    budget_gib, bucket = config.memory.budget_gib, _largest_bucket(config, inputs.pictures)
+    Then the time: on `card`, or the one that is here, or on usual ones with enough memory.
+    """
+    from lora_booth import budget, duration, gpu, memory
+
+    bucket, here = _largest_bucket(config, inputs.pictures), gpu.here()
+    budget_gib = config.memory.budget_gib or (gpu.free_gib(here) if card is None else card.memory_gib)
     if budget_gib is None:
-        phases, notes = memory.predict(config, inputs.facts, bucket=bucket), []
+        modules, notes = memory.Modules.of(config, inputs.facts), []
+        phases = modules.phases(config, bucket)
     else:
         found = budget.choose(config, inputs.facts, budget_gib, bucket=bucket)
-        phases, notes = found.phases, [f"for {budget_gib:g} GiB: {reason}" for reason in found.reasons]
+        config, modules, phases = _changed(config, found), found.modules, found.phases
+        notes = [f"for {budget_gib:g} GiB: {reason}" for reason in found.reasons]
         if found.too_large:
-            left = budget.savings(_changed(config, found), inputs.facts, bucket=bucket)
+            left = budget.savings(config, inputs.facts, bucket=bucket)
             notes += [f"{_excess(found)}; what would help, in this order:"]
             notes += [f"  {lever.settings} ({lever.told})" for lever in left]
     gib = memory.needed_gib(phases)
@@ -203,6 +216,26 @@ def _show_memory(config: Config, inputs: Inputs, report: Report) -> None:
     report.event("memory", f"memory   {head}", gib=round(gib, 3))
     for line in [*_table(phases), *notes]:
         report.event("memory", f"         {line}")
+    run = duration.predict(modules, config, inputs.pictures, bucket)
+    known = gpu.card(here) if card is None else card
+    usual = [other for other in map(cards.named, cards.USUAL) if other.memory_gib >= gib]
+    _show_time(run, usual if known is None else [known], report)
+
+
+def _show_time(run: Duration, shown: Sequence[Card], report: Report) -> None:
+    """The least time that a run takes, a line for each card; nothing where there is none."""
+    if not shown:
+        return
+    report.event(
+        "time", "time     at least, computing at a card's peak rates; class images are drawn once for all runs"
+    )
+    columns = ("a step", "class images", "training", "other", "in all")
+    report.event("time", f"         {'card':<18}" + "".join(f"{column:>14}" for column in columns))
+    for card in shown:
+        seconds = (run.class_images_s(card), run.training_s(card), run.other_s(card), run.total_s(card))
+        cells = (f"{run.step_s(card):.3f} s", *(str(timedelta(seconds=round(s))) for s in seconds))
+        line = f"         {card.name:<18}" + "".join(f"{cell:>14}" for cell in cells)
+        report.event("time", line, card=card.name, step_s=round(run.step_s(card), 4), in_all_s=round(seconds[-1], 1))
 
 
 def _table(phases: Sequence[Phase]) -> list[str]:

@@ -24,6 +24,11 @@ class Pictures:
     classes: Found | None
     held_out: Found | None
 
+    @property
+    def all(self) -> list[Found]:
+        """Those that there are."""
+        return [found for found in (self.instances, self.classes, self.held_out) if found is not None]
+
     def hashes(self) -> dict[str, dict[str, str]]:
         """SHA-256 by file name of all that a run's result depends on."""
         found = {"pictures": self.instances, "class_pictures": self.classes, "held_out": self.held_out}
@@ -70,6 +75,6 @@ def prompts_of(config: Config, pictures: Pictures) -> list[str]:
     """Every prompt the run asks for, once: of images, class images and previews, and the empty one."""
     texts = ["", config.subject.prompt, config.preview.negative_prompt, *config.preview.prompts]
     texts += config.prior.prompts if config.has_prior else ()
-    for found in (pictures.instances, pictures.classes, pictures.held_out):
-        texts += [p.caption for p in found.pictures if p.caption] if found is not None else []
+    for found in pictures.all:
+        texts += [p.caption for p in found.pictures if p.caption]
     return list(dict.fromkeys(config.fill(text) for text in texts))

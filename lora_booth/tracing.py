@@ -1,21 +1,26 @@
-"""Counting the bytes of tensors from their birth to their death, on any device, the meta device among them.
+"""Counting the bytes of tensors from their birth to their death, and the work of operations, on any device, the meta
+device among them.
 
-What lives here: the count, and attention as the fused CUDA kernels allocate it. What does not: what is run under the
+What lives here: the counts, and attention as the fused CUDA kernels allocate it. What does not: what is run under the
 count (`memory.py`).
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lora_booth.cards import Card
 
 BLOCK_BYTES = 512
 """What the CUDA caching allocator rounds up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
@@ -37,8 +42,74 @@ def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
+class Operation(NamedTuple):
+    """What one operation asks of a card: floating-point operations, and bytes read and written.
+
+    `is_single`: some of it is float32, for which tensor cores have half the rate (TF32) or are not used at all.
+    """
+
+    flops: int
+    num_bytes: int
+    is_single: bool
+
+
+class Work:
+    """Operations, and how often each was run or, scaled, is expected to."""
+
+    def __init__(self, operations: Counter[Operation] | None = None, times: float = 1.0) -> None:
+        self._operations = Counter[Operation]() if operations is None else operations
+        self._times = times
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self._operations, self._times * times)
+
+    def add(self, operation: Operation) -> None:
+        """Count `operation` once."""
+        self._operations[operation] += 1
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations in all."""
+        return self._times * sum(op.flops * count for op, count in self._operations.items())
+
+    def seconds(self, card: Card) -> float:
+        """The time that `card` needs at its peak rates: for each operation that of computing or of moving its bytes,
+        whichever is longer (the roofline model, doi 10.1145/1498765.1498785). Starting operations takes none."""
+        per_flop, per_byte = 1 / (card.tflops * 1e12), 1 / (card.gb_per_s * 1e9)
+        return self._times * sum(
+            count * max(op.flops * per_flop * (2 if op.is_single else 1), op.num_bytes * per_byte)
+            for op, count in self._operations.items()
+        )
+
+
+@cache
+def _moves_nothing(func: Any) -> bool:
+    """Whether an operation looks at its inputs in another shape, or allocates without writing."""
+    if func.overloadpacket.__name__ in ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"):
+        return True
+    aliases = [returned.alias_info for returned in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _operation(func: Any, args: Any, kwargs: Any, out: Any) -> Operation:
+    """What `func` asked for; FLOPs of matrix products and convolutions alone, by torch.utils.flop_counter."""
+    count = flop_registry.get(func.overloadpacket)
+    flops = 0 if count is None else int(count(*args, **kwargs, out_val=out))
+    tensors = [*_tensors_in(args), *_tensors_in(out)]
+    num_bytes = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+    return Operation(flops, num_bytes, any(t.dtype == torch.float32 for t in tensors))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors_in(item)
+
+
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages on one device that come out of operations inside, until they die.
+    """Counts the storages on one device that come out of operations inside, until they die, and the operations' work.
 
     `live` and `peak` are bytes beyond `known`, the tensors that were there before. A storage counts once, however many
     tensors look at it. What an operation allocates and frees within itself is not seen.
@@ -52,23 +123,21 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known_keys = {storage._cdata for storage in self._known}
         self._seen: dict[int, tuple[weakref.ref[Any], int, int]] = {}
         self._births, self._births_at_peak = 0, 0
+        self.work = Work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self._look_at(out)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for tensor in _tensors_in(out):
+            self._count(tensor)
+        if not _moves_nothing(func):
+            self.work.add(_operation(func, args, kwargs, out))
         return out
 
     def at_peak(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of those of `tensors` that were counted here and born before the peak; they must still be alive."""
         keys = {tensor.untyped_storage()._cdata for tensor in tensors} & self._seen.keys()
         return sum(size for _, size, birth in (self._seen[key] for key in keys) if birth <= self._births_at_peak)
-
-    def _look_at(self, out: Any) -> None:
-        if isinstance(out, Tensor):
-            self._count(out)
-        elif isinstance(out, tuple | list):
-            for item in out:
-                self._look_at(item)
 
     def _count(self, tensor: Tensor) -> None:
         if tensor.device.type != self._device_type:
@@ -96,29 +165,39 @@ class _FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, work: Work) -> Tensor:
         batch, heads, length, _ = query.shape
         out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         log_sum_exp = query.new_empty(batch, heads, length, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, log_sum_exp)
+        ctx.work = work
+        work.add(_attending(query, key, products=2, passes=1))
         return out
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        ctx.work.add(_attending(query, key, products=5, passes=2))
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+def _attending(query: Tensor, key: Tensor, *, products: int, passes: int) -> Operation:
+    """`products` of N×D and D×M matrices for each head, in a kernel that moves two of each for each of `passes`."""
+    flops = 2 * products * query.numel() * key.shape[-2]
+    num_bytes = 2 * passes * (query.numel() + key.numel()) * query.element_size()
+    return Operation(flops, num_bytes, query.dtype == torch.float32)
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
+def fused_attention(work: Work) -> Iterator[None]:
     """Inside, `scaled_dot_product_attention` allocates what the fused CUDA kernels do, and computes nothing.
 
     On the meta device it would else be matrix products that hold N×N scores. Not counted: the backward kernel's own
-    float32 sum of the query's gradient, which dies with it.
+    float32 sum of the query's gradient, which dies with it. Its operations are added to `work`.
     """
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-        return _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+        return _FusedAttention.apply(query, key, value, work)  # type: ignore[no-untyped-call]
 
     original = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = attention

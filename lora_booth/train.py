@@ -18,7 +18,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from PIL import Image
 from torch import nn
 
-from lora_booth import deliver, export, families, loop, optim, plan, prepare, preview
+from lora_booth import deliver, export, families, gpu, loop, optim, plan, prepare, preview
 from lora_booth.adapter import inject
 from lora_booth.config import Config
 from lora_booth.data.grid import labelled_grid
@@ -142,7 +142,7 @@ def _resolved(config: Config, inputs: plan.Inputs, report: Report, device: torch
     """`config` with every open choice made; for a finished run nothing is computed, so its memory is not predicted."""
     if plan.is_finished(config):
         return plan.filled(config, inputs)
-    return plan.resolve(config, inputs, report, free_gib=_free_gib(device))
+    return plan.resolve(config, inputs, report, free_gib=gpu.free_gib(device))
 
 
 def _load(config: Config, facts: BaseFacts, device: torch.device, dtype: torch.dtype, report: Report) -> Family:
@@ -244,7 +244,7 @@ def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
         before_and_after=None if comparison is None else str(comparison),
         steps=steps,
         seconds=sum(stopwatch.seconds_of.values()),
-        peak_gib=loop.device_memory_gib(s.accelerator.device) or _process_memory_gib(),
+        peak_gib=gpu.peak_gib(s.accelerator.device) or _process_memory_gib(),
         num_parameters=sum(parameter.numel() for parameter in s.parameters),
         validation_loss=validation_loss,
         seconds_of=stopwatch.seconds_of,
@@ -303,11 +303,6 @@ def _draw_before_and_after(s: loop.Session) -> tuple[Path | None, Image.Image | 
     columns = ("before", "after") * s.config.preview.images_per_prompt
     s.run.write_picture(path, labelled_grid(rows, title=title, columns=columns))
     return path, after[0][1][0]
-
-
-def _free_gib(device: torch.device) -> float | None:
-    """Device memory that is free now; None on a CPU."""
-    return torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else None
 
 
 def _process_memory_gib() -> float:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.objectives import Draws, Objective
-from lora_booth.tracing import LiveBytes, fused_attention, held_bytes
+from lora_booth.tracing import LiveBytes, Work, fused_attention, held_bytes
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,24 @@ def micro_step(family: Family, objective: Objective, batch: Batch) -> Tensor:
     return objective.loss(predict, batch.latents, batch.draws).sum()
 
 
+class StepTrace(NamedTuple):
+    """Bytes at the fullest moment of one forward and backward, those of gradients and all others, and its work."""
+
+    gradients: int
+    others: int
+    work: Work
+
+
 def trace_step(
     family: Family, objective: Objective, batch: Batch, parameters: Sequence[nn.Parameter], known: Sequence[Tensor]
-) -> tuple[int, int]:
-    """Bytes at the fullest moment of one forward and backward beyond `known`: those of gradients, and all others.
+) -> StepTrace:
+    """What one forward and backward holds beyond `known`, and asks of a card.
 
     Gradients that `parameters` hold already count as gradients. Attention is traced as the fused kernels allocate it.
     """
     held = [p.grad for p in parameters if p.grad is not None]
     live = LiveBytes(batch.latents.device.type, [*known, *held, *batch.tensors])
-    with live, fused_attention():
+    with live, fused_attention(live.work):
         micro_step(family, objective, batch).backward()  # type: ignore[no-untyped-call]
     new = live.at_peak(p.grad for p in parameters if p.grad is not None)
-    return held_bytes(held) + new, live.peak - new
+    return StepTrace(held_bytes(held) + new, live.peak - new, live.work)

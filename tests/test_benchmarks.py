@@ -64,14 +64,19 @@ def test_a_step_s_time_memory_and_operations_are_measured(base: Path, tmp_path: 
         (tmp_path / name).mkdir()
         tiny.tiny_pictures(tmp_path / name, 3)
     arguments = argparse.Namespace(out=tmp_path, precision="fp32", resolution=64, steps=5)
-    row = step_time.measure("half checkpointed", str(base), arguments)
+    card = step_time.measured_card()
+    assert card.tflops > 1e-3
+    assert card.gb_per_s > 0.1
+    slow = dataclasses.replace(card, tflops=1e-6)
+    row = step_time.measure("half checkpointed", str(base), slow, arguments)
     assert row.step_s > 0
+    assert row.least_s == pytest.approx(2 * row.tflop * 1e6, rel=0.1), "float32 at half the rate"
     assert row.peak_gib > 0.1
     assert row.tflop > 1e-3
 
 
 def test_a_lever_that_begins_slowly_pays_after_some_steps_or_never() -> None:
-    plain = step_time.Row("plain", 0.5, 1.0, 1.0, 1.0, warm_up_s=1.0)
+    plain = step_time.Row("plain", 0.5, 1.0, 1.0, 1.0, 0.1, warm_up_s=1.0)
     compiled = dataclasses.replace(plain, lever="compiled", step_s=0.25, warm_up_s=21.0)
     assert step_time.break_even(compiled, plain) == 80
     assert step_time.break_even(dataclasses.replace(compiled, warm_up_s=0.0), plain) == 0

@@ -10,13 +10,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "lora_booth"
 FLOORS = {
-    0: ("errors", "config", "config_checks", "config_file", "presets", "files", "report", "interrupts"),
+    0: ("errors", "cards", "config", "config_checks", "config_file", "presets", "files", "report", "interrupts"),
     1: (
         "run",
         "checkpoints",
         "objectives",
         "optim",
         "tracing",
+        "gpu",
         "precision",
         "subject",
         "charts",
@@ -25,7 +26,7 @@ FLOORS = {
         "adapter",
         "export",
     ),
-    2: ("families", "class_images", "trial", "memory", "budget"),
+    2: ("families", "class_images", "trial", "memory", "budget", "duration"),
     3: ("prepare", "preview", "plan", "generate", "inspect", "deliver", "merge", "resize", "extract"),
     4: ("loop",),
     5: ("train",),
@@ -157,7 +158,7 @@ from lora_booth.errors import DataError
 
 class Told:
     def event(self, kind, text, **values):
-        assert (kind == "memory") == ("torch" in sys.modules), text
+        assert (kind in ("memory", "time")) == ("torch" in sys.modules), text
         told.append(kind)
     def warn(self, text): ...
 
@@ -173,4 +174,4 @@ print(*dict.fromkeys(told))
     words = [sys.executable, "-c", program, str(pictures), str(bases["sd1"])]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     facts = ["subject", "base", "adapter", "prior", "steps", "writes", "picture"]
-    assert done.stdout.split() == ["error", *facts, "memory"], done.stderr
+    assert done.stdout.split() == ["error", *facts, "memory", "time"], done.stderr

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_booth import budget, families, loop, memory, optim, plan, trial
+from lora_booth import budget, cards, families, memory, optim, plan, trial
 from lora_booth.adapter import inject
 from lora_booth.config import Config, OptimizerConfig
 from lora_booth.errors import ModelError
@@ -66,7 +66,7 @@ class TestTheCount:
         original = functional.scaled_dot_product_attention
         query, key, value = (torch.zeros(1, 2, 4096, 64, device="meta", requires_grad=True) for _ in range(3))
         tensor, rows = 2 * 4096 * 64 * 4, 2 * 4096 * 4
-        with LiveBytes("meta", [query, key, value]) as live, fused_attention():
+        with LiveBytes("meta", [query, key, value]) as live, fused_attention(live.work):
             out = functional.scaled_dot_product_attention(query, key, value)
             assert live.live == tensor + rows
             out.sum().backward()
@@ -104,7 +104,7 @@ def test_a_real_step_on_the_cpu_holds_what_the_trace_says(
     for family, parameters, known, device in both(config):
         batch = trial.make_batch(family, 2, (4, 32, 32), is_text_trained=False, device=device)
         objective = objective_for(config.objective, family.schedule)
-        gradients, others = trial.trace_step(family, objective, batch, parameters, known)
+        gradients, others, _ = trial.trace_step(family, objective, batch, parameters, known)
         assert all(p.grad is not None for p in parameters)
         peaks.append((gradients, others, held_bytes(known)))
     (real_gradients, real, base), (traced_gradients, traced, traced_base) = peaks
@@ -126,7 +126,7 @@ def test_what_autograd_saves_is_what_lives_at_the_end_of_the_forward(name: str, 
 
         objective = objective_for(config.objective, family.schedule)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with LiveBytes(device.type, [*known, *batch.tensors]) as live, fused_attention(), hooks:
+        with LiveBytes(device.type, [*known, *batch.tensors]) as live, fused_attention(live.work), hooks:
             loss = trial.micro_step(family, objective, batch)
         before = {tensor.untyped_storage()._cdata for tensor in (*known, *batch.tensors)}
         held = held_bytes(t for key, t in saved.items() if key not in before and t.device.type == device.type)
@@ -177,10 +177,6 @@ def test_optimizers_keep_what_they_really_store(name: str, size: int) -> None:
     config = OptimizerConfig(name=name)  # type: ignore[arg-type]
     assert optim.state_bytes([(16, 320)], config, device_type="cuda") == size
     assert optim.state_bytes([(16, 320), (16, 320)], config, device_type="cuda") == 2 * size
-
-
-def test_validation_passes_have_the_loop_s_number_of_rows() -> None:
-    assert len(loop.VALIDATION_QUANTILES) == memory.VALIDATION_LEVELS
 
 
 def test_large_pictures_are_drawn_together_but_decoded_one_by_one(
@@ -291,7 +287,7 @@ def test_a_tile_takes_the_memory_of_a_tile() -> None:
     for is_tiled in (False, True):
         latents = torch.empty(1, 4, 128, 128, device="meta")
         decode = partial(modules.vae.decode_chunk, latents, is_tiled=is_tiled)
-        decoding.append(modules._working((is_tiled,), decode) / memory.GIB)
+        decoding.append(modules._working((is_tiled,), decode).peak / memory.GIB)
     assert decoding == [pytest.approx(3.0, rel=0.05), pytest.approx(1.73, rel=0.05)]
 
 
@@ -334,7 +330,7 @@ def test_training_tells_what_it_chose_and_warns_with_remedies_when_nothing_fits(
 def test_targets_that_match_nothing_are_told_as_training_would(make_config: MakeConfig) -> None:
     config = make_config(adapter={"targets": "regex:nothing"})
     with pytest.raises(ModelError, match="matches none"):
-        memory.predict(config, families.facts(config.model))
+        memory.Modules.of(config, families.facts(config.model))
 
 
 class Lines:
@@ -354,7 +350,11 @@ def test_plan_prints_every_part_aligned_and_with_a_budget_what_was_chosen_and_wh
     report = Lines()
     plan.show(make_config(preview={"images_per_prompt": 1}), report)
     start = next(i for i, line in enumerate(report.lines) if "predicted for a CUDA card, not measured" in line)
-    table = report.lines[start + 1 :]
+    end = next(i for i, line in enumerate(report.lines) if line.startswith("time"))
+    table, times = report.lines[start + 1 : end], report.lines[end + 1 :]
+    assert len({len(line) for line in times}) == 1
+    assert times[0].split()[0] == "card"
+    assert [line.split()[:2] for line in times[1:]] == [name.split()[:2] for name in cards.USUAL]
     assert len({len(line) for line in table}) == 1
     assert table[0].split() == ["GiB", "prepare", "train", "validate", "draw"]
     for part in ("base", "adapter", "gradients", "optimizer", "activations", "VAE", "in all"):

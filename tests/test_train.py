@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from lora_booth import config_file, export, families, loop, train
 from lora_booth.config import Config
+from lora_booth.data import batches
 from lora_booth.errors import (
     ConfigError,
     DataError,
@@ -158,11 +159,11 @@ def test_a_run_continues_from_an_adapter_file(make_config: MakeConfig, tmp_path:
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 4), (3, 12), (4, 16), (5, 16), (16, 16)])
 def test_validation_shares_a_fixed_number_of_rows_among_images_and_noise_levels(count: int, rows: int) -> None:
-    levels = [loop.validation_levels(number, count) for number in range(count)]
+    levels = [batches.validation_levels(number, count) for number in range(count)]
     assert sum(map(len, levels)) == rows
     assert all(len(set(row)) == len(row) >= 1 for row in levels), "an image has no level twice"
     together = [level for row in levels for level in row]
-    counts = [together.count(level) for level in loop.VALIDATION_QUANTILES]
+    counts = [together.count(level) for level in batches.VALIDATION_QUANTILES]
     assert max(counts) - min(counts) <= 1, "levels are met equally often"
 
 

@@ -17,6 +17,9 @@ from lora_booth.objectives import generator_for
 
 Role = Literal["instance", "class"]
 Shape = tuple[int, int, int]
+VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
+VALIDATION_ROWS = 16
+"""Images times noise levels: by count of operations less than four steps of two rows each."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,13 @@ def micro_batches(
         for group in groups.values()
         for start in range(0, len(group), batch_size)
     ]
+
+
+def validation_levels(number: int, count: int) -> list[float]:
+    """Noise levels of image `number` of `count`, as shares of all: each image all of them while rows last, else in turn
+    another."""
+    rounds = range(min(len(VALIDATION_QUANTILES), -(-(VALIDATION_ROWS - number) // count)))
+    return [VALIDATION_QUANTILES[(number + r) % len(VALIDATION_QUANTILES)] for r in rounds]
 
 
 @lru_cache(maxsize=64)
