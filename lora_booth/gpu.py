@@ -1,8 +1,9 @@
-"""What a CUDA card says of itself. On a CPU everything here is None."""
+"""What a CUDA card says of itself, and how tensors get there. On a CPU everything that it says is None."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lora_booth import cards
 from lora_booth.cards import Card
@@ -34,3 +35,8 @@ def used_share(device: torch.device) -> float | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     return 1 - free / total
+
+
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` of main memory on `device`; on a card the copy is queued from pinned memory and not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -7,6 +7,8 @@ adapter and the optimizer.
 
 from __future__ import annotations
 
+import itertools
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from lora_booth import gpu, optim, preview
 from lora_booth.adapter import inject
 from lora_booth.adapter.weights import plain_path
+from lora_booth.batch import Batch, sample_losses
 from lora_booth.checkpoints import Checkpoint
 from lora_booth.config import Config
 from lora_booth.data.batches import VALIDATION_ROWS, Item, Row, micro_batches, validation_levels
@@ -66,12 +69,28 @@ class Session:
         """Every trained parameter, in the optimizer's order."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    @property
+    def is_text_trained(self) -> bool:
+        """Whether text encoders carry an adapter too."""
+        return len(self.adapted) > 1
+
     def condition(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning on the device: from the cache, or by the text encoders while they are being trained."""
-        if len(self.adapted) > 1:
+        if self.is_text_trained:
             return self.family.encode_prompts(prompts)
         rows = [self.prepared.prompts[prompt] for prompt in prompts]
-        return {name: t.to(self.accelerator.device) for name, t in concatenate(rows).items()}
+        return {name: gpu.put(t, self.accelerator.device) for name, t in concatenate(rows).items()}
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """Rows of one shape, with what a pass of them needs on the device. `positions`: int64, `weights`: float32 `[B]`."""
+
+    step: int
+    rows: Sequence[Row]
+    batch: Batch
+    positions: Tensor
+    weights: Tensor
 
 
 def optimize(s: Session, start: int) -> None:
@@ -79,22 +98,21 @@ def optimize(s: Session, start: int) -> None:
     step that would not be finite."""
     train, order = s.config.train, s.prepared.order
     assert train.steps is not None, "config is not resolved"
-    processes = {"process": s.accelerator.process_index, "num_processes": s.accelerator.num_processes}
-    skipped = 0
+    skipped, following = 0, _begun(micro_steps(s, start))
     for step in range(start, train.steps):
         began = time.perf_counter()
         rows = order.at(step)
         learning_rate = _set_learning_rate_(s, step)
         set_training_(s, True)
-        losses = torch.zeros(len(rows), device=s.accelerator.device)
-        for micro in micro_batches(rows, train.batch_size, **processes):
-            loss = sample_losses(s, micro, step)
-            weights = torch.tensor([row.weight for row in micro], device=loss.device)
-            s.scaler.scale((loss * weights).sum()).backward()
-            losses[[row.position for row in micro]] = loss.detach()
-        losses, is_stopping = _share(s, losses)
-        grad_norm = _reduce_and_clip_(s)
-        if grad_norm.isfinite():
+        on_device = torch.zeros(len(rows), device=s.accelerator.device)
+        for micro in following:
+            loss = losses_of(s, micro)
+            s.scaler.scale((loss * micro.weights).sum()).backward()
+            on_device.index_copy_(0, micro.positions, loss.detach())
+        following = _begun(micro_steps(s, step + 1))  # while the device still computes
+        on_device, is_stopping = _share(s, on_device)
+        *losses, grad_norm = torch.cat([on_device, _reduce_and_clip_(s)[None]]).tolist()  # here it is waited for
+        if math.isfinite(grad_norm):
             skipped = 0
             if step == start:
                 _require_gradients(s)
@@ -106,7 +124,7 @@ def optimize(s: Session, start: int) -> None:
         s.optimizer.zero_grad(set_to_none=True)
         metrics = {
             "learning_rate": learning_rate,
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
             "seconds": time.perf_counter() - began,
         }
         _log(s, step + 1, rows, losses, metrics)
@@ -130,27 +148,48 @@ def _share(s: Session, losses: Tensor) -> tuple[Tensor, bool]:
     return shared[:-1], is_stopping
 
 
-def sample_losses(s: Session, micro: Sequence[Row], step: int) -> Tensor:
-    """Loss of each row of a micro-batch, float32 `[B]`, before its weight."""
-    items = [row.item for row in micro]
-    draws = draw(s.config.train.seed, step, [row.position for row in micro], items[0].shape, _num_timesteps(s))
+def micro_steps(s: Session, step: int) -> Iterator[MicroStep]:
+    """This process's micro-steps of `step`, each made when it is asked for; none after the last step."""
+    train = s.config.train
+    assert train.steps is not None, "config is not resolved"
+    if step < train.steps:
+        processes = {"process": s.accelerator.process_index, "num_processes": s.accelerator.num_processes}
+        for rows in micro_batches(s.prepared.order.at(step), train.batch_size, **processes):
+            yield micro_step(s, rows, step)
+
+
+def _begun(steps: Iterator[MicroStep]) -> Iterator[MicroStep]:
+    """`steps`, of which the first is made now."""
+    return itertools.chain(list(itertools.islice(steps, 1)), steps)
+
+
+def micro_step(s: Session, rows: Sequence[Row], step: int) -> MicroStep:
+    """One micro-step of `rows`, its inputs on their way to the device."""
+    positions, items = [row.position for row in rows], [row.item for row in rows]
+    draws, latent_noise = draw(s.config.train.seed, step, positions, items[0].shape, _num_timesteps(s))
+    numbers = (torch.tensor(positions), torch.tensor([row.weight for row in rows]))
+    on_device = (gpu.put(tensor, s.accelerator.device) for tensor in numbers)
+    return MicroStep(step, rows, _batch(s, items, draws, latent_noise), *on_device)
+
+
+def losses_of(s: Session, micro: MicroStep) -> Tensor:
+    """Loss of each row of a micro-step, float32 `[B]`, before its weight."""
     if s.config.adapter.dropout:
-        torch.manual_seed(generator_for(s.config.train.seed, "dropout", step, micro[0].position).initial_seed())
-    return _losses(s, items, draws)
+        words = (s.config.train.seed, "dropout", micro.step, micro.rows[0].position)
+        torch.manual_seed(generator_for(*words).initial_seed())
+    return sample_losses(s.family, s.objective, micro.batch)
 
 
-def _losses(s: Session, items: Sequence[Item], draws: Draws) -> Tensor:
-    device = s.accelerator.device
+def _batch(s: Session, items: Sequence[Item], draws: Draws, latent_noise: Tensor) -> Batch:
+    """`items` with their latents drawn by `latent_noise`, on the device."""
+    put = partial(gpu.put, device=s.accelerator.device)
     moments = [s.prepared.latents[item.latent_key] for item in items]
     mean, std = torch.stack([m.mean for m in moments]), torch.stack([m.std for m in moments])
-    latents = (mean + std * draws.latent_noise).to(device)
-    geometry = torch.tensor([item.geometry for item in items], dtype=torch.float32, device=device)
-    conditioning = s.condition([item.prompt for item in items])
-
-    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-        return s.family.predict(noisy, timesteps, conditioning, geometry)
-
-    return s.objective.loss(predict, latents, draws.to(device))
+    geometry = torch.tensor([item.geometry for item in items], dtype=torch.float32)
+    prompts = [item.prompt for item in items]
+    conditioning = None if s.is_text_trained else s.condition(prompts)
+    draws = Draws(put(draws.timesteps), put(draws.noise), put(draws.offsets))
+    return Batch(put(mean + std * latent_noise), draws, put(geometry), conditioning, prompts)
 
 
 @torch.no_grad()
@@ -167,13 +206,10 @@ def validation_loss(s: Session) -> float:
         levels = validation_levels(number, len(items))
         generator = generator_for("validation", number)
         shape = (len(levels), *item.shape)
-        draws = Draws(
-            torch.tensor([int(level * _num_timesteps(s)) for level in levels]),
-            torch.randn(shape, generator=generator),
-            torch.zeros(shape),
-            torch.zeros(*shape[:2], 1, 1),
-        )
-        losses += _losses(s, [item] * len(levels), draws).tolist()
+        timesteps = torch.tensor([int(level * _num_timesteps(s)) for level in levels])
+        draws = Draws(timesteps, torch.randn(shape, generator=generator), torch.zeros(*shape[:2], 1, 1))
+        batch = _batch(s, [item] * len(levels), draws, latent_noise=torch.zeros(shape))
+        losses += sample_losses(s.family, s.objective, batch).tolist()
     return sum(losses) / len(losses)
 
 
@@ -196,7 +232,8 @@ def _set_learning_rate_(s: Session, step: int) -> float:
 def set_training_(s: Session, training: bool) -> None:
     """Switch dropout of the adapters, and the weights of optimizers that average, for training or for looking."""
     for module in s.adapted.values():
-        module.train(training)
+        if module.training != training:  # else it would go through thousands of modules in every step
+            module.train(training)
     optim.set_mode_(s.optimizer, training=training)
 
 
@@ -215,12 +252,12 @@ def _reduce_and_clip_(s: Session) -> Tensor:
     return nn.utils.clip_grad_norm_(parameters, s.config.optimizer.max_grad_norm)
 
 
-def _require_recoverable(s: Session, step: int, rows: Sequence[Row], losses: Tensor, skipped: int) -> None:
+def _require_recoverable(s: Session, step: int, rows: Sequence[Row], losses: Sequence[float], skipped: int) -> None:
     """An overflow under fp16 loss scaling is skipped and told; everything else that is not finite ends the run."""
-    if s.scaler.is_enabled() and losses.isfinite().all() and skipped <= MAX_SKIPPED_STEPS:
+    if s.scaler.is_enabled() and all(map(math.isfinite, losses)) and skipped <= MAX_SKIPPED_STEPS:
         s.report.event("skipped_step", f"step {step + 1} overflowed in fp16 and was skipped", step=step + 1)
         return
-    culprits = [row.item.name for row, loss in zip(rows, losses.tolist(), strict=True) if not _is_finite(loss)]
+    culprits = [row.item.name for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
     cause = f"the loss of {', '.join(culprits)}" if culprits else "the gradient"
     raise NumericError(f"{cause} is not finite at step {step + 1}; {LOWER_RATE}")
 
@@ -250,15 +287,11 @@ def _require_gradients(s: Session) -> None:
         )
 
 
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")
-
-
-def _log(s: Session, done: int, rows: Sequence[Row], losses: Tensor, metrics: dict[str, float]) -> None:
+def _log(s: Session, done: int, rows: Sequence[Row], losses: Sequence[float], metrics: dict[str, float]) -> None:
     """Tell everybody who listens what the step brought (main process)."""
     if not s.accelerator.is_main_process:
         return
-    by_role = {role: [x for r, x in zip(rows, losses.tolist(), strict=True) if r.item.role == role] for role in ROLES}
+    by_role = {role: [x for r, x in zip(rows, losses, strict=True) if r.item.role == role] for role in ROLES}
     values = {f"{role}_loss": sum(x) / len(x) for role, x in by_role.items() if x} | metrics
     s.run.append_metrics({"step": done, **values})
     s.accelerator.log(values, step=done)
@@ -279,7 +312,7 @@ def _save_and_draw(s: Session, done: int, *, is_stopping: bool) -> None:
 def save(s: Session, done: int) -> None:
     """Write a checkpoint (main process)."""
     loss = validation_loss(s)
-    if not _is_finite(loss):
+    if not math.isfinite(loss):
         raise NumericError(f"the validation loss is not finite after step {done}; {LOWER_RATE}")
     if s.accelerator.is_main_process:
         state = {"validation_loss": loss, "scaler": s.scaler.state_dict()}

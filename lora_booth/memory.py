@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lora_booth import families, optim
 from lora_booth.adapter import inject
+from lora_booth.batch import Batch, sample_losses
 from lora_booth.config import Config
 from lora_booth.data.batches import VALIDATION_QUANTILES
 from lora_booth.data.buckets import Bucket
@@ -33,7 +34,7 @@ from lora_booth.families.vae import Vae
 from lora_booth.objectives import objective_for
 from lora_booth.precision import DTYPES
 from lora_booth.tracing import LiveBytes, Work, fused_attention, held_bytes, tensors_of
-from lora_booth.trial import Batch, StepTrace, make_batch, micro_step, trace_step
+from lora_booth.trial import StepTrace, make_batch, trace_step
 
 GIB = 2**30
 OUTSIDE_GIB = 0.8
@@ -191,7 +192,7 @@ class Modules:
             "adapter": held_bytes(self.parameters),
             "gradients": gradients,
             "optimizer": self._optimizer_bytes(config),
-            "inputs": held_bytes(batch.tensors),
+            "inputs": 2 * held_bytes(batch.tensors),  # those of the next micro-step are made meanwhile
             "activations": others,
         }
         return Phase("train", parts)
@@ -271,7 +272,7 @@ class Modules:
         batch = self._batch(config, 2, bucket)
         objective = objective_for(config.objective, self.family.schedule)
         self._switch(training=False, gradient_checkpointing=0.0)
-        denoise = partial(micro_step, self.family, objective, batch)
+        denoise = partial(sample_losses, self.family, objective, batch)
         return self._working(("denoise", bucket, denoiser), denoise, batch.tensors)
 
     def _working(self, key: tuple[Any, ...], run: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> LiveBytes:

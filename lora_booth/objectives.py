@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -46,18 +46,12 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class Draws:
-    """The randomness of a micro-batch. `noise` and `latent_noise`: float32 `[B, C, h, w]`; `timesteps`: int64 `[B]`;
+    """The randomness of the objective in a micro-batch. `timesteps`: int64 `[B]`; `noise`: float32 `[B, C, h, w]`;
     `offsets`: float32 `[B, C, 1, 1]`."""
 
     timesteps: Tensor
     noise: Tensor
-    latent_noise: Tensor
     offsets: Tensor
-
-    def to(self, device: torch.device | str) -> Draws:
-        """The same draws on `device`."""
-        moved = (t.to(device, non_blocking=True) for t in (self.timesteps, self.noise, self.latent_noise, self.offsets))
-        return Draws(*moved)
 
 
 def generator_for(*words: int | str) -> torch.Generator:
@@ -66,8 +60,11 @@ def generator_for(*words: int | str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def draw(seed: int, step: int, positions: Sequence[int], shape: Sequence[int], num_timesteps: int) -> Draws:
-    """Draws for the samples at `positions` of the effective batch of `step`; `shape` is `[C, h, w]`.
+def draw(
+    seed: int, step: int, positions: Sequence[int], shape: Sequence[int], num_timesteps: int
+) -> tuple[Draws, Tensor]:
+    """Draws for the samples at `positions` of the effective batch of `step`, and noise for their latents, float32
+    `[B, *shape]`, by which they are drawn from the VAE's distribution; `shape` is `[C, h, w]`.
 
     Each sample has its own generator, keyed by (seed, step, position), so neither the micro-batch it falls into nor the
     process or device it runs on changes what it sees.
@@ -78,7 +75,8 @@ def draw(seed: int, step: int, positions: Sequence[int], shape: Sequence[int], n
         timestep = torch.randint(0, num_timesteps, (), generator=generator)
         noise, latent_noise = (torch.randn(*shape, generator=generator) for _ in range(2))
         rows.append((timestep, noise, latent_noise, torch.randn(shape[0], 1, 1, generator=generator)))
-    return Draws(*(torch.stack(column) for column in zip(*rows, strict=True)))
+    timesteps, noises, latent_noises, offsets = (torch.stack(column) for column in zip(*rows, strict=True))
+    return Draws(timesteps, noises, offsets), latent_noises
 
 
 @dataclass(frozen=True)
@@ -89,15 +87,18 @@ class Objective:
     min_snr_gamma: float | None = None
     noise_offset: float = 0.0
     huber_delta: float | None = None
+    _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)
+    """By device: alpha_bar and weight of each timestep, so that the pass reads them without waiting for the device."""
 
     def loss(self, predict: Predict, latents: Tensor, draws: Draws) -> Tensor:
         """Loss of each sample, float32 `[B]`, mean over its elements, times its SNR weight."""
-        alpha_bar = self._alpha_bar(draws.timesteps, latents.device)
+        table, _ = self._tables_on(latents.device)
+        alpha_bar = table[draws.timesteps].view(-1, 1, 1, 1)
         noise = draws.noise + self.noise_offset * draws.offsets
         prediction = predict(add_noise(latents, noise, alpha_bar), draws.timesteps)
         target = self.target(latents, noise, alpha_bar)
         error = elementwise_loss(prediction.float(), target, self.huber_delta)
-        return error.mean(dim=tuple(range(1, error.ndim))) * self.weight(draws.timesteps).to(error)
+        return error.mean(dim=tuple(range(1, error.ndim))) * self.weight(draws.timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
         """What the denoiser should output: noise, or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0."""
@@ -106,23 +107,29 @@ class Objective:
         return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
 
     def weight(self, timesteps: Tensor) -> Tensor:
-        """Min-SNR weight of each sample, float32 `[B]`, 1 without it.
+        """Min-SNR weight of each sample, float32 `[B]` on the device of `timesteps`, 1 without it.
 
         On the loss of the network's own output: min(SNR, g) / SNR for epsilon, min(SNR, g) / (SNR + 1) for v
         (arXiv 2303.09556, section 3.4). At SNR = 0 the epsilon weight is its limit, 1.
         """
+        return self._tables_on(timesteps.device)[1][timesteps]
+
+    def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._tables:
+            tables = (self.schedule.alphas_cumprod.float(), self._weights())
+            self._tables[device] = (tables[0].to(device), tables[1].to(device))
+        return self._tables[device]
+
+    def _weights(self) -> Tensor:
+        """Weight of each timestep, float32 `[T]`."""
+        alpha_bar = self.schedule.alphas_cumprod
         if self.min_snr_gamma is None:
-            return torch.ones(len(timesteps))
-        alpha_bar = self.schedule.alphas_cumprod[timesteps.cpu()]
+            return torch.ones(len(alpha_bar))
         snr = alpha_bar / (1 - alpha_bar)
         clipped = snr.clamp(max=self.min_snr_gamma)
         if self.schedule.prediction_type == "v_prediction":
             return (clipped / (snr + 1)).float()
         return torch.where(snr > 0, clipped / snr.clamp(min=1e-30), torch.ones_like(snr)).float()
-
-    def _alpha_bar(self, timesteps: Tensor, device: torch.device) -> Tensor:
-        values = self.schedule.alphas_cumprod[timesteps.cpu()].float()
-        return values.view(-1, 1, 1, 1).to(device)
 
 
 def objective_for(config: ObjectiveConfig, schedule: NoiseSchedule) -> Objective:

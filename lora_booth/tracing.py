@@ -91,9 +91,15 @@ def _moves_nothing(func: Any) -> bool:
     return any(alias is not None and not alias.is_write for alias in aliases)
 
 
+@cache
+def _flop_count(packet: Any) -> Any:
+    """The registered formula of an operation; in place, as `addmm_`, it is that of the plain one."""
+    return flop_registry.get(packet, flop_registry.get(getattr(torch.ops.aten, packet.__name__.rstrip("_"), None)))
+
+
 def _operation(func: Any, args: Any, kwargs: Any, out: Any) -> Operation:
     """What `func` asked for; FLOPs of matrix products and convolutions alone, by torch.utils.flop_counter."""
-    count = flop_registry.get(func.overloadpacket)
+    count = _flop_count(func.overloadpacket)
     flops = 0 if count is None else int(count(*args, **kwargs, out_val=out))
     tensors = [*_tensors_in(args), *_tensors_in(out)]
     num_bytes = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_booth import duration, families, plan, train, trial
 from lora_booth.adapter import inject
+from lora_booth.batch import sample_losses
 from lora_booth.cards import Card, named
 from lora_booth.config import Config
 from lora_booth.memory import Modules
@@ -37,6 +38,9 @@ class TestTheCount:
         a, b = (torch.empty(size, device="meta", dtype=torch.bfloat16) for size in ((8, 16), (16, 32)))
         assert operations(lambda: a @ b) == {Operation(2 * 8 * 16 * 32, 2 * (8 * 16 + 16 * 32 + 8 * 32), False): 1}
         assert operations(lambda: a.float() @ b.float())[Operation(8192, 4 * 896, True)] == 1
+        sums = torch.empty(8, 32, device="meta", dtype=torch.bfloat16)
+        in_place = Operation(8192, 2 * (8 * 16 + 16 * 32 + 2 * 8 * 32), False)
+        assert operations(lambda: sums.addmm_(a, b)) == {in_place: 1}
 
     def test_a_view_moves_nothing_and_a_change_in_place_reads_and_writes(self) -> None:
         a = torch.empty(4, 64, device="meta")
@@ -67,7 +71,7 @@ class TestTheCount:
         shape = modules.latent_shape(square)
         batch = trial.make_batch(family, 2, shape, is_text_trained=False, device=torch.device("cpu"))
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            trial.micro_step(family, objective_for(config.objective, family.schedule), batch)
+            sample_losses(family, objective_for(config.objective, family.schedule), batch)
         assert counted.flops == counter.get_total_flops()
 
 

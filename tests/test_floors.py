@@ -26,7 +26,7 @@ FLOORS = {
         "adapter",
         "export",
     ),
-    2: ("families", "class_images", "trial", "memory", "budget", "duration"),
+    2: ("families", "class_images", "batch", "trial", "memory", "budget", "duration"),
     3: ("prepare", "preview", "plan", "generate", "inspect", "deliver", "merge", "resize", "extract"),
     4: ("loop",),
     5: ("train",),

@@ -84,9 +84,9 @@ def test_untrained_adapter_changes_nothing(
     s = session_of(make_config(family, adapter={"targets": "attention+ff+conv"}), monkeypatch)
     rows = s.prepared.order.at(0)
     with torch.no_grad():
-        with_adapter = loop.sample_losses(s, rows[:1], 0)
+        with_adapter = loop.losses_of(s, loop.micro_step(s, rows[:1], 0))
         with inject.disabled(s.adapted):
-            without = loop.sample_losses(s, rows[:1], 0)
+            without = loop.losses_of(s, loop.micro_step(s, rows[:1], 0))
     assert torch.equal(with_adapter, without)
 
 
@@ -95,7 +95,7 @@ def test_every_trainable_parameter_is_float32_and_nothing_else_has_gradients(
     precision: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s = session_of(make_config(model={"precision": precision}), monkeypatch)
-    loop.sample_losses(s, s.prepared.order.at(0)[:1], 0).sum().backward()
+    loop.losses_of(s, loop.micro_step(s, s.prepared.order.at(0)[:1], 0)).sum().backward()
     trainable = {id(p) for p in s.parameters}
     everything = list(s.family.denoiser.named_parameters())
     assert {p.dtype for p in s.parameters} == {torch.float32}
@@ -171,13 +171,13 @@ def test_the_loss_from_cached_inputs_equals_the_loss_without_a_cache(
     pixels = torch.as_tensor(images.to_pixels(images.crop(images.read(picture.path), crop)))[None]
     with torch.no_grad():
         mean, std = fresh.encode_images(pixels)
-        draws = draw(0, 0, [row.position], row.item.shape, 1000)
+        draws, latent_noise = draw(0, 0, [row.position], row.item.shape, 1000)
         conditioning = fresh.encode_prompts(["a photo of sks dog"])
         geometry = torch.tensor([crop.geometry], dtype=torch.float32)
         expected = s.objective.loss(
-            lambda noisy, t: fresh.predict(noisy, t, conditioning, geometry), mean + std * draws.latent_noise, draws
+            lambda noisy, t: fresh.predict(noisy, t, conditioning, geometry), mean + std * latent_noise, draws
         )
-        assert torch.equal(loop.sample_losses(s, [row], 0), expected)
+        assert torch.equal(loop.losses_of(s, loop.micro_step(s, [row], 0)), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,8 +187,8 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch(
     s = session_of(make_config(family, train={"images_per_step": 2}), monkeypatch)
     rows = s.prepared.order.at(0)
     with torch.no_grad():
-        together = loop.sample_losses(s, rows, 0)
-        alone = torch.cat([loop.sample_losses(s, [row], 0) for row in rows])
+        together = loop.losses_of(s, loop.micro_step(s, rows, 0))
+        alone = torch.cat([loop.losses_of(s, loop.micro_step(s, [row], 0)) for row in rows])
     assert torch.allclose(together, alone, rtol=1e-5, atol=0)  # another summation order in convolutions
 
 

@@ -65,8 +65,24 @@ def test_outputs_and_gradients_are_those_of_pefts_layers(dtype: torch.dtype, dro
     assert len(one) == len(other) == 1 + len(our_parameters) > 20
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in our_parameters)
     for a, b in zip(one, other, strict=True):
-        # float64 runs through our own arithmetic; what differs is the rounding of parameters and gradients to float32
-        assert torch.equal(a, b) if dtype == torch.float32 else adapted.relative_difference(a, b) < 1e-6
+        # PEFT's own float32 output of this UNet is up to 1.5e-6 from its float64 one
+        assert adapted.relative_difference(a, b) < (2e-6 if dtype == torch.float32 else 1e-6)
+
+
+@pytest.mark.parametrize("alpha", [3.0, RANK])
+def test_one_layer_s_output_and_gradients_are_pefts_to_a_millionth(alpha: float) -> None:
+    found = []
+    for by_peft in (False, True):
+        module = Shared()
+        parameters = injected(module, by_peft=by_peft, targets="regex:.*", alpha=alpha)
+        generator = torch.Generator().manual_seed(3)
+        x, image = torch.randn(2, 50, 64, generator=generator), torch.randn(2, 8, 12, 12, generator=generator)
+        x.requires_grad_()
+        outputs = [module.attend(x), module.conv(image)]
+        sum(output.square().sum() for output in outputs).backward()
+        found.append([*outputs, x.grad, *(p.grad for p in parameters)])
+    for ours, pefts in zip(*found, strict=True):
+        assert adapted.relative_difference(ours, pefts) < 1e-6
 
 
 def displacement(dtype: torch.dtype, held_in: torch.dtype, *, adapters_in: torch.dtype = torch.float32) -> Tensor:

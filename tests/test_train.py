@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -331,18 +333,54 @@ def test_a_base_with_a_damaged_file_is_refused(make_config: MakeConfig, bases: d
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_checkpoint(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    honest = loop.sample_losses
+    honest = loop.losses_of
 
-    def poisoned(s: loop.Session, micro: Any, step: int) -> torch.Tensor:
-        return honest(s, micro, step) * (float("nan") if step == 3 else 1.0)
+    def poisoned(s: loop.Session, micro: loop.MicroStep) -> torch.Tensor:
+        return honest(s, micro) * (float("nan") if micro.step == 3 else 1.0)
 
-    monkeypatch.setattr(loop, "sample_losses", poisoned)
+    monkeypatch.setattr(loop, "losses_of", poisoned)
     with pytest.raises(NumericError, match=r"picture_0.* is not finite at step 4"):
         train.train(make_config())
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert checkpoints[-1].name == "step-000002"
     assert all(tensor.isfinite().all() for tensor in load_file(checkpoints[-1] / "adapter.safetensors").values())
     assert not (tmp_path / "run" / "sks_dog.safetensors").exists()
+
+
+def test_the_next_step_s_inputs_are_made_before_the_device_is_waited_for(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def tell(name: str, word: Callable[..., str]) -> None:
+        honest = getattr(loop, name)
+        monkeypatch.setattr(loop, name, lambda *given: (told.append(word(*given)), honest(*given))[1])
+
+    tell("micro_step", lambda s, rows, step: f"inputs {step}")
+    tell("losses_of", lambda s, micro: f"pass {micro.step}")
+    tell("_reduce_and_clip_", lambda s: "wait")
+    train.train(make_config(train={"steps": 2, "batch_size": 1, "images_per_step": 1}))
+    assert " ".join(told) == "inputs 0 pass 0 inputs 0 pass 0 inputs 1 wait pass 1 inputs 1 pass 1 wait"
+
+
+def test_modules_are_gone_through_only_when_their_mode_changes(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[bool] = []
+    honest, optimize = UNet2DConditionModel.train, loop.optimize
+
+    def count(module: UNet2DConditionModel, mode: bool = True) -> UNet2DConditionModel:
+        modes.append(mode)
+        return honest(module, mode)
+
+    def counted(s: loop.Session, start: int) -> None:
+        monkeypatch.setattr(UNet2DConditionModel, "train", count)
+        optimize(s, start)
+
+    monkeypatch.setattr(loop, "optimize", counted)
+    train.train(make_config(train={"steps": 4, "save_every_steps": 2}))
+    # training, looking and saving at step 2, training, the same at step 4, looking at the end
+    assert modes == [True, False, True, False, True, False]
 
 
 def test_weights_that_are_not_finite_are_not_saved(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,15 +417,15 @@ def test_an_optimizer_that_is_not_finite_is_not_saved(make_config: MakeConfig, m
 def test_layers_without_a_gradient_are_named_at_the_first_step(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, is_dead = loop.sample_losses, re.compile(r"mid_block.*attn1\.to_q")
+    honest, is_dead = loop.losses_of, re.compile(r"mid_block.*attn1\.to_q")
 
-    def cut(s: loop.Session, micro: Any, step: int) -> torch.Tensor:
+    def cut(s: loop.Session, micro: loop.MicroStep) -> torch.Tensor:
         for name, parameter in s.family.denoiser.named_parameters():
             if is_dead.search(name) and parameter.requires_grad:
                 parameter.register_hook(torch.zeros_like)
-        return honest(s, micro, step)
+        return honest(s, micro)
 
-    monkeypatch.setattr(loop, "sample_losses", cut)
+    monkeypatch.setattr(loop, "losses_of", cut)
     recorder = Recorder()
     train.train(make_config(name="one", train={"steps": 2}), report=recorder)
     (told,) = [text for text in recorder.warnings if "gradient" in text]
