@@ -30,6 +30,7 @@ from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import NumericError
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.families.sampling import concatenate
+from lora_booth.flat import Flat
 from lora_booth.interrupts import StopRequest
 from lora_booth.objectives import Draws, Objective, draw, generator_for
 from lora_booth.prepare import Prepared
@@ -48,13 +49,15 @@ LOWER_RATE = (
 
 @dataclass(frozen=True)
 class Session:
-    """All that the loop works with. `adapted`: the modules that carry adapters, by component."""
+    """All that the loop works with. `adapted`: the modules that carry adapters, by component; `trained`: the parameters
+    as the optimizer has them."""
 
     config: Config
     family: Family
     adapted: dict[str, nn.Module]
     prepared: Prepared
     objective: Objective
+    trained: Sequence[Flat]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     accelerator: Accelerator
@@ -67,7 +70,7 @@ class Session:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter, in the optimizer's order."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [part for flat in self.trained for part in flat.parts]
 
     @property
     def is_text_trained(self) -> bool:
@@ -239,17 +242,12 @@ def set_training_(s: Session, training: bool) -> None:
 
 def _reduce_and_clip_(s: Session) -> Tensor:
     """Sum the gradients over processes, undo the loss scale, clip; returns the norm before clipping."""
-    parameters = s.parameters
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    vectors = [flat.collect_() for flat in s.trained]
     if s.accelerator.num_processes > 1:
-        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-        flat = s.accelerator.reduce(flat, "sum")
-        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = grad.view_as(parameter).clone()
+        for vector in vectors:
+            vector.grad = s.accelerator.reduce(vector.grad, "sum")
     s.scaler.unscale_(s.optimizer)
-    return nn.utils.clip_grad_norm_(parameters, s.config.optimizer.max_grad_norm)
+    return nn.utils.clip_grad_norm_(vectors, s.config.optimizer.max_grad_norm)
 
 
 def _require_recoverable(s: Session, step: int, rows: Sequence[Row], losses: Sequence[float], skipped: int) -> None:
@@ -267,14 +265,13 @@ def _require_gradients(s: Session) -> None:
 
     Such a layer stays what it is for the whole run: the loss does not depend on it.
     """
+    gradients = {id(parameter): gradient for flat in s.trained for parameter, gradient in flat.gradients()}
     is_alive: dict[str, bool] = {}
     for component, module in s.adapted.items():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 layer = f"{component}.{plain_path(name.partition('.lora_')[0])}"
-                is_alive[layer] = is_alive.get(layer, False) or bool(
-                    parameter.grad is not None and parameter.grad.any()
-                )
+                is_alive[layer] = is_alive.get(layer, False) or bool(gradients[id(parameter)].any())
     dead = [layer for layer, alive in is_alive.items() if not alive]
     if len(dead) == len(is_alive):
         raise NumericError(

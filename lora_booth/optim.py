@@ -13,8 +13,10 @@ import torch
 
 from lora_booth.config import OptimizerConfig
 from lora_booth.errors import ConfigError
+from lora_booth.flat import Flat, aligned
 from lora_booth.tracing import rounded
 
+SAMPLE_SIZE = 2**20
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -28,6 +30,8 @@ class OptimizerRow:
     extra: str = ""
     """The pip extra that installs it; empty when it is always there."""
     takes_betas: bool = True
+    is_elementwise: bool = True
+    """Numbers are updated without regard to the shape of their parameter, so that all may lie in one vector."""
     has_modes: bool = False
     """Its weights must be switched with .train() and .eval() around updates, as schedule-free averaging needs."""
     fixed: tuple[tuple[str, Any], ...] = ()
@@ -45,6 +49,7 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
         "Adafactor",
         "factored second moment, no first",
         takes_betas=False,
+        is_elementwise=False,
         fixed=(("scale_parameter", False), ("relative_step", False), ("warmup_init", False)),
     ),
     "prodigy": OptimizerRow("prodigyopt", "Prodigy", "finds its own step size; learning_rate = 1", extra="optim"),
@@ -54,12 +59,18 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
 }
 
 
+def flatten(parameters: Sequence[torch.nn.Parameter], config: OptimizerConfig, *, device_type: str) -> list[Flat]:
+    """What the optimizer of `config` updates: all `parameters` as one vector, or each by itself where shapes matter."""
+    row = OPTIMIZERS[_name(config, device_type)]
+    return [Flat(parameters)] if row.is_elementwise else [Flat([parameter]) for parameter in parameters]
+
+
 def make(groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, device_type: str) -> torch.optim.Optimizer:
     """The optimizer of `config` over parameter groups that carry their own `lr`.
 
     Raises ConfigError when its package is not installed.
     """
-    name = config.name if config.name != "auto" else default_name(device_type)
+    name = _name(config, device_type)
     row = OPTIMIZERS[name]
     try:
         cls: Callable[..., torch.optim.Optimizer] = getattr(importlib.import_module(row.module), row.class_name)
@@ -76,14 +87,17 @@ def make(groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, device_ty
 
 
 def state_bytes(shapes: Iterable[Sequence[int]], config: OptimizerConfig, *, device_type: str) -> int:
-    """Bytes that the optimizer of `config` keeps on the device for float32 parameters of these shapes.
+    """Bytes that the optimizer of `config` keeps on the device for float32 parameters of these shapes, flattened.
 
-    Found by really stepping it on the CPU, once for each different shape. Paged moments count as if none had moved to
-    main memory. Raises as `make` does.
+    Found by really stepping it on the CPU: once for each different shape where shapes matter, else on a vector of
+    `SAMPLE_SIZE` numbers. Paged moments count as if none had moved to main memory. Raises as `make` does.
     """
-    name = config.name if config.name != "auto" else default_name(device_type)
+    name = _name(config, device_type)
     config = config.model_copy(update={"name": name.removeprefix("paged_")})
     counts = Counter(map(tuple, shapes))
+    if OPTIMIZERS[name].is_elementwise:
+        total = sum(count * aligned(math.prod(shape)) for shape, count in counts.items())
+        return rounded(total * _state_bytes_of_one((SAMPLE_SIZE,), config) // SAMPLE_SIZE)
     return sum(count * _state_bytes_of_one(shape, config) for shape, count in counts.items())
 
 
@@ -97,6 +111,10 @@ def _state_bytes_of_one(shape: tuple[int, ...], config: OptimizerConfig) -> int:
     states = ([t for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)] for p in (first, second))
     shared, own = ({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors} for tensors in states)
     return sum(rounded(size) for key, size in own.items() if key not in shared)
+
+
+def _name(config: OptimizerConfig, device_type: str) -> str:
+    return config.name if config.name != "auto" else default_name(device_type)
 
 
 def default_name(device_type: str) -> str:

@@ -11,7 +11,6 @@ from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -25,6 +24,7 @@ from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import DeviceMemoryError, DiskError, LoraBoothError, ProcessLostError, lacks_memory
 from lora_booth.families.base import Family
 from lora_booth.families.identify import BaseFacts
+from lora_booth.flat import Flat
 from lora_booth.interrupts import stop_requests
 from lora_booth.objectives import objective_for
 from lora_booth.precision import dtype_for
@@ -103,19 +103,16 @@ def train(
         stopwatch.lap("encoding", without="class images")
         family.move_vae("cpu")
         adapted, parameters = _adapt(config, family)
-        family.prepare_denoiser_(
-            gradient_checkpointing=config.train.gradient_checkpointing or 0.0,
-            attention=config.model.attention,
-            is_compiled=config.train.compile,
-        )
         require_free_space(run.folder, _checkpoint_bytes(parameters) * (config.train.keep_last + 2))
+        trained, optimizer = _optimizer(config, parameters, device, report)
         session = loop.Session(
             config=config,
             family=family,
             adapted=adapted,
             prepared=prepared,
             objective=objective_for(config.objective, family.schedule),
-            optimizer=optim.make(_groups(config, parameters, report), config.optimizer, device_type=device.type),
+            trained=trained,
+            optimizer=optimizer,
             scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
             accelerator=accelerator,
             run=run,
@@ -190,7 +187,7 @@ def _told_plainly(config: Config, inputs: plan.Inputs, accelerator: Accelerator)
 
 
 def _adapt(config: Config, family: Family) -> tuple[dict[str, nn.Module], dict[str, list[nn.Parameter]]]:
-    """Inject the adapter."""
+    """Inject the adapter, and set how the denoiser computes."""
     adapted: dict[str, nn.Module] = {"unet": family.denoiser}
     used: dict[str, int] = {}
     if config.adapter.text_encoder:
@@ -199,19 +196,28 @@ def _adapt(config: Config, family: Family) -> tuple[dict[str, nn.Module], dict[s
     parameters = inject.inject_(adapted, config.adapter, seed=config.train.seed, num_used_text_layers=used)
     if config.adapter.continue_from is not None:
         inject.load_into_(adapted, export.read(config.adapter.continue_from))
+    family.prepare_denoiser_(
+        gradient_checkpointing=config.train.gradient_checkpointing or 0.0,
+        attention=config.model.attention,
+        is_compiled=config.train.compile,
+    )
     return adapted, parameters
 
 
-def _groups(config: Config, parameters: Mapping[str, Sequence[nn.Parameter]], report: Report) -> list[dict[str, Any]]:
-    """One optimizer group per component, each with its own learning rate, told to the user."""
-    groups = []
-    for component, group in parameters.items():
+def _optimizer(
+    config: Config, parameters: Mapping[str, Sequence[nn.Parameter]], device: torch.device, report: Report
+) -> tuple[list[Flat], torch.optim.Optimizer]:
+    """What is updated, and the optimizer with a group for each component, whose learning rate is told to the user."""
+    trained, groups = [], []
+    for component, parts in parameters.items():
         is_text = component != "unet"
         rate = config.optimizer.text_encoder_learning_rate if is_text else config.optimizer.learning_rate
-        groups.append({"params": list(group), "lr": rate, "base_lr": rate})
-        count = sum(parameter.numel() for parameter in group)
+        flats = optim.flatten(parts, config.optimizer, device_type=device.type)
+        trained += flats
+        groups.append({"params": [flat.vector for flat in flats], "lr": rate, "base_lr": rate})
+        count = sum(part.numel() for part in parts)
         report.event("adapter", f"adapter on {component}: {count:,} parameters, learning rate {rate:g}")
-    return groups
+    return trained, optim.make(groups, config.optimizer, device_type=device.type)
 
 
 def _checkpoint_bytes(parameters: Mapping[str, Sequence[nn.Parameter]]) -> int:

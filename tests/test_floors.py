@@ -16,6 +16,7 @@ FLOORS = {
         "checkpoints",
         "objectives",
         "optim",
+        "flat",
         "tracing",
         "gpu",
         "precision",
