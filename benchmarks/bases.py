@@ -1,4 +1,4 @@
-"""Bases with random weights, of real size or a quarter of its widths, and pictures of noise: for measuring without
+"""Bases with random weights, of real size or with smaller widths, and pictures of noise: for measuring without
 gigabytes to download."""
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from lora_booth.families.sources import ARCHITECTURES
 
 _VAE = {"block_out_channels": [32, 64, 128, 128]}
 _TEXT = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
-QUARTERS: dict[str, dict[str, dict[str, Any]]] = {
+_NARROW_VAE = {"block_out_channels": [32, 32, 32, 32]}
+_NARROW_TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+SMALLER: dict[str, dict[str, dict[str, Any]]] = {
     "sd1_quarter": {
         "unet": {"block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 256},
         "vae": _VAE,
@@ -33,19 +35,36 @@ QUARTERS: dict[str, dict[str, dict[str, Any]]] = {
         "text_encoder": _TEXT,
         "text_encoder_2": _TEXT | {"projection_dim": 256},
     },
+    "sd1_narrow": {
+        "unet": {"block_out_channels": [64, 64, 64, 64], "cross_attention_dim": 64},
+        "vae": _NARROW_VAE,
+        "text_encoder": _NARROW_TEXT,
+    },
+    "sdxl_narrow": {
+        "unet": {
+            "block_out_channels": [32, 32, 32],
+            "attention_head_dim": [2, 2, 2],
+            "cross_attention_dim": 128,
+            "projection_class_embeddings_input_dim": 6 * 256 + 64,
+        },
+        "vae": _NARROW_VAE,
+        "text_encoder": _NARROW_TEXT,
+        "text_encoder_2": _NARROW_TEXT | {"projection_dim": 64},
+    },
 }
-"""Of SD 1.5 and SDXL with about a quarter of their widths: UNets of 35 and 160 million parameters, which a CPU core
-trains in seconds."""
-ARCHITECTURE_NAMES = (*QUARTERS, "sd1", "sd2_base", "sd2_v", "sdxl")
+"""Changes to the configs of SD 1.5 and SDXL. A quarter of their widths makes UNets of 35 and 160 million parameters, of
+which a CPU core trains a step in seconds. Narrow ones have every layer and hardly any numbers: a step of theirs takes
+what starting its operations takes."""
+ARCHITECTURE_NAMES = (*SMALLER, "sd1", "sd2_base", "sd2_v", "sdxl")
 
 
 def random_base(folder: Path, architecture: str) -> Path:
-    """A diffusers folder in bf16: a shipped architecture or a quarter of one, random weights, CLIP's tokenizer."""
+    """A diffusers folder in bf16: a shipped architecture or a smaller one, random weights, CLIP's tokenizer."""
     import diffusers
     import transformers
 
-    changes = QUARTERS.get(architecture, {})
-    architecture = architecture.removesuffix("_quarter")
+    changes = SMALLER.get(architecture, {})
+    architecture = architecture.removesuffix("_quarter").removesuffix("_narrow")
     shutil.copytree(ARCHITECTURES / architecture, folder)
     for name, values in changes.items():
         path = folder / name / "config.json"
