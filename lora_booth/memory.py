@@ -271,8 +271,11 @@ class Modules:
         """A pass for looking, of two rows."""
         batch = self._batch(config, 2, bucket)
         objective = objective_for(config.objective, self.family.schedule)
-        self._switch(training=False, gradient_checkpointing=0.0)
-        denoise = partial(sample_losses, self.family, objective, batch)
+
+        def denoise() -> None:
+            self._switch(training=False, gradient_checkpointing=0.0)
+            sample_losses(self.family, objective, batch)
+
         return self._working(("denoise", bucket, denoiser), denoise, batch.tensors)
 
     def _working(self, key: tuple[Any, ...], run: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> LiveBytes:
