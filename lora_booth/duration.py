@@ -32,6 +32,7 @@ class Duration:
         return self.step.seconds(card)
 
     def training_s(self, card: Card) -> float:
+        """Seconds of all steps."""
         return self.num_steps * self.step_s(card)
 
     def class_images_s(self, card: Card) -> float:
@@ -39,9 +40,11 @@ class Duration:
         return sum(work.seconds(card) for work in self.class_images)
 
     def other_s(self, card: Card) -> float:
+        """Seconds of everything else that the denoiser and the VAE do."""
         return sum(work.seconds(card) for work in self.other)
 
     def total_s(self, card: Card) -> float:
+        """Seconds of the run."""
         return self.training_s(card) + self.class_images_s(card) + self.other_s(card)
 
 

@@ -171,8 +171,8 @@ def micro_step(s: Session, rows: Sequence[Row], step: int) -> MicroStep:
     positions, items = [row.position for row in rows], [row.item for row in rows]
     draws, latent_noise = draw(s.config.train.seed, step, positions, items[0].shape, _num_timesteps(s))
     numbers = (torch.tensor(positions), torch.tensor([row.weight for row in rows]))
-    on_device = (gpu.put(tensor, s.accelerator.device) for tensor in numbers)
-    return MicroStep(step, rows, _batch(s, items, draws, latent_noise), *on_device)
+    moved = (gpu.put(tensor, s.accelerator.device) for tensor in numbers)
+    return MicroStep(step, rows, _batch(s, items, draws, latent_noise), *moved)
 
 
 def losses_of(s: Session, micro: MicroStep) -> Tensor:
