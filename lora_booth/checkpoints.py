@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_booth import files
 
-CHECKPOINT_SCHEMA = 1
+CHECKPOINT_SCHEMA = 2
 CHECKPOINT_FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 
 

@@ -251,13 +251,17 @@ def test_a_checkpoint_is_saved_again_over_itself(run: Run) -> None:
 
 def test_a_checkpoint_of_another_version_is_named_and_passed_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.save(checkpoint(1), keep_last=2)
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SCHEMA", 2)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SCHEMA", checkpoints.CHECKPOINT_SCHEMA + 1)
     run.save(checkpoint(2), keep_last=2)
     monkeypatch.undo()
     told: list[str] = []
     newest = run.latest(told.append)
     assert newest is not None and newest.step == 1
-    assert len(told) == 1 and "step-000002 is damaged (written by another version (schema 2))" in told[0]
+    assert (
+        len(told) == 1
+        and f"step-000002 is damaged (written by another version (schema {checkpoints.CHECKPOINT_SCHEMA + 1}))"
+        in told[0]
+    )
 
 
 def test_without_a_measured_loss_no_step_is_the_best(run: Run) -> None:
