@@ -221,7 +221,7 @@ def lost_processes(count: int, folder: Path, seed: int = 0) -> Result:
     assert [outcome.code for outcome in _both(straight)[0]] == [0, 0]
     seconds, expected = time.monotonic() - began, made(straight)
     for i in range(count):
-        config, victim, moment = bench.config(f"lost-{i}"), i % 2, rng.uniform(0.3, seconds)
+        config, victim, moment = bench.config(f"lost-{i}"), i % 2, rng.uniform(0.0, 0.7 * seconds)
         outcomes, after = _both(config, victim, moment)
         codes = [outcome.code for outcome in outcomes]
         slowest, both_ended = max(slowest, after), both_ended + (codes == [0, 0])
@@ -240,13 +240,19 @@ def lost_processes(count: int, folder: Path, seed: int = 0) -> Result:
 
 
 def _both(config: Config, victim: int = 0, moment: float | None = None) -> tuple[list[crash.Outcome], float]:
-    """How the two processes of one run end, and how long after `moment`, when `victim` is killed, the last one does."""
+    """How the two processes of one run end, and how long after `victim` is killed the last one does.
+
+    It is killed `moment` seconds after the two have met: before, one would wait for the other as launchers let it.
+    """
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "ACCELERATE_USE_CPU": "true"}
     begun = [
         crash.start(config, crash.SURVIVES, shared | {"RANK": rank, "LOCAL_RANK": rank}, name=rank) for rank in "01"
     ]
     struck = time.monotonic()
     if moment is not None:
+        first, log = begun[0]
+        while first.is_alive() and not (log.exists() and "base " in log.read_text()):  # told once they have met
+            time.sleep(0.02)
         begun[victim][0].join(moment)
         begun[victim][0].kill()
         struck = time.monotonic()
