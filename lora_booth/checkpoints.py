@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_booth import files
 
 CHECKPOINT_SCHEMA = 2
+ANOTHER_VERSION = "written by another version"
 CHECKPOINT_FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -74,7 +75,7 @@ def fault(folder: Path) -> str | None:
         return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"unreadable: {error}"
-    return None if schema == CHECKPOINT_SCHEMA else f"written by another version (schema {schema})"
+    return None if schema == CHECKPOINT_SCHEMA else f"{ANOTHER_VERSION} (schema {schema})"
 
 
 def read(folder: Path) -> Checkpoint:

@@ -164,12 +164,22 @@ class Run:
         return target
 
     def latest(self, on_damage: Callable[[str], None]) -> Checkpoint | None:
-        """The newest valid checkpoint; `on_damage` is told of each newer one that had to be passed over."""
+        """The newest valid checkpoint; `on_damage` is told of each newer one that had to be passed over.
+
+        Raises ConfigError where none is left and another version wrote one: beginning anew would lose its work.
+        """
+        faults = []
         for folder in reversed(self._checkpoint_folders()):
             fault = checkpoints.fault(folder)
             if fault is None:
                 return checkpoints.read(folder)
             on_damage(f"checkpoint {folder} is damaged ({fault}); going back to the one before.")
+            faults.append(fault)
+        if any(checkpoints.ANOTHER_VERSION in fault for fault in faults):
+            raise ConfigError(
+                f"run folder {self.folder} was trained by another version of lora_booth, whose checkpoints this one "
+                "cannot continue; continue with that version, or choose a new folder with run.folder."
+            )
         return None
 
     def best_step(self) -> int | None:

@@ -264,6 +264,15 @@ def test_a_checkpoint_of_another_version_is_named_and_passed_over(run: Run, monk
     )
 
 
+def test_a_run_of_another_version_alone_is_not_begun_anew(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SCHEMA", checkpoints.CHECKPOINT_SCHEMA - 1)
+    run.save(checkpoint(1), keep_last=2)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"trained by another version.*continue with that version"):
+        run.latest(lambda told: None)
+    assert steps_kept(run) == [1]
+
+
 def test_without_a_measured_loss_no_step_is_the_best(run: Run) -> None:
     assert run.best_step() is None
 
