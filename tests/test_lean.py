@@ -65,8 +65,8 @@ def test_outputs_and_gradients_are_those_of_pefts_layers(dtype: torch.dtype, dro
     assert len(one) == len(other) == 1 + len(our_parameters) > 20
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in our_parameters)
     for a, b in zip(one, other, strict=True):
-        # PEFT's own float32 output of this UNet is up to 1.5e-6 from its float64 one
-        assert adapted.relative_difference(a, b) < (2e-6 if dtype == torch.float32 else 1e-6)
+        # float64 runs through our own arithmetic; what differs is the rounding of parameters and gradients to float32
+        assert torch.equal(a, b) if dtype == torch.float32 else adapted.relative_difference(a, b) < 1e-6
 
 
 @pytest.mark.parametrize("alpha", [3.0, RANK])

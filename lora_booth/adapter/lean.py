@@ -6,14 +6,15 @@ else about such a layer (names, scale, merging, DoRA, several adapters), which s
 PEFT casts a layer's input to the adapter's type. With a float32 adapter in a bf16 base each layer then computes in
 float32 and keeps a float32 copy of its input for the backward pass, even where q, k and v share one input. Here the two
 small factors are cast instead: the input is kept once, as it is, and gradients reach the float32 parameters through the
-cast. A linear layer's second product is scaled and added to the output where that lies, in one operation, which in a
-type of two bytes rounds once instead of three times.
+cast. Updates are added to the output where it lies; in a type of two bytes a linear layer's second product is scaled
+and added in one operation, which rounds once instead of three times. A float32 base computes PEFT's own numbers.
 """
 
 from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
 from torch import Tensor, nn
@@ -27,9 +28,13 @@ class LeanLinear(Linear):
         if adapter is None:
             return super().forward(x, *args, **kwargs)
         down, up = _cast_factors(self, adapter, x)
+        scale = self.scaling[adapter]
+        if x.dtype == torch.float32:  # PEFT's own sums, in its order: the same numbers bit for bit
+            output: Tensor = self.base_layer(x)
+            return _add_(output, F.linear(F.linear(self.lora_dropout[adapter](x), down), up), scale)
         rows = x.reshape(-1, x.shape[-1])
-        output: Tensor = self.base_layer(rows)
-        output.addmm_(F.linear(self.lora_dropout[adapter](rows), down), up.t(), alpha=self.scaling[adapter])
+        output = self.base_layer(rows)
+        output.addmm_(F.linear(self.lora_dropout[adapter](rows), down), up.t(), alpha=scale)
         return output.view(*x.shape[:-1], -1)
 
 
@@ -45,11 +50,16 @@ class LeanConv2d(Conv2d):
         first, second = cast(nn.Conv2d, self.lora_A[adapter]), cast(nn.Conv2d, self.lora_B[adapter])
         hidden: Tensor = first._conv_forward(self.lora_dropout[adapter](x), down, None)
         update: Tensor = second._conv_forward(hidden, up, None)
-        return output.add_(update, alpha=self.scaling[adapter])
+        return _add_(output, update, self.scaling[adapter])
 
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LeanLinear, nn.Conv2d: LeanConv2d}
 """Layer of a base to the adapted layer that PEFT shall build around it."""
+
+
+def _add_(output: Tensor, update: Tensor, scale: float) -> Tensor:
+    """`output` with `update` times `scale` added in place, the product rounded first, as PEFT does."""
+    return output.add_(update if scale == 1 else update * scale)
 
 
 def _plain_adapter(layer: LoraLayer) -> str | None:
