@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import record
@@ -112,7 +113,7 @@ def kohya_words(job: Job, steps: int, out: Path) -> list[str]:
     return [*switches, *_as_flags(flags)]
 
 
-def our_words(job: Job, steps: int, out: Path) -> list[str]:
+def our_words(job: Job, steps: int, out: Path, *, is_compiled: bool = False) -> list[str]:
     """The same through lora_booth, with a cache of its own, so that it pays for caching too."""
     settings = {
         "subject.images": job.subject,
@@ -133,6 +134,7 @@ def our_words(job: Job, steps: int, out: Path) -> list[str]:
         "train.images_per_step": 1,
         "train.batch_size": 2,
         "train.gradient_checkpointing": "false",
+        "train.compile": str(is_compiled).lower(),
         "preview.images_per_prompt": 0,
         "run.folder": out / "run",
         "run.cache": out / "cache",
@@ -160,7 +162,11 @@ def commands(arguments: argparse.Namespace, job: Job) -> dict[str, Command]:
         found["diffusers"] = command(sys.executable, [str(arguments.diffusers)], diffusers_words)
     if arguments.kohya is not None:
         found["kohya"] = command(arguments.kohya_python, [str(arguments.kohya)], kohya_words)
-    return found | {"lora_booth": command(sys.executable, ["-m", "lora_booth"], our_words)}
+    found["lora_booth"] = command(sys.executable, ["-m", "lora_booth"], our_words)
+    if arguments.compiled:
+        words = partial(our_words, is_compiled=True)
+        found["lora_booth_compiled"] = command(sys.executable, ["-m", "lora_booth"], words)
+    return found
 
 
 def measure(who: str, command: Command, steps: int, out: Path) -> Run:
@@ -207,6 +213,7 @@ def main() -> None:
     parser.add_argument("--diffusers", type=Path, help="train_dreambooth_lora.py or train_dreambooth_lora_sdxl.py")
     parser.add_argument("--kohya", type=Path, help="train_network.py or sdxl_train_network.py")
     parser.add_argument("--kohya-python", default=sys.executable, help="the interpreter that has kohya's packages")
+    parser.add_argument("--compiled", action="store_true", help="lora_booth once more, with train.compile")
     parser.add_argument("--architecture", choices=ARCHITECTURE_NAMES, default="sd1_quarter")
     parser.add_argument("--base", type=Path, help="a base of yours in place of random weights")
     parser.add_argument("--subject", type=Path, help="folder of pictures in place of noise")

@@ -78,6 +78,7 @@ def measure(lever: str, base: str, card: Card, arguments: argparse.Namespace) ->
         "train.images_per_step": 2,
         "train.batch_size": 4,
         "train.gradient_checkpointing": "false",
+        "train.compile": "false",
         "preview.images_per_prompt": 0,
         "run.folder": folder,
         "run.cache": arguments.out / "cache",

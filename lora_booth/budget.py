@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_booth.config import Config
 from lora_booth.data.buckets import Bucket
@@ -47,6 +47,21 @@ class Lever:
         return self.price if self.saved_gib is None else f"saves {self.saved_gib:.2f} GiB of a step; {self.price}"
 
 
+class Way(NamedTuple):
+    """How a step is computed: rows of a pass, share of the blocks that recompute their activations, and whether the
+    inputs of these wait in main memory."""
+
+    rows: int
+    share: float
+    is_offloading: bool
+
+    @property
+    def changes(self) -> Changes:
+        """As settings."""
+        train = {"batch_size": self.rows, "gradient_checkpointing": self.share}
+        return {"train": train, "memory": {"offload_activations": self.is_offloading}}
+
+
 @dataclass(frozen=True)
 class Plan:
     """What was chosen to stay within a budget, a reason for each choice, and the phases of the run as it is then.
@@ -71,22 +86,20 @@ def choose(config: Config, facts: BaseFacts, budget_gib: float, *, bucket: Bucke
 
     What is set in the config stays. `bucket`: as `Modules` has it. Raises as its making does.
     """
-    modules, needs = Modules.of(config, facts), {}
+    modules = Modules.of(config, facts)
+    needs: dict[Way, float] = {}
 
-    def need(size: int, share: float) -> float:
-        way = config.with_values({"train": {"batch_size": size, "gradient_checkpointing": share}})
-        needs[size, share] = modules.step(way, bucket).gib + OUTSIDE_GIB
-        return needs[size, share]
+    def need(way: Way) -> float:
+        if way not in needs:
+            needs[way] = modules.step(config.with_values(way.changes), bucket).gib + OUTSIDE_GIB
+        return needs[way]
 
-    size, share = _fastest_way(config, lambda size, share: need(size, share) <= budget_gib)
-    chosen = config.with_values({"train": {"batch_size": size, "gradient_checkpointing": share}})
-    chosen, reasons = _with_drawing(modules, chosen, budget_gib, bucket)
-    changes = {
-        "train": {key: getattr(chosen.train, key) for key in ("batch_size", "gradient_checkpointing")},
-        "memory": {key: getattr(chosen.memory, key) for key in CHOSEN_FOR_PICTURES},
-    }
-    reasons = [*_reasons(config, (size, share), needs), *reasons]
-    return Plan(changes, tuple(reasons), modules.phases(chosen, bucket), budget_gib, modules)
+    way = _fastest_way(config, lambda way: need(way) <= budget_gib)
+    reasons = _reasons(config, way, need, needs)
+    chosen, of_pictures = _with_drawing(modules, config.with_values(way.changes), budget_gib, bucket)
+    for_pictures = {key: getattr(chosen.memory, key) for key in CHOSEN_FOR_PICTURES}
+    changes = {"train": way.changes["train"], "memory": {**way.changes["memory"], **for_pictures}}
+    return Plan(changes, (*reasons, *of_pictures), modules.phases(chosen, bucket), budget_gib, modules)
 
 
 def levers(config: Config) -> tuple[Lever, ...]:
@@ -99,6 +112,8 @@ def levers(config: Config) -> tuple[Lever, ...]:
     if (config.train.gradient_checkpointing or 0.0) < 1:
         slower = "same result, about a third slower than without"
         found.append(Lever({"train": {"gradient_checkpointing": 1.0}}, slower))
+    if not config.memory.offload_activations:
+        found.append(Lever({"memory": {"offload_activations": True}}, "same result, copies to main memory and back"))
     if config.optimizer.name in ("adamw", "prodigy", "schedulefree"):
         found.append(Lever({"optimizer": {"name": "adamw8bit"}}, "changes the result"))
     if config.adapter.text_encoder:
@@ -125,42 +140,54 @@ def savings(config: Config, facts: BaseFacts, *, bucket: Bucket | None = None) -
     return tuple(found)
 
 
-def _fastest_way(config: Config, fits: Callable[[int, float], bool]) -> tuple[int, float]:
-    """Rows of a pass and share of blocks to recompute: the least share with which anything fits, with it the most rows.
+def _fastest_way(config: Config, fits: Callable[[Way], bool]) -> Way:
+    """The least saving of activations with which anything fits, with it the most rows; if nothing does, the smallest.
 
     The rows are those set, halved until they are one.
     """
-    asked = config.train.gradient_checkpointing
     sizes = [config.train.batch_size]
     while min(sizes[-1], rows_per_pass(config)) > 1:
         sizes.append(min(sizes[-1], rows_per_pass(config)) // 2)
-    shares = SHARES if asked is None else (asked,)
+    smallest = [Way(sizes[-1], *saving) for saving in _savings(config)]
     first = 0  # tried first, since most budgets allow it
-    if not fits(sizes[-1], shares[0]):
-        first = bisect_left(shares, True, lo=1, key=lambda share: fits(sizes[-1], share))
-    if first == len(shares):
-        return sizes[-1], shares[-1]
-    return next(size for size in sizes if size == sizes[-1] or fits(size, shares[first])), shares[first]
+    if not fits(smallest[0]):
+        first = bisect_left(smallest, True, lo=1, key=fits)
+    if first == len(smallest):
+        return smallest[-1]
+    ways = [smallest[first]._replace(rows=size) for size in sizes]
+    return next(way for way in ways if way == smallest[first] or fits(way))
 
 
-def _reasons(config: Config, way: tuple[int, float], needs: Mapping[tuple[int, float], float]) -> list[str]:
-    """Why `way` was taken: a line for each choice, with what a faster one would need."""
-    (size, share), asked = way, config.train
-    reasons = [f"train.batch_size = {size}: as set"]
-    if size != asked.batch_size:
-        reasons = [f"train.batch_size = {size} (same result)"]
-        larger = [other for other in needs if other[0] > size and other[1] == share]
+def _savings(config: Config) -> list[tuple[float, bool]]:
+    """Share of blocks to recompute, and whether their inputs wait elsewhere; what is faster is tried first."""
+    share, is_offloading = config.train.gradient_checkpointing, config.memory.offload_activations
+    shares = SHARES if share is None else (share,)
+    found = [(share, bool(is_offloading)) for share in shares]
+    return [*found, (shares[-1], True)] if is_offloading is None and shares[-1] > 0 else found
+
+
+def _reasons(config: Config, way: Way, need: Callable[[Way], float], needs: Mapping[Way, float]) -> list[str]:
+    """Why `way` was taken: a line for each choice, with what a faster one would `need`; `needs`: those known."""
+    reasons = [f"train.batch_size = {way.rows}: as set"]
+    if way.rows != config.train.batch_size:
+        reasons = [f"train.batch_size = {way.rows} (same result)"]
+        larger = [other for other in needs if other.rows > way.rows and other[1:] == way[1:]]
         if larger:
-            reasons = [f"{reasons[0]}: {min(larger)[0]} needs {needs[min(larger)]:.1f} GiB"]
-    setting = f"train.gradient_checkpointing = {share:g}"
-    if asked.gradient_checkpointing is not None:
-        return [*reasons, f"{setting}: as set"]
-    if share == 0:
-        return [*reasons, f"{setting}: not needed, and a third faster so"]
-    less = max(other for _, other in needs if other < share)
-    slower = f"about {SLOWER_WHEN_RECOMPUTED * share:.0%} slower"
-    least = min(gib for (_, other), gib in needs.items() if other == less)
-    return [*reasons, f"{setting} (same result, {slower}): with {less:g} a step needs {least:.1f} GiB"]
+            reasons = [f"{reasons[0]}: {min(larger).rows} needs {needs[min(larger)]:.1f} GiB"]
+    setting = f"train.gradient_checkpointing = {way.share:g}"
+    if config.train.gradient_checkpointing is not None:
+        reasons.append(f"{setting}: as set")
+    elif way.share == 0:
+        reasons.append(f"{setting}: not needed, and a third faster so")
+    else:
+        less = max(other.share for other in needs if other.share < way.share)
+        slower = f"about {SLOWER_WHEN_RECOMPUTED * way.share:.0%} slower"
+        least = min(gib for other, gib in needs.items() if other.share == less)
+        reasons.append(f"{setting} (same result, {slower}): with {less:g} a step needs {least:.1f} GiB")
+    if way.is_offloading and config.memory.offload_activations is None:
+        kept = need(way._replace(is_offloading=False))
+        reasons.append(f"memory.offload_activations = true (same result): without, a step needs {kept:.1f} GiB")
+    return reasons
 
 
 def _with_drawing(

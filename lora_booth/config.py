@@ -223,11 +223,12 @@ class TrainConfig(Section):
         "backward pass: smaller, and up to a third slower. false is 0, true is 1. Default: decided by the memory "
         "budget.",
     )
-    compile: bool = Field(
-        False,
-        description="Compile the denoiser's transformer blocks in the first step (torch.compile): fewer kernels to "
-        "launch and less memory traffic, after a minute or so of compiling; needs a C++ compiler. Equal up to "
-        "rounding. Off: worth it in long runs only.",
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compile the denoiser's transformer blocks (torch.compile): fewer kernels to launch and less "
+        "memory traffic, after a minute or so of compiling; needs a C++ compiler. Equal up to rounding, but for "
+        "dropout, which draws other numbers. auto: on a CUDA card, where a trial before the first step finds that it "
+        "pays. true: always, in the first step.",
     )
     save_every_steps: int | None = Field(
         None, ge=1, description="Steps between checkpoints. Default: a fifth of the run."
@@ -289,6 +290,11 @@ class MemoryConfig(Section):
         None,
         description="Decode pictures in overlapping tiles of 768 px: far less memory for SDXL, and tones may differ a "
         "little between tiles. Nothing that is trained on changes. Default: where the budget demands it.",
+    )
+    offload_activations: bool | None = Field(
+        None,
+        description="Of blocks that compute their activations again, the inputs too wait in main memory: half of what "
+        "is left, for a copy there and back. Needs train.gradient_checkpointing. Default: where the budget demands it.",
     )
     encode_alone: bool | None = Field(
         None,

@@ -34,6 +34,11 @@ def contradictions(config: Config) -> list[str]:
             f'adapter.dora is true but model.quantize is "{config.model.quantize}"; DoRA needs the base\'s own '
             'weights, so set model.quantize = "none".'
         )
+    if config.memory.offload_activations and config.train.gradient_checkpointing == 0:
+        faults.append(
+            "memory.offload_activations is true but train.gradient_checkpointing is 0, so no block has inputs to wait "
+            "elsewhere; set train.gradient_checkpointing = 1, or memory.offload_activations = false."
+        )
     if "{class}" not in config.subject.prompt:
         faults.append(f'subject.prompt "{config.subject.prompt}" lacks the slot {{class}}; add it.')
     templates = [("subject.prompt", config.subject.prompt, {"token", "class"})]

@@ -1,12 +1,17 @@
-"""What a CUDA card says of itself, and how tensors get there. On a CPU everything that it says is None."""
+"""What a CUDA card says of itself, and how tensors get there and back. On a CPU everything that it says is None."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_booth import cards
 from lora_booth.cards import Card
+
+OFFLOADED_BYTES = 2**20
+"""Smaller tensors stay where they are: they are many, save little, and most are held by others too."""
 
 
 def here() -> torch.device:
@@ -40,3 +45,25 @@ def used_share(device: torch.device) -> float | None:
 def put(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` of main memory on `device`; on a card the copy is queued from pinned memory and not waited for."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def offloading() -> torch.autograd.graph.saved_tensors_hooks:
+    """Inside, what autograd saves waits in pinned main memory until the backward pass asks for it.
+
+    The copies are queued among the device's other work and not waited for. Tensors without data leave no copy.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(_away, _back)
+
+
+def _away(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    if tensor.nbytes < OFFLOADED_BYTES:
+        return tensor.device, tensor
+    if tensor.is_meta:
+        return tensor.device, tensor.new_empty(1).expand(tensor.shape)
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return tensor.device, copy.copy_(tensor, non_blocking=True)
+
+
+def _back(saved: Any) -> Tensor:
+    device, tensor = saved
+    return tensor.contiguous() if tensor.is_meta else tensor.to(device, non_blocking=True)

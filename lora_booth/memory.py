@@ -227,10 +227,10 @@ class Modules:
     def _trace(self, config: Config, batch: Batch) -> StepTrace:
         train, rows = config.train, len(batch.latents)
         follows_another = _rows_per_step(config) > rows or train.images_per_step > 1  # whose buckets may differ
-        share = train.gradient_checkpointing or 0.0
-        key = (batch.latents.shape, share, follows_another)
+        saving = (train.gradient_checkpointing or 0.0, bool(config.memory.offload_activations))
+        key = (batch.latents.shape, *saving, follows_another)
         if key not in self.traced:
-            self._switch(training=True, gradient_checkpointing=share)
+            self._switch(True, *saving)
             for parameter in self.parameters:
                 parameter.grad = torch.empty_like(parameter) if follows_another else None
             objective = objective_for(config.objective, self.family.schedule)
@@ -273,7 +273,7 @@ class Modules:
         objective = objective_for(config.objective, self.family.schedule)
 
         def denoise() -> None:
-            self._switch(training=False, gradient_checkpointing=0.0)
+            self._switch(False)
             sample_losses(self.family, objective, batch)
 
         return self._working(("denoise", bucket, denoiser), denoise, batch.tensors)
@@ -297,10 +297,10 @@ class Modules:
         batch: Batch = self.traced[key]
         return batch
 
-    def _switch(self, *, training: bool, gradient_checkpointing: float) -> None:
+    def _switch(self, training: bool, share: float = 0.0, is_offloading: bool = False) -> None:
         for module in self.adapted.values():
             module.train(training)
-        self.family.prepare_denoiser_(gradient_checkpointing=gradient_checkpointing, attention="sdpa")
+        self.family.prepare_denoiser_(gradient_checkpointing=share, attention="sdpa", is_offloading=is_offloading)
 
     def _tensors(self) -> list[Tensor]:
         return tensors_of([self.family.denoiser, self.vae.module, *self.text_encoders.values()])

@@ -45,6 +45,7 @@ FREE_TO_CHANGE = (
     "memory.budget_gib",
     "memory.pictures_at_once",
     "memory.tiled_decoding",
+    "memory.offload_activations",
     "memory.encode_alone",
     "run.folder",
     "run.cache",

@@ -17,7 +17,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from PIL import Image
 from torch import nn
 
-from lora_booth import deliver, export, families, gpu, loop, optim, plan, prepare, preview
+from lora_booth import compiling, deliver, export, families, gpu, loop, optim, plan, prepare, preview
 from lora_booth.adapter import inject
 from lora_booth.config import Config
 from lora_booth.data.grid import labelled_grid
@@ -122,7 +122,8 @@ def train(
         accelerator.init_trackers("lora_booth")
         start = loop.restore(session)
         loop.draw_preview(session, start)  # of a run killed between a checkpoint and its pictures
-        loop.optimize(session, start)
+        with compiling.where_it_pays(session, start):
+            loop.optimize(session, start)
         stopwatch.lap("steps and previews")
         return _finish(session, stopwatch)
 
@@ -199,8 +200,10 @@ def _adapt(config: Config, family: Family) -> tuple[dict[str, nn.Module], dict[s
     family.prepare_denoiser_(
         gradient_checkpointing=config.train.gradient_checkpointing or 0.0,
         attention=config.model.attention,
-        is_compiled=config.train.compile,
+        is_offloading=bool(config.memory.offload_activations),
     )
+    if config.train.compile is True:
+        family.compile_denoiser_()
     return adapted, parameters
 
 

@@ -40,9 +40,10 @@ def test_the_job_of_the_peers_runs_and_is_measured(base: Path, tmp_path: Path) -
         folder.mkdir()
         tiny.tiny_pictures(folder, count)
     job = peers.Job(base, pictures, classes, 64, "fp32")
-    arguments = argparse.Namespace(diffusers=script, kohya=script, kohya_python=sys.executable)
+    arguments = argparse.Namespace(diffusers=script, kohya=script, kohya_python=sys.executable, compiled=True)
     commands = peers.commands(arguments, job)
-    assert list(commands) == ["diffusers", "kohya", "lora_booth"]
+    assert list(commands) == ["diffusers", "kohya", "lora_booth", "lora_booth_compiled"]
+    assert "train.compile=true" in commands.pop("lora_booth_compiled")(1, tmp_path)
     (tmp_path / "out").mkdir()
     found = [peers.measure(who, command, 1, tmp_path / "out" / who) for who, command in commands.items()]
     assert "--cache_latents" in json.loads((tmp_path / "argv").read_text()), "kohya ran after diffusers"

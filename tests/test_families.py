@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 
-from lora_booth import families
+from lora_booth import families, gpu
 from lora_booth.config import ModelConfig
 from lora_booth.errors import ConfigError, LoraBoothError, lacks_memory
 from lora_booth.families import vae
@@ -403,6 +403,36 @@ def test_gradient_checkpointing_computes_the_first_share_of_blocks_twice_and_the
     torch.testing.assert_close(gradients[0], gradients[1], **CLOSE)
     torch.testing.assert_close(gradients[0], gradients[2], **CLOSE)
     assert counts == {0.0: (1, 1), 0.5: (2, 1), 1.0: (2, 2)}
+
+
+def test_offloading_keeps_the_inputs_of_checkpointed_blocks_elsewhere_and_no_weight(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, kept, inputs, send = load(base.folder), {}, [], gpu._away
+
+    def away(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+        sent = send(tensor)
+        kept[tensor.data_ptr()] = sent[1]
+        return sent
+
+    monkeypatch.setattr(gpu, "OFFLOADED_BYTES", 1)
+    monkeypatch.setattr(gpu, "_away", away)
+    family.denoiser.conv_in.weight.requires_grad_(True)
+    conditioning, gradients = family.encode_prompts([PROMPT]), []
+    for is_offloading in (False, True):
+        family.prepare_denoiser_(gradient_checkpointing=1.0, attention="sdpa", is_offloading=is_offloading)
+        if is_offloading:
+            resnet = family.denoiser.mid_block.resnets[1]
+            resnet.register_forward_pre_hook(lambda _, given: inputs.extend(given))
+        assert not kept
+        family.denoiser.zero_grad()
+        family.predict(latents(1), torch.tensor([10]), conditioning, geometry(1)).square().sum().backward()
+        gradients.append(family.denoiser.conv_in.weight.grad.clone())
+    assert torch.equal(*gradients), "a copy there and back changes nothing"
+    weights = {weight.data_ptr() for weight in family.denoiser.parameters()}
+    assert not weights & kept.keys()
+    assert {tensor.data_ptr() for tensor in inputs[:2]} <= kept.keys(), "hidden states and time embedding"
+    assert all(copy.data_ptr() != address for address, copy in kept.items())
 
 
 def test_missing_xformers_says_what_to_do(family: Family) -> None:

@@ -29,7 +29,7 @@ FLOORS = {
     ),
     2: ("families", "class_images", "batch", "trial", "memory", "budget", "duration"),
     3: ("prepare", "preview", "plan", "generate", "inspect", "deliver", "merge", "resize", "extract"),
-    4: ("loop",),
+    4: ("loop", "compiling"),
     5: ("train",),
     6: ("demo", "console", "cli", "cli_adapters", "__init__", "__main__"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.bases import random_base
-from lora_booth import families, gpu, loop, memory, plan, train
+from lora_booth import compiling, families, gpu, loop, memory, plan, train
 from lora_booth.batch import Batch, sample_losses
 from lora_booth.config import Config
 from lora_booth.errors import Interrupted
@@ -93,14 +94,27 @@ def test_compiled_blocks_compute_nearly_the_same(make_config: MakeConfig) -> Non
     assert_near(plain, compiled, 1e-2)
 
 
-def test_a_full_size_run_takes_the_memory_that_was_predicted(tmp_path: Path) -> None:
+def test_a_trial_of_the_compiler_is_kept_and_changes_nearly_nothing(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compiling, "ASSUMED_S", 0.0)
+    monkeypatch.setattr(compiling, "cache_folder", lambda _: tmp_path)
+    plain = trained(make_config(name="plain", train={"compile": False}))
+    assert_near(plain, trained(make_config(name="tried", train={"compile": "auto"})), 1e-2)
+    (trial,) = json.loads((tmp_path / "compiling.json").read_text()).values()
+    assert trial["compiled_s"] != trial["eager_s"], "equal where compiling failed"
+
+
+@pytest.mark.parametrize("saving", [(0.0, False), (1.0, False), (1.0, True)])
+def test_a_full_size_run_takes_the_memory_that_was_predicted(saving: tuple[float, bool], tmp_path: Path) -> None:
     base = random_base(tmp_path / "sd1", "sd1")
     tiny.tiny_pictures(tmp_path / "pictures", 3)
     values = {
         "model": {"base": str(base), "precision": "bf16"},
         "subject": {"images": tmp_path / "pictures", "class_noun": "dog"},
         "prior": {"num_images": 2, "sampler_steps": 2},
-        "train": {"steps": 3, "gradient_checkpointing": 0.0},
+        "train": {"steps": 3, "gradient_checkpointing": saving[0], "compile": False},
+        "memory": {"offload_activations": saving[1]},
         "preview": {"images_per_prompt": 1, "sampler_steps": 2},
         "run": {"folder": tmp_path / "run", "cache": tmp_path / "cache"},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_booth import budget, cards, families, memory, optim, plan, trial
+from lora_booth import budget, cards, families, gpu, memory, optim, plan, trial
 from lora_booth.adapter import inject
 from lora_booth.batch import sample_losses
+from lora_booth.budget import Way
 from lora_booth.config import Config, OptimizerConfig
 from lora_booth.errors import ModelError
 from lora_booth.families.base import Family
@@ -161,6 +163,9 @@ def test_activations_of_a_full_size_step_lie_where_independent_counts_put_them(
     assert plain["gradients"] == plain["adapter"], "the class row comes after another micro-step"
     saving = modules.step(config.with_values({"train": {"gradient_checkpointing": True}}), None).parts
     assert saving["activations"] < 0.3 * plain["activations"]
+    settings = {"train": {"gradient_checkpointing": True}, "memory": {"offload_activations": True}}
+    offloading = modules.step(config.with_values(settings), None).parts
+    assert 0.4 * saving["activations"] < offloading["activations"] < 0.85 * saving["activations"]
 
 
 @pytest.mark.parametrize(
@@ -215,17 +220,12 @@ def _modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.Modules, "of", once)
 
 
-Way = tuple[int, float]
-"""Rows of a pass, share of recomputed blocks."""
-
-
-def needs_of(config: Config, facts: BaseFacts, shares: Sequence[float]) -> dict[Way, float]:
+def needs_of(config: Config, facts: BaseFacts, savings: Sequence[tuple[float, bool]]) -> dict[Way, float]:
     """GiB of every way of computing a step, in the order in which they are tried."""
     modules = memory.Modules.of(config, facts)
     needs = {}
-    for way in ((rows, share) for share in shares for rows in (2, 1)):
-        train = {"batch_size": way[0], "gradient_checkpointing": way[1]}
-        needs[way] = modules.step(config.with_values({"train": train}), None).gib + memory.OUTSIDE_GIB
+    for way in (Way(rows, *saving) for saving in savings for rows in (2, 1)):
+        needs[way] = modules.step(config.with_values(way.changes), None).gib + memory.OUTSIDE_GIB
     return needs
 
 
@@ -234,26 +234,33 @@ def test_the_fastest_way_that_fits_is_chosen_and_nothing_that_changes_the_result
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget, "SHARES", (0.0, 0.5, 1.0))  # a trace takes a second
+    monkeypatch.setattr(gpu, "OFFLOADED_BYTES", 0)  # all tensors are small here
     config = make_config(data={"resolution": 256, "bucket_step": 32}, optimizer={"name": "adamw"})
     facts = families.facts(config.model)
-    needs = needs_of(config, facts, shares=budget.SHARES)
-    assert needs[2, 0] > needs[2, 0.5] > needs[2, 1] > needs[1, 1]
+    needs = needs_of(config, facts, savings=[(0.0, False), (0.5, False), (1.0, False), (1.0, True)])
+    two = [need for way, need in needs.items() if way.rows == 2]
+    assert sorted(set(two), reverse=True) == two, "each saves more than the one before"
+    assert two[-1] > needs[1, 1, True]
 
     def chosen(config: Config, gib: float) -> Way:
-        train = budget.choose(config, facts, gib).changes["train"]
-        return train["batch_size"], train["gradient_checkpointing"]
+        changes = budget.choose(config, facts, gib).changes
+        return Way(*changes["train"].values(), changes["memory"]["offload_activations"])
 
     for need in needs.values():
         fitting = next(way for way, other in needs.items() if other <= need + 1e-9)
         assert chosen(config, need + 1e-9) == fitting, "the first in the order of speed"
-    assert chosen(config, 0.01) == (1, 1)
-    assert chosen(config.with_values({"train": {"gradient_checkpointing": 0.0}}), 0.01) == (1, 0)
-    plan_of_one = budget.choose(config, facts, needs[1, 0] + 1e-9)
+    assert chosen(config, 0.01) == (1, 1, True)
+    assert chosen(config.with_values({"memory": {"offload_activations": False}}), 0.01) == (1, 1, False)
+    assert chosen(config.with_values({"train": {"gradient_checkpointing": 0.0}}), 0.01) == (1, 0, False)
+    assert chosen(config.with_values({"train": {"gradient_checkpointing": 0.5}}), 0.01) == (1, 0.5, True)
+    plan_of_one = budget.choose(config, facts, needs[1, 0, False] + 1e-9)
     assert plan_of_one.changes.keys() == {"train", "memory"}
-    assert plan_of_one.reasons[0] == f"train.batch_size = 1 (same result): 2 needs {needs[2, 0]:.1f} GiB"
-    found = budget.choose(config, facts, needs[2, 1] + 1e-9)
+    assert plan_of_one.reasons[0] == f"train.batch_size = 1 (same result): 2 needs {needs[2, 0, False]:.1f} GiB"
+    found = budget.choose(config, facts, needs[2, 1, True] + 1e-9)
     assert found.reasons[1].startswith("train.gradient_checkpointing = ")
     assert "slower): with " in found.reasons[1]
+    least = f"(same result): without, a step needs {needs[1, 1, False]:.1f} GiB"
+    assert budget.choose(config, facts, 0.01).reasons[2] == f"memory.offload_activations = true {least}"
 
 
 @pytest.mark.usefixtures("_modules_once")
@@ -268,8 +275,9 @@ def test_as_many_pictures_go_together_as_fit_and_tiles_only_where_whole_ones_do_
         one = config.with_values({"memory": settings})
         return max(modules.prepare(one, None).gib, modules.draw(one, None).gib) + memory.OUTSIDE_GIB
 
-    def chosen(gib: float) -> dict[str, Any]:
-        return dict(budget.choose(config, facts, gib).changes["memory"])
+    def chosen(gib: float, config: Config = config) -> dict[str, Any]:
+        changes = budget.choose(config, facts, gib).changes["memory"]
+        return {key: changes[key] for key in ("pictures_at_once", "tiled_decoding", "encode_alone")}
 
     whole = {"tiled_decoding": False, "encode_alone": False}
     assert need(8) > need(4)
@@ -277,7 +285,7 @@ def test_as_many_pictures_go_together_as_fit_and_tiles_only_where_whole_ones_do_
     assert chosen(need(8) - 1e-9) == {"pictures_at_once": 4} | whole
     assert chosen(0.01) == {"pictures_at_once": 1, "tiled_decoding": True, "encode_alone": True}
     settings = {"pictures_at_once": 3, "tiled_decoding": True, "encode_alone": True}
-    assert budget.choose(config.with_values({"memory": settings}), facts, 1000.0).changes["memory"] == settings
+    assert chosen(1000.0, config.with_values({"memory": settings})) == settings
     beside, alone = (modules.encode(config.with_values({"memory": {"encode_alone": x}}), None) for x in (False, True))
     assert beside.gib - alone.gib == pytest.approx(modules.base_bytes / memory.GIB)
 
@@ -302,14 +310,16 @@ def test_levers_in_order_save_what_the_smaller_run_does_not_hold(make_config: Ma
     assert [lever.settings for lever in found] == [
         "train.batch_size = 1",
         "train.gradient_checkpointing = 1",
+        "memory.offload_activations = true",
         "optimizer.name = adamw8bit",
         "adapter.text_encoder = false",
         "model.quantize = nf4",
         "data.resolution = 192",
     ]
-    needs = needs_of(config, facts, shares=(0.0, 1.0))
-    assert found[0].saved_gib == pytest.approx(needs[2, 0] - needs[1, 0])
-    assert found[1].saved_gib == pytest.approx(needs[1, 0] - needs[1, 1])
+    needs = needs_of(config, facts, savings=[(0.0, False), (1.0, False), (1.0, True)])
+    smaller = [needs[2, 0, False], needs[1, 0, False], needs[1, 1, False], needs[1, 1, True]]
+    saved = [before - after for before, after in pairwise(smaller)]
+    assert [lever.saved_gib for lever in found[:3]] == pytest.approx(saved)
     assert all(lever.saved_gib is not None and lever.saved_gib >= 0 for lever in found)
 
 

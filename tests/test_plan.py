@@ -95,7 +95,8 @@ def test_the_budget_of_the_config_wins_over_free_memory(monkeypatch: pytest.Monk
 def test_advice_after_running_out_of_memory_leaves_out_what_is_done_already() -> None:
     first = plan.memory_advice(resolved())
     assert first.index("train.batch_size = 1") < first.index("train.gradient_checkpointing = 1")
-    later = plan.memory_advice(resolved(train={"batch_size": 1, "gradient_checkpointing": True}))
+    smallest = {"train": {"batch_size": 1, "gradient_checkpointing": True}, "memory": {"offload_activations": True}}
+    later = plan.memory_advice(resolved(**smallest))
     assert "batch_size" not in later
     assert "1. model.quantize = nf4 (changes the result a little" in later
     assert "2. data.resolution = 384 (changes the result" in later

@@ -215,15 +215,6 @@ def test_a_stop_while_pictures_are_drawn_ends_between_two_steps_of_the_solver(
     assert len(passes) == 1
 
 
-def test_compiling_without_a_compiler_says_what_to_do(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ConfigError, match=r"neither g\+\+ nor clang\+\+ is installed; .* train.compile = false"):
-        train.train(make_config(train={"compile": True}))
-
-
 def test_a_bf16_base_moves_the_adapter_as_a_float32_base_does(make_config: MakeConfig) -> None:
     start = trained(make_config(name="start", optimizer={"learning_rate": 1e-12}))
     single = trained(make_config(name="single"))

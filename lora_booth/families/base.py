@@ -99,7 +99,11 @@ class Family(Protocol):
         """Drop the text encoders, so that their memory is free. Prompts can no longer be encoded."""
         ...
 
-    def prepare_denoiser_(self, *, gradient_checkpointing: float, attention: str, is_compiled: bool = False) -> None:
-        """Switch recomputation of the activations of a share of the blocks, from the first on; choose "sdpa" or
-        "xformers" attention (ConfigError if it cannot run); compile the repeated blocks when they first run."""
+    def prepare_denoiser_(self, *, gradient_checkpointing: float, attention: str, is_offloading: bool = False) -> None:
+        """Switch recomputation of the activations of a share of the blocks, from the first on, whose inputs wait in
+        main memory if it `is_offloading`; choose "sdpa" or "xformers" attention (ConfigError if it cannot run)."""
+        ...
+
+    def compile_denoiser_(self) -> None:
+        """Let the repeated blocks be compiled when they next run. ConfigError where there is no compiler."""
         ...

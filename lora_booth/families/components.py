@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from lora_booth import gpu
 from lora_booth.errors import ConfigError, LoraBoothError, ModelError, lacks_memory
 from lora_booth.export.rewrite import FLOATS, read_layout
 from lora_booth.families.identify import BaseFacts
@@ -123,12 +125,12 @@ def load_component(facts: BaseFacts, name: str) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def prepare_unet_(unet: Any, *, gradient_checkpointing: float, attention: str) -> None:
+def prepare_unet_(unet: Any, gradient_checkpointing: float, attention: str, *, is_offloading: bool) -> None:
     """Switch the UNet's memory savers; see `base.Family.prepare_denoiser_`.
 
     diffusers' checkpointing works in eval mode (it looks at grad mode alone).
     """
-    unet.enable_gradient_checkpointing()
+    unet.enable_gradient_checkpointing(_offloaded_checkpoint if is_offloading else None)
     units = checkpointed_units(unet)
     for unit in units[round(gradient_checkpointing * len(units)) :]:
         unit.gradient_checkpointing = False
@@ -148,9 +150,20 @@ def prepare_unet_(unet: Any, *, gradient_checkpointing: float, attention: str) -
     unet.enable_xformers_memory_efficient_attention()
 
 
+def _offloaded_checkpoint(block: Any, *inputs: Any) -> Any:
+    """The output of `block`, of which nothing is kept on the device; only its inputs pass through the hooks here."""
+    with gpu.offloading():
+        return checkpoint(block.__call__, *inputs, use_reentrant=False)
+
+
+def has_compiler() -> bool:
+    """Whether torch finds a C++ compiler."""
+    return any(which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
+
+
 def compile_unet_(unet: Any) -> None:
     """Compile each transformer block when it first runs, all alike blocks once. ConfigError without a compiler."""
-    if not any(which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
+    if not has_compiler():
         raise ConfigError(
             "train.compile is true, but neither g++ nor clang++ is installed; install one, or set train.compile = "
             "false."

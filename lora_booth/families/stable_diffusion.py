@@ -92,10 +92,11 @@ class StableDiffusion:
     def release_text_encoders(self) -> None:
         self._encoders.clear()
 
-    def prepare_denoiser_(self, *, gradient_checkpointing: float, attention: str, is_compiled: bool = False) -> None:
-        prepare_unet_(self.denoiser, gradient_checkpointing=gradient_checkpointing, attention=attention)
-        if is_compiled:
-            compile_unet_(self.denoiser)
+    def prepare_denoiser_(self, *, gradient_checkpointing: float, attention: str, is_offloading: bool = False) -> None:
+        prepare_unet_(self.denoiser, gradient_checkpointing, attention, is_offloading=is_offloading)
+
+    def compile_denoiser_(self) -> None:
+        compile_unet_(self.denoiser)
 
     @property
     def _device(self) -> torch.device:
