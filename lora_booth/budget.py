@@ -22,7 +22,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the blocks that recompute their activations, as they are tried."""
 SLOWER_WHEN_RECOMPUTED = 0.33
 """Of a step, when all blocks recompute: the ratio of the FLOPs, counted on SD 1.5, 2.1 and SDXL."""
-CHOSEN_FOR_PICTURES = ("pictures_at_once", "tiled_decoding", "encode_alone")
+CHOSEN_FOR_PICTURES = ("pictures_at_once", "tiled_decoding", "vae_alone")
 """Of the section [memory]."""
 Changes = Mapping[str, Mapping[str, Any]]
 """Section, key and new value of settings, as `Config.with_values` takes them."""
@@ -196,28 +196,29 @@ def _with_drawing(
     """`config` with the fastest way to draw class images and previews that fits, and a reason for each choice."""
     has_class_images = config.has_prior and config.prior.folder is None
 
-    def need(candidate: Config) -> float:
-        phases = [modules.prepare(candidate, bucket)] if has_class_images else []
-        phases += [modules.draw(candidate, bucket)] if config.preview.images_per_prompt else []
+    def need(**settings: Any) -> float:
+        """Of drawing, as `config` is by now but for these settings of [memory]."""
+        changed = config.with_values({"memory": settings})
+        phases = [modules.draw_class_images(changed, bucket)] if has_class_images else []
+        phases += [modules.draw(changed, bucket)] if config.preview.images_per_prompt else []
         return max((phase.gib for phase in phases), default=0.0) + OUTSIDE_GIB
 
     reasons = []
-    if config.memory.encode_alone is None:
-        encoding = modules.encode(config, bucket).gib + OUTSIDE_GIB
-        config = config.with_values({"memory": {"encode_alone": encoding > budget_gib}})
-        if encoding > budget_gib:
-            reasons.append(
-                f"memory.encode_alone = true (same result): beside the denoiser {encoding:.1f} GiB are needed"
-            )
-    one = config.with_values({"memory": {"pictures_at_once": 1, "tiled_decoding": False}})
+    if config.memory.vae_alone is None:
+        drawing = need(pictures_at_once=1, tiled_decoding=bool(config.memory.tiled_decoding))
+        beside = max(drawing, modules.encode(config, bucket).gib + OUTSIDE_GIB)
+        config = config.with_values({"memory": {"vae_alone": beside > budget_gib}})
+        if beside > budget_gib:
+            reasons.append(f"memory.vae_alone = true (same result): beside the denoiser {beside:.1f} GiB are needed")
     if config.memory.tiled_decoding is None:
-        whole = need(one)
-        config = config.with_values({"memory": {"tiled_decoding": whole > budget_gib}})
-        if whole > budget_gib:
+        whole = need(pictures_at_once=1, tiled_decoding=False)
+        is_tiled = whole > budget_gib and need(pictures_at_once=1, tiled_decoding=True) < whole
+        config = config.with_values({"memory": {"tiled_decoding": is_tiled}})
+        if is_tiled:
             reasons.append(f"memory.tiled_decoding = true (same training): whole pictures need {whole:.1f} GiB")
     if config.memory.pictures_at_once is None:
         at_once = MAX_PICTURES_AT_ONCE
-        while at_once > 1 and need(config.with_values({"memory": {"pictures_at_once": at_once}})) > budget_gib:
+        while at_once > 1 and need(pictures_at_once=at_once) > budget_gib:
             at_once //= 2
         config = config.with_values({"memory": {"pictures_at_once": at_once}})
         reasons.append(f"memory.pictures_at_once = {at_once}: the most that fit, up to {MAX_PICTURES_AT_ONCE}")

@@ -100,6 +100,8 @@ class Modules:
     adapted: Mapping[str, nn.Module]
     parameters: Sequence[nn.Parameter]
     base_bytes: int
+    """Of what carries the adapter, without it."""
+    text_bytes: int
     native_resolution: int
     traced: dict[tuple[Any, ...], Any]
     """What was counted, by what it depends on."""
@@ -113,12 +115,12 @@ class Modules:
         assert parts.vae is not None, "all parts were asked for"
         is_text_trained = config.adapter.text_encoder
         adapted = {"unet": parts.unet} | (parts.text_encoders if is_text_trained else {})
-        base_bytes = _stored_bytes(adapted.values(), config)
+        sizes = [_stored_bytes(of.values(), config) for of in (adapted, parts.text_encoders)]
         used = family.num_used_text_layers if is_text_trained else {}
         groups = inject.inject_(adapted, config.adapter, num_used_text_layers=used)
         parameters = [parameter for group in groups.values() for parameter in group]
         modules = (family, parts.vae, parts.text_encoders, adapted)
-        return Modules(*modules, parameters, base_bytes, facts.native_resolution, {})
+        return Modules(*modules, parameters, *sizes, facts.native_resolution, {})
 
     def square(self, config: Config) -> Bucket:
         side = config.data.resolution or self.native_resolution
@@ -138,15 +140,13 @@ class Modules:
         """The fullest moment before there is an adapter: prompts and pictures are encoded, class images drawn."""
         moments = [self._encode_prompts(config), self.encode(config, bucket)]
         if config.has_prior and config.prior.folder is None:
-            moments.append(self._draw_class_images(config, bucket or self.square(config)))
+            moments.append(self.draw_class_images(config, bucket))
         return max(moments, key=lambda phase: phase.gib)
 
     def encode(self, config: Config, bucket: Bucket | None) -> Phase:
         """The moment of "prepare" in which the VAE encodes a picture."""
         bucket = bucket or self.square(config)
-        held = self._before_training(config)
-        if config.memory.encode_alone:
-            del held["base"]
+        held = self._beside_vae(config, self._before_training(config))
         return Phase("prepare", held | {"encoding": self._encoding(bucket).peak})
 
     def _encoding(self, bucket: Bucket) -> LiveBytes:
@@ -155,23 +155,28 @@ class Modules:
 
     def _encode_prompts(self, config: Config) -> Phase:
         encoding = self._working(("prompts",), lambda: self.family.encode_prompts([""])).peak
-        held = self._before_training(config) | {"text encoders": self._text_bytes(config)}
+        held = self._before_training(config) | {"text encoders": self.text_bytes}
         return Phase("prepare", held | {"encoding": encoding})
 
-    def _draw_class_images(self, config: Config, bucket: Bucket) -> Phase:
+    def draw_class_images(self, config: Config, bucket: Bucket | None) -> Phase:
+        """The moment of "prepare" in which the base draws class images."""
+        held, bucket = self._before_training(config), bucket or self.square(config)
         with inject.disabled(self.adapted):
-            drawing = self._drawing(config, class_images_at_once(config), bucket, "base")
-        return Phase("prepare", self._before_training(config) | drawing)
+            return Phase("prepare", self._drawing(config, held, class_images_at_once(config), bucket, "base"))
 
     def _before_training(self, config: Config) -> dict[str, int]:
         """What lies on the device once the prompts are encoded."""
-        if not config.adapter.text_encoder:
-            return {"base": self.base_bytes, "VAE": self._vae_bytes()}
-        text = self._text_bytes(config)
-        return {"base": self.base_bytes - text, "text encoders": text, "VAE": self._vae_bytes()}
+        denoiser = self._denoiser_bytes(config)
+        encoders = {"text encoders": self.text_bytes} if config.adapter.text_encoder else {}
+        return {"base": denoiser, **encoders, "VAE": self._vae_bytes()}
 
-    def _text_bytes(self, config: Config) -> int:
-        return _stored_bytes(self.text_encoders.values(), config)
+    def _beside_vae(self, config: Config, held: Mapping[str, int]) -> dict[str, int]:
+        """What is left of `held` while the VAE works."""
+        aside = {"base": held["base"] - self._denoiser_bytes(config)} if config.memory.vae_alone else {}
+        return {part: size for part, size in {**held, **aside}.items() if size}
+
+    def _denoiser_bytes(self, config: Config) -> int:
+        return self.base_bytes - (self.text_bytes if config.adapter.text_encoder else 0)
 
     def validate(self, config: Config, bucket: Bucket | None) -> Phase:
         """The phase "validate": the denoiser alone, on several noise levels of one image."""
@@ -180,8 +185,8 @@ class Modules:
 
     def draw(self, config: Config, bucket: Bucket | None) -> Phase:
         """The phase "draw": previews through the adapter."""
-        drawing = self._drawing(config, previews_at_once(config), self.square(config), "adapted")
-        return Phase("draw", self._lasting(config, bucket) | {"VAE": self._vae_bytes()} | drawing)
+        held = self._lasting(config, bucket) | {"VAE": self._vae_bytes()}
+        return Phase("draw", self._drawing(config, held, previews_at_once(config), self.square(config), "adapted"))
 
     def step(self, config: Config, bucket: Bucket | None) -> Phase:
         """The phase "train": one micro-step."""
@@ -247,13 +252,16 @@ class Modules:
     def _vae_bytes(self) -> int:
         return held_bytes(tensors_of([self.vae.module]))
 
-    def _drawing(self, config: Config, together: int, bucket: Bucket, denoiser: str) -> dict[str, int]:
-        """The larger of denoising and decoding `together` pictures, with the `denoiser` "adapted" or of the "base"."""
-        decoding = self._decoding(config, together, bucket).peak
+    def _drawing(
+        self, config: Config, held: Mapping[str, int], together: int, bucket: Bucket, denoiser: str
+    ) -> dict[str, int]:
+        """The fuller moment of denoising and decoding `together` pictures beside what is `held`, with the `denoiser`
+        "adapted" or of the "base"."""
+        decoding = self._beside_vae(config, held) | {"decoding": self._decoding(config, together, bucket).peak}
         scales = (config.prior.guidance_scale, config.preview.guidance_scale)
         rows = together * (2 if max(scales) > 1 else 1)  # both halves of guidance go in one pass
-        denoising = rows * self._row_bytes(config, bucket, denoiser)
-        return {"denoising": denoising} if denoising > decoding else {"decoding": decoding}
+        denoising = {**held, "denoising": rows * self._row_bytes(config, bucket, denoiser)}
+        return max(decoding, denoising, key=lambda parts: sum(parts.values()))
 
     def _decoding(self, config: Config, together: int, bucket: Bucket) -> LiveBytes:
         decoded = min(together, self.vae.num_at_once(bucket.width_px, bucket.height_px))

@@ -6,8 +6,7 @@ All of it goes through caches that outlive the run, so that an interrupted or re
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from lora_booth.data.images import Picture
 from lora_booth.data.sheet import contact_sheet
 from lora_booth.errors import DiskError
 from lora_booth.families.base import Conditioning, Family
+from lora_booth.families.sampling import denoiser_aside
 from lora_booth.interrupts import StopRequest
 from lora_booth.report import Report
 from lora_booth.subject import Pictures, crops_of, prompts_of
@@ -100,7 +100,7 @@ def prepare(config: Config, family: Family, pictures: Pictures, *, report: Repor
     drawing_seconds = time.perf_counter() - began
 
     everything = [*instances, *mirrored, *classes, *held_out]
-    with _denoiser_aside(config, family):
+    with denoiser_aside(family, is_wanted=bool(config.memory.vae_alone)):
         encoded = _encode(config, family, everything, report=report, stop=stop)
     latents: dict[str, Moments] = {}
     items = []
@@ -174,20 +174,6 @@ def _classes(
         _Image("class", image, assign(image.bucket.width_px, image.bucket.height_px, [image.bucket]), image.prompt)
         for image in wanted
     ]
-
-
-@contextmanager
-def _denoiser_aside(config: Config, family: Family) -> Iterator[None]:
-    """Inside, the denoiser waits in main memory, if that is wanted."""
-    if not config.memory.encode_alone:
-        yield
-        return
-    device = next(family.denoiser.parameters()).device
-    family.move_denoiser("cpu")
-    try:
-        yield
-    finally:
-        family.move_denoiser(device)
 
 
 def _encode(

@@ -46,7 +46,7 @@ FREE_TO_CHANGE = (
     "memory.pictures_at_once",
     "memory.tiled_decoding",
     "memory.offload_activations",
-    "memory.encode_alone",
+    "memory.vae_alone",
     "run.folder",
     "run.cache",
     "run.trackers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -124,20 +125,23 @@ def test_what_is_trained_on_are_the_latents_that_the_solver_left(make_config: Ma
         family.text_encoders()
 
 
-def test_the_denoiser_is_away_while_pictures_are_encoded_and_back_afterwards(
+def test_the_denoiser_is_away_while_the_vae_works_and_back_afterwards(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(run={"cache": tmp_path / "cache"}, memory={"encode_alone": True})
+    config = make_config(run={"cache": tmp_path / "cache"}, memory={"vae_alone": True, "pictures_at_once": 2})
     family = families.load(config.model, device="cpu", dtype=torch.float32)
     happened: list[str] = []
-    encode = family.encode_images
+    encode, decode = family.encode_images, family.decode_latents
     monkeypatch.setattr(family, "move_denoiser", lambda device: happened.append(f"to {device}"))
     monkeypatch.setattr(family, "encode_images", lambda pixels: happened.append("encode") or encode(pixels))
+    monkeypatch.setattr(family, "decode_latents", lambda *x, **y: happened.append("decode") or decode(*x, **y))
     family.denoiser.register_forward_pre_hook(lambda *_: happened.append("denoise"))
     pictures = subject.find_pictures(config, Silent())
-    family.denoiser.to("cpu")
     prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest())
-    assert [key for key, _ in itertools.groupby(happened)] == ["denoise", "to cpu", "encode", "to cpu"]
+    assert [key for key, _ in itertools.groupby(happened)] == [
+        *["denoise", "to cpu", "decode", "to cpu"] * math.ceil(config.prior.num_images / 2),
+        *["encode", "to cpu"],
+    ]
 
 
 @pytest.mark.parametrize(

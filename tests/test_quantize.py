@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_booth import families, train
+from lora_booth import families, loop, train
 from lora_booth.config import Config, ModelConfig
 from lora_booth.errors import Interrupted
 from lora_booth.families import sources
-from lora_booth.families.quantize import quantize_, saved_bytes
+from lora_booth.families.quantize import move_frozen_, quantize_, saved_bytes
 from tests.conftest import MakeConfig
-from tests.test_invariants import At, assert_equal, trained
+from tests.test_invariants import At, assert_equal, session_of, trained
 from tools.booth_mini.sdxl import write_sdxl
 
 KINDS = ("nf4", "int8")
@@ -126,3 +126,43 @@ def test_what_it_saves_is_known_without_weights(kind: Any) -> None:
     scales = sum(4 * layer.out_features for layer in module.transformer_blocks[0] if isinstance(layer, nn.Linear))
     measured = before - weight_bytes(module) - (scales if kind == "int8" else 0)  # int8's scales are no parameters
     assert predicted == pytest.approx(measured, rel=0.01)
+
+
+def held_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor that `module` or one of its parameters holds by any name, bitsandbytes' states among them."""
+    found: dict[str, torch.Tensor] = dict(module.named_buffers())
+    for name, part in module.named_modules():
+        for path, weight in [("", part), *part.named_parameters(recurse=False)]:
+            holders = {"": weight, "state": getattr(weight, "state", None), "quant": vars(weight).get("quant_state")}
+            holders["nested"] = getattr(holders["quant"], "state2", None)
+            for by, holder in holders.items():
+                names = {} if holder is None else vars(holder)
+                found |= {f"{name}.{path}.{by}.{n}": x for n, x in names.items() if isinstance(x, torch.Tensor)}
+            if isinstance(weight, torch.Tensor):
+                found[f"{name}.{path}"] = weight
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_used", [False, True])
+def test_all_that_is_frozen_moves_and_what_is_trained_stays(
+    kind: str, is_used: bool, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = session_of(make_config(model={"quantize": kind, "precision": "bf16"}), monkeypatch)
+    micro = loop.micro_step(s, s.prepared.order.at(0)[:1], 0)
+    expected = loop.losses_of(s, micro).detach()
+    if not is_used:  # bitsandbytes keeps its 8-bit weights in another place before the first pass
+        for layer in s.family.denoiser.modules():
+            if isinstance(getattr(getattr(layer, "state", None), "CB", None), torch.Tensor):
+                layer.weight.CB, layer.weight.SCB = layer.state.CB, layer.state.SCB
+                layer.state.CB = layer.state.SCB = None
+    before = held_of(s.family.denoiser)
+    places = {name: tensor.data_ptr() for name, tensor in before.items()}
+    trained = {name for name, p in s.family.denoiser.named_parameters() if p.requires_grad}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda tensor, _: tensor.clone())  # as a move to another device does
+        move_frozen_(s.family.denoiser, "elsewhere")
+    stayed = {name for name, tensor in held_of(s.family.denoiser).items() if tensor.data_ptr() == places[name]}
+    assert len(trained) > 0
+    assert stayed == {".".join(name.rpartition(".")[::2]) for name in trained}
+    assert torch.equal(loop.losses_of(s, micro), expected)

@@ -92,7 +92,7 @@ class Family(Protocol):
         ...
 
     def move_denoiser(self, device: torch.device | str) -> None:
-        """Put the denoiser on `device`; pictures are encoded without it."""
+        """Put the denoiser on `device`, but for what is trained in it; the VAE does without."""
         ...
 
     def release_text_encoders(self) -> None:

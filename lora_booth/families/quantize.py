@@ -33,6 +33,25 @@ def quantize_(module: nn.Module, kind: Quantization, device: torch.device) -> in
     return len(found)
 
 
+def move_frozen_(module: nn.Module, device: torch.device | str) -> None:
+    """Move all of `module` but what is trained, which an optimizer holds too, quantised layers among it.
+
+    `Module.to` would part trained parameters from the vector that they look at, and leave the 8-bit weights that
+    bitsandbytes keeps by a second name (`CB`) behind.
+    """
+    for part in module.modules():
+        for weight in part.parameters(recurse=False):
+            if not weight.requires_grad:
+                weight.data = weight.data.to(device)
+                if getattr(weight, "quant_state", None) is not None:
+                    weight.quant_state.to(device)
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
+        for holder in (getattr(part, "weight", None), getattr(part, "state", None)):
+            if isinstance(getattr(holder, "CB", None), torch.Tensor):
+                holder.CB, holder.SCB = part.weight.data, holder.SCB.to(device)
+
+
 def saved_bytes(module: nn.Module, kind: Quantization) -> int:
     """Bytes that `quantize_` would save in `module`, which may be on the meta device: scales are counted in."""
     saved = 0

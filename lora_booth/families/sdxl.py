@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_booth.families.base import Conditioning
 from lora_booth.families.components import Components, compile_unet_, prepare_unet_, quiet
 from lora_booth.families.identify import BaseFacts
+from lora_booth.families.quantize import move_frozen_
 from lora_booth.families.schedules import noise_schedule, solver
 from lora_booth.families.sources import read_json
 
@@ -118,7 +119,7 @@ class StableDiffusionXL:
         self._vae.module.to(device)
 
     def move_denoiser(self, device: torch.device | str) -> None:
-        self.denoiser.to(device)
+        move_frozen_(self.denoiser, device)
 
     def release_text_encoders(self) -> None:
         self._encoders.clear()
