@@ -22,7 +22,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the blocks that recompute their activations, as they are tried."""
 SLOWER_WHEN_RECOMPUTED = 0.33
 """Of a step, when all blocks recompute: the ratio of the FLOPs, counted on SD 1.5, 2.1 and SDXL."""
-CHOSEN_FOR_PICTURES = ("pictures_at_once", "tiled_decoding", "vae_alone")
+CHOSEN_FOR_PICTURES = ("pictures_at_once", "tiled_decoding", "denoiser_aside")
 """Of the section [memory]."""
 Changes = Mapping[str, Mapping[str, Any]]
 """Section, key and new value of settings, as `Config.with_values` takes them."""
@@ -204,12 +204,15 @@ def _with_drawing(
         return max((phase.gib for phase in phases), default=0.0) + OUTSIDE_GIB
 
     reasons = []
-    if config.memory.vae_alone is None:
-        drawing = need(pictures_at_once=1, tiled_decoding=bool(config.memory.tiled_decoding))
-        beside = max(drawing, modules.encode(config, bucket).gib + OUTSIDE_GIB)
-        config = config.with_values({"memory": {"vae_alone": beside > budget_gib}})
+    if config.memory.denoiser_aside is None:
+        few = {"pictures_at_once": 1, "tiled_decoding": bool(config.memory.tiled_decoding)}
+        preparing = modules.prepare(config.with_values({"memory": few}), bucket).gib + OUTSIDE_GIB
+        beside = max(preparing, need(**few))
+        config = config.with_values({"memory": {"denoiser_aside": beside > budget_gib}})
         if beside > budget_gib:
-            reasons.append(f"memory.vae_alone = true (same result): beside the denoiser {beside:.1f} GiB are needed")
+            reasons.append(
+                f"memory.denoiser_aside = true (same result): beside the denoiser {beside:.1f} GiB are needed"
+            )
     if config.memory.tiled_decoding is None:
         whole = need(pictures_at_once=1, tiled_decoding=False)
         is_tiled = whole > budget_gib and need(pictures_at_once=1, tiled_decoding=True) < whole

@@ -132,6 +132,6 @@ def _sampling(config: Config, bucket: Bucket, at_once: int, stop: StopRequest) -
         guidance_scale=config.prior.guidance_scale,
         batch_size=at_once,
         is_tiled=bool(config.memory.tiled_decoding),
-        is_vae_alone=bool(config.memory.vae_alone),
+        is_denoiser_aside=bool(config.memory.denoiser_aside),
         on_step=lambda: stop.check(STOPPED),
     )

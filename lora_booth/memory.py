@@ -146,7 +146,7 @@ class Modules:
     def encode(self, config: Config, bucket: Bucket | None) -> Phase:
         """The moment of "prepare" in which the VAE encodes a picture."""
         bucket = bucket or self.square(config)
-        held = self._beside_vae(config, self._before_training(config))
+        held = self._without_denoiser(config, self._before_training(config))
         return Phase("prepare", held | {"encoding": self._encoding(bucket).peak})
 
     def _encoding(self, bucket: Bucket) -> LiveBytes:
@@ -155,7 +155,7 @@ class Modules:
 
     def _encode_prompts(self, config: Config) -> Phase:
         encoding = self._working(("prompts",), lambda: self.family.encode_prompts([""])).peak
-        held = self._before_training(config) | {"text encoders": self.text_bytes}
+        held = self._without_denoiser(config, self._before_training(config)) | {"text encoders": self.text_bytes}
         return Phase("prepare", held | {"encoding": encoding})
 
     def draw_class_images(self, config: Config, bucket: Bucket | None) -> Phase:
@@ -170,9 +170,9 @@ class Modules:
         encoders = {"text encoders": self.text_bytes} if config.adapter.text_encoder else {}
         return {"base": denoiser, **encoders, "VAE": self._vae_bytes()}
 
-    def _beside_vae(self, config: Config, held: Mapping[str, int]) -> dict[str, int]:
-        """What is left of `held` while the VAE works."""
-        aside = {"base": held["base"] - self._denoiser_bytes(config)} if config.memory.vae_alone else {}
+    def _without_denoiser(self, config: Config, held: Mapping[str, int]) -> dict[str, int]:
+        """What is left of `held` while the denoiser is aside, if that is wanted."""
+        aside = {"base": held["base"] - self._denoiser_bytes(config)} if config.memory.denoiser_aside else {}
         return {part: size for part, size in {**held, **aside}.items() if size}
 
     def _denoiser_bytes(self, config: Config) -> int:
@@ -257,7 +257,7 @@ class Modules:
     ) -> dict[str, int]:
         """The fuller moment of denoising and decoding `together` pictures beside what is `held`, with the `denoiser`
         "adapted" or of the "base"."""
-        decoding = self._beside_vae(config, held) | {"decoding": self._decoding(config, together, bucket).peak}
+        decoding = self._without_denoiser(config, held) | {"decoding": self._decoding(config, together, bucket).peak}
         scales = (config.prior.guidance_scale, config.preview.guidance_scale)
         rows = together * (2 if max(scales) > 1 else 1)  # both halves of guidance go in one pass
         denoising = {**held, "denoising": rows * self._row_bytes(config, bucket, denoiser)}

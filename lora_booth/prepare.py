@@ -89,9 +89,11 @@ def prepare(config: Config, family: Family, pictures: Pictures, *, report: Repor
     training does not need the VAE either. Raises Interrupted between two images, NumericError naming a picture whose
     latents are not finite.
     """
-    prompts = encode_prompts(config, family, prompts_of(config, pictures), report)
-    if not config.adapter.text_encoder:
-        family.release_text_encoders()
+    is_aside = bool(config.memory.denoiser_aside)
+    with denoiser_aside(family, is_wanted=is_aside):
+        prompts = encode_prompts(config, family, prompts_of(config, pictures), report)
+        if not config.adapter.text_encoder:
+            family.release_text_encoders()
     instances = _instances(config, pictures.instances.pictures, is_flipped=False)
     mirrored = _instances(config, pictures.instances.pictures, is_flipped=True) if config.data.flip else []
     held_out = _instances(config, pictures.held_out.pictures if pictures.held_out else (), is_flipped=False)
@@ -100,7 +102,7 @@ def prepare(config: Config, family: Family, pictures: Pictures, *, report: Repor
     drawing_seconds = time.perf_counter() - began
 
     everything = [*instances, *mirrored, *classes, *held_out]
-    with denoiser_aside(family, is_wanted=bool(config.memory.vae_alone)):
+    with denoiser_aside(family, is_wanted=is_aside):
         encoded = _encode(config, family, everything, report=report, stop=stop)
     latents: dict[str, Moments] = {}
     items = []

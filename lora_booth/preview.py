@@ -35,7 +35,7 @@ def draw_rows(
         guidance_scale=preview.guidance_scale,
         batch_size=config.memory.pictures_at_once or PICTURES_AT_ONCE,
         is_tiled=bool(config.memory.tiled_decoding),
-        is_vae_alone=bool(config.memory.vae_alone),
+        is_denoiser_aside=bool(config.memory.denoiser_aside),
         on_step=on_step,
     )
     conditioning = [condition([prompt]) for prompt in prompts for _ in columns]

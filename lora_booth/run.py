@@ -46,7 +46,7 @@ FREE_TO_CHANGE = (
     "memory.pictures_at_once",
     "memory.tiled_decoding",
     "memory.offload_activations",
-    "memory.vae_alone",
+    "memory.denoiser_aside",
     "run.folder",
     "run.cache",
     "run.trackers",

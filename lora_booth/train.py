@@ -146,7 +146,8 @@ def _resolved(config: Config, inputs: plan.Inputs, report: Report, device: torch
 def _load(config: Config, facts: BaseFacts, device: torch.device, dtype: torch.dtype, report: Report) -> Family:
     kind = plan.described(config, facts)
     report.event("base", f"base {kind}, in {dtype} on {device}".replace("torch.", ""))
-    family = families.load(config.model, device=device, dtype=dtype)
+    is_aside = bool(config.memory.denoiser_aside)
+    family = families.load(config.model, device=device, dtype=dtype, is_denoiser_aside=is_aside)
     if config.objective.zero_terminal_snr:
         family.schedule = family.schedule.rescaled_to_zero_terminal_snr()
     return family

@@ -22,7 +22,8 @@ import transformers
 from lora_booth import families, gpu
 from lora_booth.config import ModelConfig
 from lora_booth.errors import ConfigError, LoraBoothError, lacks_memory
-from lora_booth.families import vae
+from lora_booth.families import components, sdxl, stable_diffusion, vae
+from lora_booth.families import quantize as quantized
 from lora_booth.families.base import Conditioning, Family
 from tests.soak.sabotage import OutOfMemory
 from tests.tiny import PROMPT_TOKENS, tiny_sd, tiny_sd2, tiny_sdxl
@@ -433,6 +434,36 @@ def test_offloading_keeps_the_inputs_of_checkpointed_blocks_elsewhere_and_no_wei
     assert not weights & kept.keys()
     assert {tensor.data_ptr() for tensor in inputs[:2]} <= kept.keys(), "hidden states and time embedding"
     assert all(copy.data_ptr() != address for address, copy in kept.items())
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+def test_a_base_is_loaded_with_the_denoiser_aside_and_never_beside_the_text_encoders(
+    quantize: str, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves, move = [], quantized.move_frozen_
+
+    def moved(module: torch.nn.Module, device: torch.device | str) -> None:
+        kind = type(module).__name__
+        moves.append((kind.replace("WithProjection", ""), "device" if isinstance(device, torch.device) else device))
+        move(module, device)
+
+    for module in (components, sdxl, stable_diffusion, quantized):
+        monkeypatch.setattr(module, "move_frozen_", moved)
+    config = ModelConfig(base=str(base.folder), quantize=quantize)
+    family = families.load(config, device="cpu", dtype=torch.bfloat16, is_denoiser_aside=True)
+    encoders = len(family.text_encoders())
+    assert moves == [
+        ("UNet2DConditionModel", "cpu"),
+        *[("CLIPTextModel", "cpu")] * encoders,
+        ("UNet2DConditionModel", "device"),
+        ("UNet2DConditionModel", "cpu"),
+        *[("CLIPTextModel", "device")] * encoders,
+    ]
+    beside = families.load(config, device="cpu", dtype=torch.bfloat16)
+    row = family.encode_prompts([PROMPT])
+    with torch.no_grad():
+        found = [f.predict(latents(1), torch.tensor([10]), row, geometry(1)) for f in (family, beside)]
+    assert torch.equal(*found)
 
 
 def test_missing_xformers_says_what_to_do(family: Family) -> None:

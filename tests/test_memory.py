@@ -271,34 +271,37 @@ def test_as_many_pictures_go_together_as_fit_and_tiles_only_where_whole_ones_do_
     modules = memory.Modules.of(config, facts)
 
     def need(at_once: int) -> float:
-        settings = {"pictures_at_once": at_once, "tiled_decoding": False, "vae_alone": False}
+        settings = {"pictures_at_once": at_once, "tiled_decoding": False, "denoiser_aside": False}
         way = config.with_values({"memory": settings})
         return max(modules.draw_class_images(way, None).gib, modules.draw(way, None).gib) + memory.OUTSIDE_GIB
 
     def chosen(gib: float, config: Config = config) -> dict[str, Any]:
         changes = budget.choose(config, facts, gib).changes["memory"]
-        return {key: changes[key] for key in ("pictures_at_once", "tiled_decoding", "vae_alone")}
+        return {key: changes[key] for key in ("pictures_at_once", "tiled_decoding", "denoiser_aside")}
 
-    whole = {"tiled_decoding": False, "vae_alone": False}
+    whole = {"tiled_decoding": False, "denoiser_aside": False}
     assert need(8) > need(4)
     assert chosen(need(8) + 1e-9) == {"pictures_at_once": 8} | whole
     assert chosen(need(8) - 1e-9) == {"pictures_at_once": 4} | whole
-    assert chosen(0.01) == {"pictures_at_once": 1, "tiled_decoding": False, "vae_alone": True}, "tiles are no smaller"
-    settings = {"pictures_at_once": 3, "tiled_decoding": True, "vae_alone": True}
+    smallest = {"pictures_at_once": 1, "tiled_decoding": False, "denoiser_aside": True}
+    assert chosen(0.01) == smallest, "tiles are no smaller"
+    settings = {"pictures_at_once": 3, "tiled_decoding": True, "denoiser_aside": True}
     assert chosen(1000.0, config.with_values({"memory": settings})) == settings
 
 
-def test_the_vae_alone_needs_less_by_the_denoiser() -> None:
+def test_other_parts_need_less_without_the_denoiser_beside_them() -> None:
     preview = {"images_per_prompt": 1, "prompts": ("a",), "guidance_scale": 0.0}
     sections = {"model": {"base": "x", "precision": "bf16"}, "preview": preview, "adapter": {"text_encoder": True}}
     config = config_of(**sections, prior={"num_images": 0, "loss_weight": 0.0})
     modules = memory.Modules.of(config, full_size("sd1"))
-    beside, alone = (config.with_values({"memory": {"vae_alone": x}}) for x in (False, True))
+    beside, alone = (config.with_values({"memory": {"denoiser_aside": x}}) for x in (False, True))
     denoiser = held_bytes(p for p in modules.family.denoiser.parameters() if not p.requires_grad)
+    reading = modules._encode_prompts(beside), modules._encode_prompts(alone)
+    assert sum(reading[0].parts.values()) - sum(reading[1].parts.values()) == denoiser
     encoding = modules.encode(beside, None), modules.encode(alone, None)
     assert sum(encoding[0].parts.values()) - sum(encoding[1].parts.values()) == denoiser
     assert "text encoders" in encoding[1].parts
-    held = modules._beside_vae(alone, modules._lasting(alone, None))
+    held = modules._without_denoiser(alone, modules._lasting(alone, None))
     assert held["base"] == encoding[1].parts["text encoders"], "they are trained, and stay"
     drawing = modules.draw(beside, None).parts, modules.draw(alone, None).parts
     assert "decoding" in drawing[0]
@@ -308,10 +311,10 @@ def test_the_vae_alone_needs_less_by_the_denoiser() -> None:
 def test_tiles_are_taken_where_even_alone_the_vae_cannot_decode_a_whole_picture() -> None:
     config = config_of(model={"base": "x", "precision": "bf16", "quantize": "nf4"})
     found = budget.choose(config, full_size("sdxl"), 4.0)
-    assert (found.changes["memory"]["vae_alone"], found.changes["memory"]["tiled_decoding"]) == (True, True)
+    assert (found.changes["memory"]["denoiser_aside"], found.changes["memory"]["tiled_decoding"]) == (True, True)
     assert not found.too_large
     found = budget.choose(config, full_size("sdxl"), 5.0)
-    assert (found.changes["memory"]["vae_alone"], found.changes["memory"]["tiled_decoding"]) == (True, False)
+    assert (found.changes["memory"]["denoiser_aside"], found.changes["memory"]["tiled_decoding"]) == (True, False)
     found = budget.choose(config.with_values({"model": {"quantize": "none"}}), full_size("sdxl"), 6.0)
     assert not found.changes["memory"]["tiled_decoding"], "the denoiser needs more than the decoder, tiled or not"
 

@@ -125,20 +125,22 @@ def test_what_is_trained_on_are_the_latents_that_the_solver_left(make_config: Ma
         family.text_encoders()
 
 
-def test_the_denoiser_is_away_while_the_vae_works_and_back_afterwards(
+def test_the_denoiser_is_away_while_prompts_are_encoded_and_the_vae_works_and_back_afterwards(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(run={"cache": tmp_path / "cache"}, memory={"vae_alone": True, "pictures_at_once": 2})
+    config = make_config(run={"cache": tmp_path / "cache"}, memory={"denoiser_aside": True, "pictures_at_once": 2})
     family = families.load(config.model, device="cpu", dtype=torch.float32)
     happened: list[str] = []
-    encode, decode = family.encode_images, family.decode_latents
+    encode, decode, read = family.encode_images, family.decode_latents, family.encode_prompts
     monkeypatch.setattr(family, "move_denoiser", lambda device: happened.append(f"to {device}"))
     monkeypatch.setattr(family, "encode_images", lambda pixels: happened.append("encode") or encode(pixels))
     monkeypatch.setattr(family, "decode_latents", lambda *x, **y: happened.append("decode") or decode(*x, **y))
+    monkeypatch.setattr(family, "encode_prompts", lambda texts: happened.append("read") or read(texts))
     family.denoiser.register_forward_pre_hook(lambda *_: happened.append("denoise"))
     pictures = subject.find_pictures(config, Silent())
     prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest())
     assert [key for key, _ in itertools.groupby(happened)] == [
+        *["to cpu", "read", "to cpu"],
         *["denoise", "to cpu", "decode", "to cpu"] * math.ceil(config.prior.num_images / 2),
         *["encode", "to cpu"],
     ]

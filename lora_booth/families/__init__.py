@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -38,11 +40,13 @@ def load(
     dtype: torch.dtype,
     needs_vae: bool = True,
     needs_text_encoders: bool = True,
+    is_denoiser_aside: bool = False,
 ) -> Family:
     """The base of `config`, frozen, on `device`: VAE in float32, the rest in `dtype`.
 
     Parts that are not needed are not read; calling for them then is an assertion error. A base with all its parts has
     computed one tiny sample before it is returned, so that a damaged one is told here and not in the middle of a run.
+    `is_denoiser_aside`: the denoiser is left in main memory, and was never on the device beside the text encoders.
     """
     import torch
 
@@ -50,14 +54,15 @@ def load(
 
     base = facts(config)
     quantization = None if config.quantize == "none" else config.quantize
-    wanted = Wanted(torch.device(device), dtype, needs_vae, needs_text_encoders, quantization)
+    parts = (needs_vae, needs_text_encoders)
+    wanted = Wanted(torch.device(device), dtype, *parts, quantization, is_denoiser_aside)
     family = around(base, load_components(base, wanted))
     family.fingerprint = sources.fingerprint(base.path)
     if quantization is not None:
         family.fingerprint += f" in {quantization}"  # its embeddings and pictures are not those of the plain base
     if needs_vae and needs_text_encoders:
         with readable(base.path):
-            _require_finite_sample(family, base)
+            _require_finite_sample(family, base, is_denoiser_aside=is_denoiser_aside)
     return family
 
 
@@ -68,7 +73,7 @@ def around(base: identify.BaseFacts, parts: Components) -> Family:
     return family
 
 
-def _require_finite_sample(family: Family, base: identify.BaseFacts) -> None:
+def _require_finite_sample(family: Family, base: identify.BaseFacts, *, is_denoiser_aside: bool) -> None:
     """Raises ModelError when a grey picture of the smallest size does not go through every part as finite numbers."""
     import torch
 
@@ -78,8 +83,9 @@ def _require_finite_sample(family: Family, base: identify.BaseFacts) -> None:
         prompt = family.encode_prompts(["a dog"])
         geometry = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=mean.device)
         timesteps = torch.tensor([len(family.schedule.alphas_cumprod) // 2], device=mean.device)
-        output = family.predict(mean, timesteps, prompt, geometry)
         pixels = family.decode_latents(mean)
+        with _in_turn(family) if is_denoiser_aside else nullcontext():
+            output = family.predict(mean, timesteps, prompt, geometry)
     texts = [("text encoder", tensor) for tensor in prompt.values()]
     for what, tensor in (("vae", mean), ("vae", std), ("vae", pixels), *texts, ("unet", output)):
         if not torch.isfinite(tensor).all():
@@ -87,3 +93,18 @@ def _require_finite_sample(family: Family, base: identify.BaseFacts) -> None:
                 f"the {what} of {base.path} computes NaN or infinity; its weights are damaged (copy or download it "
                 'again), or exceed float16 (set model.precision = "bf16" or "fp32").'
             )
+
+
+@contextmanager
+def _in_turn(family: Family) -> Iterator[None]:
+    """Inside, the denoiser is on the device and the text encoders wait in main memory, in place of the other way."""
+    from lora_booth.families.quantize import move_frozen_
+
+    encoders = family.text_encoders().values()
+    for encoder in encoders:
+        move_frozen_(encoder, "cpu")
+    family.move_denoiser(family.device)
+    yield
+    family.move_denoiser("cpu")
+    for encoder in encoders:
+        move_frozen_(encoder, family.device)

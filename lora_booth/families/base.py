@@ -37,6 +37,8 @@ class Family(Protocol):
     """Noise levels and prediction type, read from the base's scheduler config."""
     denoiser: nn.Module
     """UNet in the compute dtype, frozen, in eval mode."""
+    device: torch.device
+    """Where all is computed; parts may wait in main memory meanwhile."""
 
     num_used_text_layers: dict[str, int]
     """Component name of each text encoder to the number of its layers that reach the conditioning."""
@@ -92,7 +94,7 @@ class Family(Protocol):
         ...
 
     def move_denoiser(self, device: torch.device | str) -> None:
-        """Put the denoiser on `device`, but for what is trained in it; the VAE does without."""
+        """Put the denoiser on `device`, but for what is trained in it; VAE and text encoders do without."""
         ...
 
     def release_text_encoders(self) -> None:

@@ -24,7 +24,7 @@ from lora_booth.errors import ConfigError, LoraBoothError, ModelError, lacks_mem
 from lora_booth.export.rewrite import FLOATS, read_layout
 from lora_booth.families.identify import BaseFacts
 from lora_booth.families.prompts import Tokens
-from lora_booth.families.quantize import Quantization, quantize_
+from lora_booth.families.quantize import Quantization, move_frozen_, quantize_
 from lora_booth.families.sources import ARCHITECTURES, component_weights, read_json
 from lora_booth.families.vae import Vae
 from lora_booth.families.weight_names import SINGLE_FILE_PREFIXES
@@ -45,6 +45,7 @@ class Components:
     text_encoders: dict[str, nn.Module]
     tokens: dict[str, Tokens]
     """Component name of the text encoder that reads them, to its tokenizer."""
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Wanted:
     needs_text_encoders: bool = True
     quantization: Quantization | None = None
     """Of the UNet and the text encoders."""
+    is_denoiser_aside: bool = False
+    """Whether the UNet is left in main memory."""
 
 
 def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
@@ -73,7 +76,10 @@ def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
             module.requires_grad_(False)
             if wanted.quantization is not None and name != "vae":
                 quantize_(module, wanted.quantization, wanted.device)
-            module.eval().to(wanted.device)
+            if name == "unet" and wanted.is_denoiser_aside:
+                move_frozen_(module.eval(), "cpu")
+            else:
+                module.eval().to(wanted.device)
     with readable(facts.path):
         vae = Vae(modules["vae"]) if "vae" in modules else None
     return Components(
@@ -81,6 +87,7 @@ def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
         vae=vae,
         text_encoders={name: modules[name] for name in encoders if name in modules},
         tokens=tokens,
+        device=wanted.device,
     )
 
 
@@ -105,7 +112,8 @@ def without_weights(facts: BaseFacts, dtype: torch.dtype) -> Components:
             modules[name] = module.requires_grad_(False).eval()
     vae = Vae(modules["vae"])
     encoders = {name: modules[name] for name in _encoders(facts)}
-    return Components(modules["unet"], vae, encoders, {name: _tokens(facts, name) for name in encoders})
+    tokens = {name: _tokens(facts, name) for name in encoders}
+    return Components(modules["unet"], vae, encoders, tokens, torch.device("meta"))
 
 
 def component_names(facts: BaseFacts) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ class Sampling:
     """How pictures are drawn. `sampler`: a key of `schedules.solver`; `sampler_steps`: denoiser calls per picture.
 
     `batch_size`: pictures that are denoised together; `is_tiled`: large ones are decoded in overlapping tiles;
-    `is_vae_alone`: without the denoiser on the device; `on_step`: called after each step of the solver, and may raise.
+    `is_denoiser_aside`: without the denoiser on the device; `on_step`: called after each step of the solver, may raise.
     """
 
     width_px: int
@@ -40,22 +40,21 @@ class Sampling:
     guidance_scale: float
     batch_size: int = PICTURES_AT_ONCE
     is_tiled: bool = False
-    is_vae_alone: bool = False
+    is_denoiser_aside: bool = False
     on_step: Callable[[], None] = lambda: None
 
 
 @contextmanager
 def denoiser_aside(family: Family, *, is_wanted: bool) -> Iterator[None]:
-    """Inside, the denoiser waits in main memory, if that is wanted, and leaves the device to the VAE."""
+    """Inside, the denoiser waits in main memory, if that is wanted, and leaves the device to the other parts."""
     if not is_wanted:
         yield
         return
-    device = next(family.denoiser.parameters()).device
     family.move_denoiser("cpu")
     try:
         yield
     finally:
-        family.move_denoiser(device)
+        family.move_denoiser(family.device)
 
 
 def draw(
@@ -123,7 +122,7 @@ def sample(
 
 def decode(family: Family, latents: Tensor, sampling: Sampling, *, seeds: Sequence[int | str]) -> Iterator[Image.Image]:
     """The pictures of `latents`. Raises NumericError on one that is not finite."""
-    with denoiser_aside(family, is_wanted=sampling.is_vae_alone):
+    with denoiser_aside(family, is_wanted=sampling.is_denoiser_aside):
         pixels = family.decode_latents(latents, is_tiled=sampling.is_tiled)
     _require_finite(pixels, seeds)
     for picture in (pixels / 2 + 0.5).permute(0, 2, 3, 1):

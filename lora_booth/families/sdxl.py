@@ -36,7 +36,7 @@ class StableDiffusionXL:
         layers = [facts.number(name, "num_hidden_layers", 12) for name in ENCODERS]
         # The first encoder's last layer reaches nothing; the second's reaches the pooled prompt.
         self.num_used_text_layers = dict(zip(ENCODERS, (layers[0] - 1, layers[1]), strict=True))
-        self.denoiser = parts.unet
+        self.denoiser, self.device = parts.unet, parts.device
         self._vae, self._encoders, self._tokens = parts.vae, dict(parts.text_encoders), parts.tokens
         index = read_json(facts.configs / "model_index.json")
         self._has_zero_negatives = bool(index.get("force_zeros_for_empty_prompt", True))
@@ -56,13 +56,13 @@ class StableDiffusionXL:
         encoders = self.text_encoders()
         outputs = []
         for name in ENCODERS:
-            ids = self._tokens[name].ids(prompts).to(self._device)
+            ids = self._tokens[name].ids(prompts).to(self.device)
             outputs.append(encoders[name](ids, output_hidden_states=True))
         embeddings = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return {
             "embeddings": embeddings.to(self._dtype),
             "pooled": outputs[1].text_embeds.to(self._dtype),
-            "is_empty": torch.tensor([prompt == "" for prompt in prompts], device=self._device),
+            "is_empty": torch.tensor([prompt == "" for prompt in prompts], device=self.device),
         }
 
     def words_cut(self, prompts: Sequence[str]) -> dict[str, str]:
@@ -70,7 +70,7 @@ class StableDiffusionXL:
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, geometry: Tensor) -> Tensor:
         # Sizes stay float32: bf16 has 8 bits and would make 1365 of 1367. The UNet casts their sinusoids.
-        sizes = {"text_embeds": conditioning["pooled"].to(self._dtype), "time_ids": geometry.to(self._device).float()}
+        sizes = {"text_embeds": conditioning["pooled"].to(self._dtype), "time_ids": geometry.to(self.device).float()}
         embeddings = conditioning["embeddings"].to(self._dtype)
         return self.denoiser(
             noisy.to(self._dtype),
@@ -102,9 +102,9 @@ class StableDiffusionXL:
         inputs = {}
         for prefix, rows in (("", prompt), ("negative_", negative)):
             for key, name in (("prompt_embeds", "embeddings"), ("pooled_prompt_embeds", "pooled")):
-                inputs[prefix + key] = rows[name].to(self._device, self._dtype)
+                inputs[prefix + key] = rows[name].to(self.device, self._dtype)
         if self._has_zero_negatives:
-            is_empty = negative["is_empty"].to(self._device).bool()
+            is_empty = negative["is_empty"].to(self.device).bool()
             for key in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
                 value = inputs[key]
                 inputs[key] = value.masked_fill(is_empty.view(-1, *[1] * (value.ndim - 1)), 0.0)
@@ -129,10 +129,6 @@ class StableDiffusionXL:
 
     def compile_denoiser_(self) -> None:
         compile_unet_(self.denoiser)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -29,7 +29,7 @@ class StableDiffusion:
         self._solver_config = facts.config("scheduler")
         self.schedule = noise_schedule(self._solver_config, source=facts.path)
         self.num_used_text_layers = {"text_encoder": facts.number("text_encoder", "num_hidden_layers", 12)}
-        self.denoiser = parts.unet
+        self.denoiser, self.device = parts.unet, parts.device
         self._vae, self._encoders, self._tokens = parts.vae, dict(parts.text_encoders), parts.tokens
 
     def tokenizers(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class StableDiffusion:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         encoder = self.text_encoders()["text_encoder"]
-        ids = self._tokens["text_encoder"].ids(prompts).to(self._device)
+        ids = self._tokens["text_encoder"].ids(prompts).to(self.device)
         return {"embeddings": encoder(ids).last_hidden_state.to(self._dtype)}
 
     def words_cut(self, prompts: Sequence[str]) -> dict[str, str]:
@@ -77,7 +77,7 @@ class StableDiffusion:
 
     def pipeline_inputs(self, prompt: Conditioning, negative: Conditioning) -> dict[str, Any]:
         pairs = {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
-        return {key: rows["embeddings"].to(self._device, self._dtype) for key, rows in pairs.items()}
+        return {key: rows["embeddings"].to(self.device, self._dtype) for key, rows in pairs.items()}
 
     def decode_latents(self, latents: Tensor, *, is_tiled: bool = False) -> Tensor:
         assert self._vae is not None, "the VAE was not loaded"
@@ -98,10 +98,6 @@ class StableDiffusion:
 
     def compile_denoiser_(self) -> None:
         compile_unet_(self.denoiser)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
 
     @property
     def _dtype(self) -> torch.dtype:
