@@ -8,9 +8,9 @@
 sdxl_train_network.py. Both are in checkouts of yours; nothing of them is part of this project. Same model, pictures,
 class images, rank and precision: one instance and one class image a step, no text encoder, no pictures on the way, no
 recomputed activations. kohya adapts every linear layer of the transformer blocks, diffusers and lora_booth the
-attention alone; kohya keeps its latents (--cache_latents). All run alternately, each with few and with many steps: the
-difference gives the time for a step, the rest is start-up, caching and saving. Seconds are the processor's time (of all
-cores) and the clock's; memory is the process's, and on a GPU that of its tensors.
+attention alone; kohya keeps its latents, and for SDXL its embeddings too. All run alternately, each with few and with
+many steps: the difference gives the time for a step, the rest is start-up, caching and saving. Seconds are the
+processor's time (of all cores) and the clock's; memory is the process's, and on a GPU that of its tensors.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ def kohya_words(job: Job, steps: int, out: Path) -> list[str]:
         "seed": 0,
     }
     switches = ["--network_train_unet_only", "--sdpa", "--cache_latents", "--enable_bucket"]
+    if (job.base / "text_encoder_2").exists():
+        switches.append("--cache_text_encoder_outputs")  # a flag of the script for SDXL alone
     return [*switches, *_as_flags(flags)]
 
 
