@@ -81,7 +81,7 @@ def test_what_is_faster_is_taken_told_and_remembered(bench: Bench, memory: Path)
     assert compiled == ["compiled"]
     (trial,) = json.loads(memory.read_text()).values()
     passes = s.config.train.images_per_step * 2 / s.config.train.batch_size
-    assert trial["eager_s"] - trial["compiled_s"] == pytest.approx(SLOWED_S * passes, rel=0.3)
+    assert trial["eager_s"] - trial["compiled_s"] > SLOWED_S * passes / 2
     assert heard.events["compiled"].startswith("compiled in 0 s: a step takes ")
     assert heard.events["compiled"].endswith(" of 40 steps")
     assert not heard.warnings
@@ -104,11 +104,12 @@ def test_what_a_trial_measured_counts_for_the_next_run(
     (key,) = json.loads(memory.read_text())
     memory.write_text(json.dumps({key: vars(Trial(1.0, 0.5, 10.0))}))
     monkeypatch.setattr(compiling, "ASSUMED_S", 1e6)
+    compiled.clear()
     assert compiling.pays(s, 19), "21 steps are left, and 20 pay"
     memory.write_text(json.dumps({key: vars(Trial(1.0, 0.5, 10.0))}))
     monkeypatch.setattr(loop, "accumulate", None)
     assert not compiling.pays(s, 20)
-    assert compiled == ["compiled"] * 2
+    assert compiled == ["compiled"]
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"a": 1}', '{"a": {"b": 1}}'])
