@@ -223,7 +223,7 @@ class TrainConfig(Section):
         "backward pass: smaller, and up to a third slower. false is 0, true is 1. Default: decided by the memory "
         "budget.",
     )
-    compile: bool | Literal["auto"] = Field(
+    compile: Literal[True, False, "auto"] = Field(
         "auto",
         description="Compile the denoiser's transformer blocks (torch.compile): fewer kernels to launch and less "
         "memory traffic, after a minute or so of compiling; needs a C++ compiler. Equal up to rounding, but for "

@@ -130,7 +130,7 @@ def _message(fault: ErrorDetails) -> str:
     if kind == "missing":
         return _missing(location)
     if kind == "literal_error":
-        expected = fault["ctx"]["expected"].replace("'", '"')
+        expected = fault["ctx"]["expected"].replace("'", '"').replace("True, False", "true, false")
         near = difflib.get_close_matches(
             str(fault["input"]), expected.replace('"', "").replace(" or ", ", ").split(", "), n=1
         )

@@ -71,6 +71,7 @@ def test_a_missing_section_names_its_required_keys() -> None:
         ("objective.huber_delta=0.5", 'objective.loss is "mse"'),
         ("train.steps=1.5", "train.steps is 1.5"),
         ("train.gradient_checkpointing=1.5", "train.gradient_checkpointing is 1.5"),
+        ("train.compile=maybe", 'train.compile is "maybe"; use true, false or "auto".'),
         ("adapter.dropout=1", "adapter.dropout is 1"),
         ("export.name=../../etc", "export.name"),
         ("export.formats=[kohya]", "export.formats"),
@@ -80,6 +81,12 @@ def test_a_contradiction_or_wrong_value_is_one_clear_line(override: str, expecte
     message = faults_of([*GOOD, override])
     assert expected in message
     assert " has a fault:" in message
+
+
+def test_offloading_the_inputs_of_blocks_that_recompute_nothing_is_refused() -> None:
+    message = faults_of([*GOOD, "memory.offload_activations=true", "train.gradient_checkpointing=false"])
+    assert "memory.offload_activations is true but train.gradient_checkpointing is 0" in message
+    assert "set train.gradient_checkpointing = 1, or memory.offload_activations = false." in message
 
 
 def test_dora_on_a_quantised_base_is_refused_with_the_reason(tmp_path: Path) -> None:
