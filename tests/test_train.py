@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lora_booth import config_file, export, families, loop, train
+from lora_booth import config_file, export, families, gpu, loop, train
 from lora_booth.config import Config
 from lora_booth.data import batches
 from lora_booth.errors import (
@@ -36,7 +36,7 @@ from lora_booth.errors import (
 from lora_booth.report import Silent
 from tests import tiny
 from tests.conftest import MakeConfig
-from tests.test_invariants import At, assert_near, session_of, trained
+from tests.test_invariants import At, assert_equal, assert_near, session_of, trained
 
 
 class Recorder(Silent):
@@ -173,6 +173,29 @@ def test_gradient_checkpointing_changes_memory_only(make_config: MakeConfig) -> 
     plain = trained(make_config(name="plain", train={"steps": 2}))
     saving = trained(make_config(name="saving", train={"steps": 2, "gradient_checkpointing": True}))
     assert_near(plain, saving, 1e-4)
+
+
+def test_what_waits_in_main_memory_comes_back_as_it_was(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu, "OFFLOADED_BYTES", 1)
+    runs, pictures = [], []
+    for waits in (False, True):
+        config = make_config(
+            "sdxl",
+            name=str(waits),
+            model={"quantize": "int8", "precision": "bf16"},
+            train={"gradient_checkpointing": 1.0},
+            memory={"offload_activations": waits, "denoiser_aside": waits},
+            preview={"images_per_prompt": 1, "every_steps": 2},
+            run={"cache": tmp_path / str(waits)},
+        )
+        runs.append(trained(config))
+        assert config.run.folder is not None
+        pictures.append([path.read_bytes() for path in sorted(config.run.folder.rglob("*.png"))])
+    assert_equal(*runs)
+    assert len(pictures[0]) > 2
+    assert pictures[0] == pictures[1]
 
 
 @pytest.mark.slow
