@@ -184,7 +184,6 @@ def test_what_waits_in_main_memory_comes_back_as_it_was(
         config = make_config(
             "sdxl",
             name=str(waits),
-            model={"quantize": "int8", "precision": "bf16"},
             train={"gradient_checkpointing": 1.0},
             memory={"offload_activations": waits, "denoiser_aside": waits},
             preview={"images_per_prompt": 1, "every_steps": 2},
