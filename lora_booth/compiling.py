@@ -30,6 +30,8 @@ ASSUMED_SAVING, ASSUMED_S = 0.2, 60.0
 """Share of a step, and seconds of compiling, where no trial was made yet: assumed, not measured."""
 MAX_DIFFERENCE = 0.1
 """Between the gradients, relative to their norm. bf16 alone makes about 0.02."""
+LOSS_SCALE = 1024.0
+"""Keeps fp16 gradients from vanishing; the run's own scale begins higher, and finds by overflowing where it must be."""
 MAX_REASON_CHARACTERS = 200
 
 
@@ -81,34 +83,39 @@ def pays(s: Session, start: int) -> bool:
         return False
     loop.set_training_(s, True)
     _round(s, passes)  # kernels are loaded
-    eager_s, expected = min((_round(s, passes) for _ in range(ROUNDS)), key=lambda found: found[0])
+    eager_s, expected = _best_round(s, passes)
     guess = Trial(eager_s * scale, eager_s * scale * (1 - ASSUMED_SAVING), ASSUMED_S)
     if known.get(key, guess).steps_to_pay >= left:
         return False
     s.report.event("compiling", "compiling the denoiser's blocks, once, for a minute or so")
-    fault = None
-    began = time.perf_counter()
     try:
-        s.family.compile_denoiser_()
-        _round(s, passes)
-        compiling_s = time.perf_counter() - began
-        compiled_s, found = min((_round(s, passes) for _ in range(ROUNDS)), key=lambda found: found[0])
-        difference = float((found - expected).norm() / expected.norm())
-        if not difference <= MAX_DIFFERENCE:
-            fault = f"it changes the gradient by {difference:.0%}"
+        compiling_s, compiled_s = _compile(s, passes, expected)
     except Exception as error:  # of a compiler, on code that it has never seen: anything may come
-        fault = next(iter(str(error).splitlines()), type(error).__name__)[:MAX_REASON_CHARACTERS]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:MAX_REASON_CHARACTERS]
+        s.report.warn(f"compiling failed ({reason}); the run goes on without, and this is not tried again.")
+        compiling_s, compiled_s = 0.0, eager_s
         for parameter in s.parameters:
             parameter.grad = None
-    if fault is not None:
-        s.report.warn(f"compiling failed ({fault}); the run goes on without, and this is not tried again.")
-        compiled_s, compiling_s = eager_s, time.perf_counter() - began
     trial = Trial(eager_s * scale, compiled_s * scale, compiling_s)
     if s.accelerator.is_main_process:
         _keep(path, known | {key: trial})
-    if fault is None:
+    if compiling_s:
         s.report.event("compiled", _told(trial, left), **asdict(trial))
     return trial.compiled_s < trial.eager_s
+
+
+def _compile(s: Session, passes: Sequence[MicroStep], expected: Tensor) -> tuple[float, float]:
+    """Seconds of compiling, and of a round from then on. Raises whatever a compiler does, and RuntimeError when the
+    gradient is not what is `expected`."""
+    began = time.perf_counter()
+    s.family.compile_denoiser_()
+    _round(s, passes)
+    compiling_s = time.perf_counter() - began
+    compiled_s, found = _best_round(s, passes)
+    difference = float((found - expected).norm() / expected.norm())
+    if not difference <= MAX_DIFFERENCE:
+        raise RuntimeError(f"it changes the gradient by {difference:.0%}")
+    return compiling_s, compiled_s
 
 
 def _told(trial: Trial, left: int) -> str:
@@ -134,11 +141,16 @@ def _passes(s: Session, start: int) -> tuple[list[MicroStep], float]:
     return passes, count / max(1, len(steps) * len(passes))
 
 
+def _best_round(s: Session, passes: Sequence[MicroStep]) -> tuple[float, Tensor]:
+    """The fastest of several rounds."""
+    return min((_round(s, passes) for _ in range(ROUNDS)), key=lambda found: found[0])
+
+
 def _round(s: Session, passes: Sequence[MicroStep]) -> tuple[float, Tensor]:
-    """Seconds of one pass each, and the gradient, float32 `[parameters]`; nothing of it stays."""
+    """Seconds of one pass each, and the gradient times `LOSS_SCALE`, float32 `[parameters]`; nothing of it stays."""
     began = time.perf_counter()
     for micro in passes:
-        loop.accumulate(s, micro)
+        ((loop.losses_of(s, micro) * micro.weights).sum() * LOSS_SCALE).backward()
     gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in s.parameters])
     for parameter in s.parameters:
         parameter.grad = None
@@ -151,9 +163,10 @@ def _key(s: Session, passes: Sequence[MicroStep]) -> str:
     device, model, train = s.accelerator.device, s.config.model, s.config.train
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     shapes = sorted(tuple(micro.batch.latents.shape) for micro in passes)
-    words = [name, torch.__version__, s.family.name, model.precision, model.quantize, s.config.adapter.targets]
+    size = sum(parameter.numel() for parameter in s.family.denoiser.parameters())
+    words = [name, torch.__version__, s.family.name, size, model.precision, model.quantize, model.attention]
     saving = (train.gradient_checkpointing, s.config.memory.offload_activations)
-    return ", ".join(map(str, [*words, s.config.adapter.rank, *saving, *shapes]))
+    return ", ".join(map(str, [*words, s.config.adapter.targets, s.config.adapter.rank, *saving, *shapes]))
 
 
 def _known(path: Path) -> dict[str, Trial]:

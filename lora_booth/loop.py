@@ -109,7 +109,9 @@ def optimize(s: Session, start: int) -> None:
         set_training_(s, True)
         on_device = torch.zeros(len(rows), device=s.accelerator.device)
         for micro in following:
-            on_device.index_copy_(0, micro.positions, accumulate(s, micro))
+            loss = losses_of(s, micro)
+            s.scaler.scale((loss * micro.weights).sum()).backward()
+            on_device.index_copy_(0, micro.positions, loss.detach())
         following = _begun(micro_steps(s, step + 1))  # while the device still computes
         on_device, is_stopping = _share(s, on_device)
         *losses, grad_norm = torch.cat([on_device, _reduce_and_clip_(s)[None]]).tolist()  # here it is waited for
@@ -175,13 +177,6 @@ def micro_step(s: Session, rows: Sequence[Row], step: int) -> MicroStep:
     numbers = (torch.tensor(positions), torch.tensor([row.weight for row in rows]))
     moved = (gpu.put(tensor, s.accelerator.device) for tensor in numbers)
     return MicroStep(step, rows, _batch(s, items, draws, latent_noise), *moved)
-
-
-def accumulate(s: Session, micro: MicroStep) -> Tensor:
-    """Add the gradient of a micro-step to what is there; returns the loss of each row, float32 `[B]`."""
-    losses = losses_of(s, micro)
-    s.scaler.scale((losses * micro.weights).sum()).backward()
-    return losses.detach()
 
 
 def losses_of(s: Session, micro: MicroStep) -> Tensor:

@@ -107,7 +107,7 @@ def test_what_a_trial_measured_counts_for_the_next_run(
     compiled.clear()
     assert compiling.pays(s, 19), "21 steps are left, and 20 pay"
     memory.write_text(json.dumps({key: vars(Trial(1.0, 0.5, 10.0))}))
-    monkeypatch.setattr(loop, "accumulate", None)
+    monkeypatch.setattr(compiling, "_round", None)
     assert not compiling.pays(s, 20)
     assert compiled == ["compiled"]
 
@@ -156,6 +156,17 @@ def test_what_is_slower_compiled_runs_as_it_is(bench: Bench, monkeypatch: pytest
     assert not compiling.pays(s, 0)
     assert heard.events["compiled"].endswith("; the run goes on without")
     assert not heard.warnings
+
+
+def test_fp16_gradients_are_compared_though_the_run_s_own_scale_may_overflow(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(train={"steps": 40, "compile": "auto"}, model={"precision": "fp16"})
+    s = replace(session_of(config, monkeypatch), scaler=torch.amp.GradScaler("cpu", init_scale=2.0**60))
+    passes, _ = compiling._passes(s, 0)
+    _, gradient = compiling._round(s, passes)
+    assert gradient.isfinite().all()
+    assert gradient.norm() > 0
 
 
 def test_every_shape_that_comes_soon_is_tried(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
