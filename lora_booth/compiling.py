@@ -92,7 +92,7 @@ def pays(s: Session, start: int) -> bool:
         compiling_s, compiled_s = _compile(s, passes, expected)
     except Exception as error:  # of a compiler, on code that it has never seen: anything may come
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:MAX_REASON_CHARACTERS]
-        s.report.warn(f"compiling failed ({reason}); the run goes on without, and this is not tried again.")
+        s.report.warn(f"compiling failed ({reason}); the run goes on without. Delete {path} to have it tried again.")
         compiling_s, compiled_s = 0.0, eager_s
         for parameter in s.parameters:
             parameter.grad = None

@@ -119,7 +119,7 @@ def test_a_damaged_memory_is_an_empty_one(damage: str, memory: Path) -> None:
 
 
 def test_a_compiler_that_fails_is_told_once_and_the_run_goes_on_without(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s, heard, _ = bench
 
@@ -128,10 +128,13 @@ def test_a_compiler_that_fails_is_told_once_and_the_run_goes_on_without(
 
     monkeypatch.setattr(s.family, "compile_denoiser_", fail)
     assert not compiling.pays(s, 0)
-    told = "compiling failed (no such kernel); the run goes on without, and this is not tried again."
+    told = f"compiling failed (no such kernel); the run goes on without. Delete {memory} to have it tried again."
     assert heard.warnings == [told]
     assert not compiling.pays(s, 0)
     assert len(heard.warnings) == 1
+    memory.unlink()
+    assert not compiling.pays(s, 0)
+    assert len(heard.warnings) == 2
     assert all(p.grad is None for p in s.parameters)
 
 
