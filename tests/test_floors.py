@@ -10,7 +10,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "lora_booth"
 FLOORS = {
-    0: ("errors", "cards", "config", "config_checks", "config_file", "presets", "files", "report", "interrupts"),
+    0: (
+        "errors",
+        "cards",
+        "config",
+        "config_checks",
+        "config_file",
+        "presets",
+        "files",
+        "report",
+        "interrupts",
+        "inputs",
+    ),
     1: (
         "run",
         "checkpoints",
