@@ -21,6 +21,7 @@ FLOORS = {
         "report",
         "interrupts",
         "inputs",
+        "versions",
     ),
     1: (
         "run",
