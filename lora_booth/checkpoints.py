@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ def write(target: Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` beside `target`, then let it take that name."""
     folder = target.parent
     folder.mkdir(exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    temporary = folder / f".saving-{uuid.uuid4().hex[:12]}"
+    temporary.mkdir()
     try:
         _write_files(temporary, checkpoint)
         if target.exists():

@@ -6,8 +6,8 @@ import errno
 import hashlib
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,22 +29,26 @@ _REMEDIES = {
 def replacing(path: Path, *, needed_bytes: int | None = None) -> Iterator[Path]:
     """A temporary path in the same folder; on success it is synced and takes the name `path`, on failure it is removed.
 
+    Who may read and write it says the process's umask, or the folder's default ACL, as for every other new file.
     Raises DiskError, naming the file, when it cannot be written.
     """
     with writing(path, needed_bytes=needed_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
-        os.close(descriptor)
-        temporary = Path(name)
+        temporary = temporary_beside(path)
+        temporary.touch(exist_ok=False)
         try:
             yield temporary
-            temporary.chmod(0o644)
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name in the folder of `path`, which `remove_abandoned` knows; nothing is made."""
+    return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 @contextmanager

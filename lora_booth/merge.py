@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -350,10 +349,10 @@ def _new_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
     """A temporary folder beside `out`, which takes its name on success and is removed on failure."""
     with files.writing(out, needed_bytes=needed_bytes):
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", suffix=".tmp", dir=out.parent))
+        temporary = files.temporary_beside(out)
+        temporary.mkdir()
         try:
             yield temporary
-            temporary.chmod(0o755)
             os.rename(temporary, out)
             files.sync(out.parent)
         finally:

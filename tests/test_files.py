@@ -8,13 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from lora_booth import files
+from lora_booth import checkpoints, files
+from lora_booth.checkpoints import Checkpoint
 from lora_booth.errors import DiskError
 
 
@@ -53,11 +55,27 @@ def test_the_disks_refusal_says_what_to_do(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_others_may_read_what_was_written_and_no_file_stays_open(tmp_path: Path) -> None:
+def test_no_file_stays_open(tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     files.write_bytes(tmp_path / "x", b"1")
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@pytest.fixture(params=[0o077, 0o027, 0o022, 0o002])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_who_may_read_and_write_what_is_written_says_the_umask(tmp_path: Path, umask: int) -> None:
+    files.write_bytes(tmp_path / "new" / "x", b"1")
+    files.write_bytes(tmp_path / "new" / "x", b"2")
+    checkpoints.write(tmp_path / "checkpoints" / "step-000001", Checkpoint(1, {}, {}, {}))
+    found = [tmp_path / "new", *tmp_path.rglob("*/*")]
+    assert len(found) == 7  # two folders, a file, four in the checkpoint
+    for path in found:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
 
 
 def test_the_size_that_is_needed_is_told_only_where_it_is_known(
