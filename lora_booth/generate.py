@@ -14,11 +14,11 @@ from lora_booth import export, families, files
 from lora_booth.adapter.weights import AdapterWeights, find_module
 from lora_booth.config import ModelConfig
 from lora_booth.data.grid import labelled_grid
+from lora_booth.devices import dtype_for
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.families.base import Family
 from lora_booth.families.identify import BaseFacts
 from lora_booth.families.sampling import Sampling, draw
-from lora_booth.precision import dtype_for
 from lora_booth.report import Report, Silent
 
 

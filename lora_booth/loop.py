@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lora_booth import gpu, optim, preview
+from lora_booth import devices, optim, preview
 from lora_booth.adapter import inject
 from lora_booth.adapter.weights import plain_path
 from lora_booth.batch import Batch, sample_losses
@@ -82,7 +82,7 @@ class Session:
         if self.is_text_trained:
             return self.family.encode_prompts(prompts)
         rows = [self.prepared.prompts[prompt] for prompt in prompts]
-        return {name: gpu.put(t, self.accelerator.device) for name, t in concatenate(rows).items()}
+        return {name: devices.put(t, self.accelerator.device) for name, t in concatenate(rows).items()}
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def optimize(s: Session, start: int) -> None:
             "seconds": time.perf_counter() - began,
         }
         _log(s, step + 1, rows, losses, metrics)
-        for warning in s.watchdog.observe(metrics["seconds"], gpu.used_share(s.accelerator.device)):
+        for warning in s.watchdog.observe(metrics["seconds"], devices.used_share(s.accelerator.device)):
             s.report.warn(warning)
         _save_and_draw(s, step + 1, is_stopping=is_stopping)
         if is_stopping:
@@ -175,7 +175,7 @@ def micro_step(s: Session, rows: Sequence[Row], step: int) -> MicroStep:
     positions, items = [row.position for row in rows], [row.item for row in rows]
     draws, latent_noise = draw(s.config.train.seed, step, positions, items[0].shape, _num_timesteps(s))
     numbers = (torch.tensor(positions), torch.tensor([row.weight for row in rows]))
-    moved = (gpu.put(tensor, s.accelerator.device) for tensor in numbers)
+    moved = (devices.put(tensor, s.accelerator.device) for tensor in numbers)
     return MicroStep(step, rows, _batch(s, items, draws, latent_noise), *moved)
 
 
@@ -189,7 +189,7 @@ def losses_of(s: Session, micro: MicroStep) -> Tensor:
 
 def _batch(s: Session, items: Sequence[Item], draws: Draws, latent_noise: Tensor) -> Batch:
     """`items` with their latents drawn by `latent_noise`, on the device."""
-    put = partial(gpu.put, device=s.accelerator.device)
+    put = partial(devices.put, device=s.accelerator.device)
     moments = [s.prepared.latents[item.latent_key] for item in items]
     mean, std = torch.stack([m.mean for m in moments]), torch.stack([m.std for m in moments])
     geometry = torch.tensor([item.geometry for item in items], dtype=torch.float32)
@@ -296,7 +296,7 @@ def _log(s: Session, done: int, rows: Sequence[Row], losses: Sequence[float], me
     values = {f"{role}_loss": sum(x) / len(x) for role, x in by_role.items() if x} | metrics
     s.run.append_metrics({"step": done, **values})
     s.accelerator.log(values, step=done)
-    memory = gpu.peak_gib(s.accelerator.device)
+    memory = devices.peak_gib(s.accelerator.device)
     s.report.progress("train", done, s.config.train.steps or done, **values, memory_gib=memory)
 
 

@@ -25,6 +25,7 @@ from lora_booth.batch import Batch, sample_losses
 from lora_booth.config import Config
 from lora_booth.data.batches import VALIDATION_QUANTILES
 from lora_booth.data.buckets import Bucket
+from lora_booth.devices import DTYPES
 from lora_booth.families.base import Family
 from lora_booth.families.components import without_weights
 from lora_booth.families.identify import BaseFacts
@@ -32,7 +33,6 @@ from lora_booth.families.quantize import saved_bytes
 from lora_booth.families.sampling import PICTURES_AT_ONCE
 from lora_booth.families.vae import Vae
 from lora_booth.objectives import objective_for
-from lora_booth.precision import DTYPES
 from lora_booth.tracing import LiveBytes, Work, fused_attention, held_bytes, tensors_of
 from lora_booth.trial import StepTrace, make_batch, trace_step
 

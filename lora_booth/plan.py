@@ -195,10 +195,10 @@ def _show_prediction(config: Config, inputs: Inputs, report: Report, card: Card 
 
     Then the time: on `card`, or the one that is here, or on usual ones with enough memory.
     """
-    from lora_booth import budget, duration, gpu, memory
+    from lora_booth import budget, devices, duration, memory
 
-    bucket, here = _largest_bucket(config, inputs.pictures), gpu.here()
-    budget_gib = config.memory.budget_gib or (gpu.free_gib(here) if card is None else card.memory_gib)
+    bucket, here = _largest_bucket(config, inputs.pictures), devices.here()
+    budget_gib = config.memory.budget_gib or (devices.free_gib(here) if card is None else card.memory_gib)
     if budget_gib is None:
         modules, notes = memory.Modules.of(config, inputs.facts), []
         phases = modules.phases(config, bucket)
@@ -217,7 +217,7 @@ def _show_prediction(config: Config, inputs: Inputs, report: Report, card: Card 
     for line in [*_table(phases), *notes]:
         report.event("memory", f"         {line}")
     run = duration.predict(modules, config, inputs.pictures, bucket)
-    known = gpu.card(here) if card is None else card
+    known = devices.card(here) if card is None else card
     usual = [other for other in map(cards.named, cards.USUAL) if other.memory_gib >= gib]
     _show_time(run, usual if known is None else [known], report)
 

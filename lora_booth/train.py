@@ -17,17 +17,17 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from PIL import Image
 from torch import nn
 
-from lora_booth import compiling, deliver, export, families, gpu, loop, optim, plan, prepare, preview
+from lora_booth import compiling, deliver, devices, export, families, loop, optim, plan, prepare, preview
 from lora_booth.adapter import inject
 from lora_booth.config import Config
 from lora_booth.data.grid import labelled_grid
+from lora_booth.devices import dtype_for
 from lora_booth.errors import DeviceMemoryError, DiskError, LoraBoothError, ProcessLostError, lacks_memory
 from lora_booth.families.base import Family
 from lora_booth.families.identify import BaseFacts
 from lora_booth.flat import Flat
 from lora_booth.interrupts import stop_requests
 from lora_booth.objectives import objective_for
-from lora_booth.precision import dtype_for
 from lora_booth.report import Report, Silent
 from lora_booth.run import Run, require_free_space
 
@@ -140,7 +140,7 @@ def _resolved(config: Config, inputs: plan.Inputs, report: Report, device: torch
     """`config` with every open choice made; for a finished run nothing is computed, so its memory is not predicted."""
     if plan.is_finished(config):
         return plan.filled(config, inputs)
-    return plan.resolve(config, inputs, report, free_gib=gpu.free_gib(device))
+    return plan.resolve(config, inputs, report, free_gib=devices.free_gib(device))
 
 
 def _load(config: Config, facts: BaseFacts, device: torch.device, dtype: torch.dtype, report: Report) -> Family:
@@ -254,7 +254,7 @@ def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
         before_and_after=None if comparison is None else str(comparison),
         steps=steps,
         seconds=sum(stopwatch.seconds_of.values()),
-        peak_gib=gpu.peak_gib(s.accelerator.device) or _process_memory_gib(),
+        peak_gib=devices.peak_gib(s.accelerator.device) or _process_memory_gib(),
         num_parameters=sum(parameter.numel() for parameter in s.parameters),
         validation_loss=validation_loss,
         seconds_of=stopwatch.seconds_of,

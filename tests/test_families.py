@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 
-from lora_booth import families, gpu
+from lora_booth import devices, families
 from lora_booth.config import ModelConfig
 from lora_booth.errors import ConfigError, LoraBoothError, lacks_memory
 from lora_booth.families import components, sdxl, stable_diffusion, vae
@@ -409,15 +409,15 @@ def test_gradient_checkpointing_computes_the_first_share_of_blocks_twice_and_the
 def test_offloading_keeps_the_inputs_of_checkpointed_blocks_elsewhere_and_no_weight(
     base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family, kept, inputs, send = load(base.folder), {}, [], gpu._away
+    family, kept, inputs, send = load(base.folder), {}, [], devices._away
 
     def away(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
         sent = send(tensor)
         kept[tensor.data_ptr()] = sent[1]
         return sent
 
-    monkeypatch.setattr(gpu, "OFFLOADED_BYTES", 1)
-    monkeypatch.setattr(gpu, "_away", away)
+    monkeypatch.setattr(devices, "OFFLOADED_BYTES", 1)
+    monkeypatch.setattr(devices, "_away", away)
     family.denoiser.conv_in.weight.requires_grad_(True)
     conditioning, gradients = family.encode_prompts([PROMPT]), []
     for is_offloading in (False, True):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.bases import random_base
-from lora_booth import compiling, families, gpu, loop, memory, plan, train
+from lora_booth import compiling, devices, families, loop, memory, plan, train
 from lora_booth.batch import Batch, sample_losses
 from lora_booth.config import Config
 from lora_booth.errors import Interrupted
@@ -137,10 +137,10 @@ def test_the_denoiser_comes_back_to_the_card_as_it_was(quantize: str, make_confi
 
 
 def test_the_card_says_what_it_is() -> None:
-    device = gpu.here()
+    device = devices.here()
     assert device.type == "cuda"
-    free, used = gpu.free_gib(device), gpu.used_share(device)
+    free, used = devices.free_gib(device), devices.used_share(device)
     assert free is not None and used is not None
     assert free > 0 and 0 < used < 1
-    moved = gpu.put(torch.arange(5), device)
+    moved = devices.put(torch.arange(5), device)
     assert moved.device.type == "cuda" and moved.tolist() == [0, 1, 2, 3, 4]

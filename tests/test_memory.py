@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_booth import budget, cards, families, gpu, memory, optim, plan, trial
+from lora_booth import budget, cards, devices, families, memory, optim, plan, trial
 from lora_booth.adapter import inject
 from lora_booth.batch import sample_losses
 from lora_booth.budget import Way
@@ -234,7 +234,7 @@ def test_the_fastest_way_that_fits_is_chosen_and_nothing_that_changes_the_result
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget, "SHARES", (0.0, 0.5, 1.0))  # a trace takes a second
-    monkeypatch.setattr(gpu, "OFFLOADED_BYTES", 0)  # all tensors are small here
+    monkeypatch.setattr(devices, "OFFLOADED_BYTES", 0)  # all tensors are small here
     config = make_config(data={"resolution": 256, "bucket_step": 32}, optimizer={"name": "adamw"})
     facts = families.facts(config.model)
     needs = needs_of(config, facts, savings=[(0.0, False), (0.5, False), (1.0, False), (1.0, True)])

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lora_booth import config_file, export, families, gpu, loop, train
+from lora_booth import config_file, devices, export, families, loop, train
 from lora_booth.config import Config
 from lora_booth.data import batches
 from lora_booth.errors import (
@@ -178,7 +178,7 @@ def test_gradient_checkpointing_changes_memory_only(make_config: MakeConfig) -> 
 def test_what_waits_in_main_memory_comes_back_as_it_was(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gpu, "OFFLOADED_BYTES", 1)
+    monkeypatch.setattr(devices, "OFFLOADED_BYTES", 1)
     runs, pictures = [], []
     for waits in (False, True):
         config = make_config(

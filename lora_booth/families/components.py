@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_booth import gpu
+from lora_booth import devices
 from lora_booth.errors import ConfigError, LoraBoothError, ModelError, lacks_memory
 from lora_booth.export.rewrite import FLOATS, read_layout
 from lora_booth.families.identify import BaseFacts
@@ -160,7 +160,7 @@ def prepare_unet_(unet: Any, gradient_checkpointing: float, attention: str, *, i
 
 def _offloaded_checkpoint(block: Any, *inputs: Any) -> Any:
     """The output of `block`, of which nothing is kept on the device; only its inputs pass through the hooks here."""
-    with gpu.offloading():
+    with devices.offloading():
         return checkpoint(block.__call__, *inputs, use_reentrant=False)
 
 

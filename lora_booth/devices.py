@@ -1,14 +1,15 @@
-"""What a CUDA card says of itself, and how tensors get there and back. On a CPU everything that it says is None."""
+"""What devices can do and say of themselves, and how tensors get there and back."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_booth import cards
 from lora_booth.cards import Card
+from lora_booth.config import Precision
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 OFFLOADED_BYTES = 2**20
 """Smaller tensors stay where they are: they are many, save little, and most are held by others too."""
@@ -42,6 +43,15 @@ def used_share(device: torch.device) -> float | None:
     return 1 - free / total
 
 
+def dtype_for(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type of `model.precision` on `device`; "auto": float32 on a CPU, bf16 where the card has it, else fp16."""
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 def put(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` of main memory on `device`; on a card the copy is queued from pinned memory and not waited for."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -64,6 +74,6 @@ def _away(tensor: Tensor) -> tuple[torch.device, Tensor]:
     return tensor.device, copy.copy_(tensor, non_blocking=True)
 
 
-def _back(saved: Any) -> Tensor:
+def _back(saved: tuple[torch.device, Tensor]) -> Tensor:
     device, tensor = saved
     return tensor.contiguous() if tensor.is_meta else tensor.to(device, non_blocking=True)
