@@ -31,6 +31,9 @@ TARGET_PRESETS = (
     "all-linear+conv",
 )
 
+MAX_PATTERNS = 2000
+"""SDXL has 964 layers that can be adapted, text encoders included; of each a pattern of its own is enough."""
+
 FilePath = Annotated[Path, Field(strict=False)]
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, bool) else value)]
@@ -138,8 +141,12 @@ class AdapterConfig(Section):
         gt=0,
         description="Scale times rank. Default: equal to rank, so that scale is 1 and learning rates carry over.",
     )
-    rank_pattern: dict[str, int] = Field({}, description="Module-name regex to rank, for layers that differ.")
-    alpha_pattern: dict[str, float] = Field({}, description="Module-name regex to alpha, for layers that differ.")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        {}, max_length=MAX_PATTERNS, description="Module-name regex to rank, for layers that differ."
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        {}, max_length=MAX_PATTERNS, description="Module-name regex to alpha, for layers that differ."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Chance to drop an adapter's input while training.")
     rslora: bool = Field(False, description="Scale = alpha / sqrt(rank) (arXiv 2312.03732).")
     dora: bool = Field(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import string
 from pathlib import Path
 
-from lora_booth.config import TARGET_PRESETS, Config
+from lora_booth.config import TARGET_PRESETS, AdapterConfig, Config
+from lora_booth.patterns import why_no_pattern
 
 
 def contradictions(config: Config) -> list[str]:
@@ -21,6 +22,7 @@ def contradictions(config: Config) -> list[str]:
             faults.append('prior.prompts has an empty prompt; write the class prompt, e.g. ["a photo of {class}"].')
     if not adapter.targets.startswith("regex:") and adapter.targets not in TARGET_PRESETS:
         faults.append(f'adapter.targets is "{adapter.targets}"; use one of {", ".join(TARGET_PRESETS)}, or "regex:…".')
+    faults += _pattern_faults(adapter)
     if config.objective.loss == "mse" and config.objective.huber_delta != 0.1:
         faults.append('objective.huber_delta is set but objective.loss is "mse"; set objective.loss = "huber".')
     rates = config.optimizer.learning_rate, config.optimizer.text_encoder_learning_rate
@@ -47,6 +49,13 @@ def contradictions(config: Config) -> list[str]:
     for key, template, allowed in templates:
         faults.extend(_slot_faults(key, template, allowed))
     return faults + _unwritable_paths(config)
+
+
+def _pattern_faults(adapter: AdapterConfig) -> list[str]:
+    targets = [adapter.targets.removeprefix("regex:")] if adapter.targets.startswith("regex:") else []
+    patterns = {"targets": targets, "rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
+    found = ((key, why_no_pattern(text)) for key, texts in patterns.items() for text in texts)
+    return [f"adapter.{key} {fault}" for key, fault in found if fault is not None]
 
 
 def _unwritable_paths(config: Config) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from lora_booth import inputs
 from lora_booth.config import Config
 from lora_booth.errors import ConfigError
 
@@ -67,16 +69,17 @@ def differing_keys(one: Config, other: Config, *, ignore: Iterable[str] = ()) ->
 
 
 def _read_toml(path: Path) -> Values:
+    near = [] if os.path.lexists(path) else difflib.get_close_matches(path.name, _neighbours(path), n=1)
+    hint = f'the nearest name is "{path.parent / near[0]}"' if near else "name a config file, in UTF-8"
+    return inputs.read_toml(path, hint, ConfigError)
+
+
+def _neighbours(path: Path) -> list[str]:
+    """Names of config files in the folder of `path`."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f' Did you mean "{path.parent / near[0]}"?' if near else ""
-        raise ConfigError(f"config file {path} does not exist.{hint}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"config file {path} cannot be read ({error}); it must be a UTF-8 TOML file.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"config file {path} is not valid TOML: {error}.") from None
+        return [other.name for other in path.parent.glob("*.toml")]
+    except (OSError, ValueError):  # a NUL in the name, or a folder that cannot be listed
+        return []
 
 
 def _apply_(values: Values, overrides: Sequence[str]) -> list[str]:

@@ -22,6 +22,8 @@ MAX_BYTES = 16 * 2**20
 """Of a small file that is read whole: a config, a vocabulary, the state of a run. The largest real one has 4 MB."""
 MAX_SHOWN = 80
 """Characters of a user's word that a message repeats."""
+MAX_PATH = 1000
+"""Of a path in a message; real ones are shorter."""
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -31,10 +33,15 @@ _KINDS = (
 )
 
 
-def shown(text: object) -> str:
+def shown(text: object, *, max_letters: int = MAX_SHOWN) -> str:
     """`text` as a message repeats it: printable, on one line, cut where it is long."""
-    plain = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text)[: MAX_SHOWN + 1])
-    return plain if len(plain) <= MAX_SHOWN else plain[: MAX_SHOWN - 1] + "…"
+    plain = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text)[: max_letters + 1])
+    return plain if len(plain) <= max_letters else plain[: max_letters - 1] + "…"
+
+
+def shown_path(path: Path) -> str:
+    """`path` as a message repeats it: as `shown`, and whole, since the name that matters stands at its end."""
+    return shown(path, max_letters=MAX_PATH)
 
 
 def word(text: str, name: str) -> str:
@@ -66,7 +73,7 @@ def require_plain_file(path: Path, remedy: str, error: type[LoraBoothError]) -> 
     """`path` itself. Raises `error` with `remedy` (what to do, one clause) when it is no plain file."""
     why = why_unreadable(path)
     if why is not None:
-        raise error(f"{shown(path)} cannot be read: {why}; {remedy}.")
+        raise error(f"{shown_path(path)} cannot be read: {why}; {remedy}.")
     return path
 
 
@@ -80,7 +87,7 @@ def read_text(path: Path, remedy: str, error: type[LoraBoothError], *, max_bytes
             raise ValueError(f"it has more than {max_bytes >> 20} MiB")
         return data.decode("utf-8-sig")
     except (OSError, ValueError) as fault:
-        raise error(f"{shown(path)} cannot be read ({reason(fault)}); {remedy}.") from fault
+        raise error(f"{shown_path(path)} cannot be read ({reason(fault)}); {remedy}.") from fault
 
 
 def read_object(path: Path, remedy: str, error: type[LoraBoothError]) -> dict[str, Any]:
@@ -89,9 +96,9 @@ def read_object(path: Path, remedy: str, error: type[LoraBoothError]) -> dict[st
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as fault:
-        raise error(f"{shown(path)} is not valid JSON ({reason(fault)}); {remedy}.") from fault
+        raise error(f"{shown_path(path)} is not valid JSON ({reason(fault)}); {remedy}.") from fault
     if not isinstance(value, dict):
-        raise error(f"{shown(path)} is not a JSON object; {remedy}.")
+        raise error(f"{shown_path(path)} is not a JSON object; {remedy}.")
     return value
 
 
@@ -101,7 +108,7 @@ def read_toml(path: Path, remedy: str, error: type[LoraBoothError]) -> dict[str,
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as fault:  # ValueError: also a number of thousands of digits
-        raise error(f"{shown(path)} is not valid TOML ({reason(fault)}); {remedy}.") from fault
+        raise error(f"{shown_path(path)} is not valid TOML ({reason(fault)}); {remedy}.") from fault
 
 
 def reason(fault: BaseException) -> str:

@@ -94,7 +94,7 @@ def test_help_answers_without_torch_and_in_well_under_a_second() -> None:
     [
         (["train"], 2, "model.base is missing"),
         (["train", "--base", "sd15", "--subject", "."], 2, "subject.class_noun is missing"),
-        (["train", "no.toml"], 2, "config file no.toml does not exist"),
+        (["train", "no.toml"], 2, "no.toml cannot be read: it is missing"),
         (["train", "a.toml", "b.toml"], 2, "only one config file"),
         (["train", "--bse", "sd15"], 2, "--bse"),
         (["trian"], 2, "trian"),

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from lora_booth import config_file
 from lora_booth.config import BASE_ALIASES, Config
 from lora_booth.errors import ConfigError
+from lora_booth.inputs import MAX_BYTES
 
 GOOD = ["model.base=sd15", "subject.images=./my_dog", "subject.class_noun=dog"]
 
@@ -138,7 +139,7 @@ def test_no_override_makes_a_traceback(overrides: list[str]) -> None:
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "sd15_subject.toml").write_text("")
-    with pytest.raises(ConfigError, match="Did you mean"):
+    with pytest.raises(ConfigError, match=r"it is missing; the nearest name is .*sd15_subject"):
         config_file.load(tmp_path / "sd15_subjekt.toml")
 
 
@@ -170,3 +171,48 @@ def test_differing_keys_name_old_and_new() -> None:
 
 def test_aliases_are_hub_ids_or_the_miniature() -> None:
     assert set(BASE_ALIASES) == {"booth-mini", "sd15", "sd21", "sdxl"}
+
+
+def test_a_named_pipe_a_device_a_loop_and_a_folder_as_a_config_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "endless.toml").symlink_to("/dev/zero")
+    (tmp_path / "circle.toml").symlink_to("circle.toml")
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "gone.toml").symlink_to("nowhere")
+    (tmp_path / "digits.toml").write_text("[train]\nsteps = " + "9" * 5000)
+    (tmp_path / "long.toml").write_bytes(b"#" * (MAX_BYTES + 1))
+    whys = {
+        "pipe": "it is a named pipe",
+        "endless": "it is a device",
+        "circle": "Too many levels of symbolic links",
+        "folder": "it is a folder",
+        "gone": "it is a link to nowhere, which is missing",
+        "digits": "is not valid TOML",
+        "long": "it has more than 16 MiB",
+    }
+    for name, why in whys.items():
+        with pytest.raises(ConfigError, match=why) as told:
+            config_file.load(tmp_path / f"{name}.toml")
+        assert str(tmp_path / f"{name}.toml") in str(told.value)
+        assert "\n" not in str(told.value)
+
+
+def test_a_config_file_whose_name_holds_a_nul_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="null"):
+        config_file.load(tmp_path / "do\0g.toml")
+
+
+def test_patterns_are_checked_with_all_other_settings_and_their_number_is_bounded() -> None:
+    faults = faults_of(
+        [*GOOD, "adapter.targets=regex:(", 'adapter.rank_pattern={"(?!to_q).+"=4}', 'adapter.alpha_pattern={"["=1.0}']
+    )
+    assert 'adapter.targets has "(", which is not a regular expression that is known here: missing )' in faults
+    assert "adapter.rank_pattern has" in faults and 'what looks around, as "(?!…)"' in faults
+    assert 'adapter.alpha_pattern has "["' in faults
+    faults = faults_of([*GOOD, 'adapter.rank_pattern={"to_q"=0}', 'adapter.alpha_pattern={"to_q"=inf}'])
+    assert "adapter.rank_pattern.to_q is 0, but it should be greater" in faults
+    assert "adapter.alpha_pattern.to_q is inf, but it should be a finite number" in faults
+    many = ", ".join(f'"x{i}" = 2' for i in range(100_000))
+    told = faults_of([*GOOD, f"adapter.rank_pattern={{{many}}}"])
+    assert "at most 2000 items" in told and len(told) < 1000
+    assert "has a pattern of 20,000 characters" in faults_of([*GOOD, f"adapter.targets=regex:{'x' * 20_000}"])

@@ -21,6 +21,7 @@ FLOORS = {
         "report",
         "interrupts",
         "inputs",
+        "patterns",
         "versions",
     ),
     1: (
@@ -53,6 +54,7 @@ THIRD_PARTY = {
     "typer": ("cli", "cli_adapters"),
     "rich": ("console",),
     "matplotlib": ("charts",),
+    "re2": ("patterns",),
     "pydantic": ("config", "config_file"),
 }
 """Where a library may be imported. torch, numpy, Pillow and safetensors are everywhere above floor 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lora_booth.adapter import inject
 from lora_booth.adapter.weights import delta
 from lora_booth.config import TARGET_PRESETS, AdapterConfig
 from lora_booth.errors import ConfigError, ModelError
+from lora_booth.patterns import Pattern
 from tests import adapted
 
 KINDS: list[dict[str, Any]] = [
@@ -102,6 +104,52 @@ def test_targets_that_match_nothing_are_refused_with_the_nearest_names() -> None
         inject.target_modules(tiny_unet(), "attentions")
     with pytest.raises(ConfigError, match="not a regular expression"):
         inject.target_modules(tiny_unet(), "regex:(")
+
+
+HOSTILE = r"(.*.*.*.*)*(\w+\.?)+(a|aa)+!"
+"""On a name of fifty letters Python's own engine goes back and tries again for longer than the sun will shine."""
+
+
+@pytest.mark.parametrize("text", [HOSTILE, f"{HOSTILE}|mid_block.+", "(" * 500 + "x" + ")*" * 500])
+def test_a_pattern_that_would_take_for_ever_is_matched_in_one_pass_over_each_name(text: str) -> None:
+    unet = tiny_unet()
+    expected = {n for n in plain_layers(unet) if n.startswith("mid_block.")} if "mid_block" in text else set()
+    if expected:
+        assert set(inject.target_modules(unet, f"regex:{text}")) == expected
+    else:
+        with pytest.raises(ModelError, match="matches none"):
+            inject.target_modules(unet, f"regex:{text}")
+    with pytest.raises(ModelError, match="matches no adapted layer"):
+        inject.inject_({"unet": unet}, adapter(rank_pattern={HOSTILE: 2}))
+
+
+def test_patterns_mean_what_they_mean_to_pythons_engine() -> None:
+    """Of those that both know: RE2 is told to match whole names, and ends of names, as `re` was."""
+    names = [f"unet.{name}" for name in plain_layers(tiny_unet())]
+    texts = [
+        *inject._PATTERNS.values(),
+        SOME.removeprefix("regex:"),
+        "to_[qk]",
+        r"\d\.proj_in",
+        "(?i)TO_Q",
+        "a|b",
+        "",
+        ".*",
+    ]
+    matched = 0
+    for text in texts:
+        whole, end = Pattern(text, "x"), Pattern(text, "x", is_end=True)
+        for name in names:
+            flags = re.IGNORECASE if text.startswith("(?i)") else 0
+            plain = text.removeprefix("(?i)")
+            assert whole.matches(name) == bool(re.fullmatch(plain, name, flags)), (text, name)
+            assert end.matches(name) == bool(re.match(rf"(.*\.)?({plain})$", name, flags)), (text, name)
+            matched += end.matches(name)
+    assert matched > 300
+
+
+def plain_layers(module: nn.Module) -> list[str]:
+    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)]
 
 
 @pytest.mark.parametrize("kind", [CLIPTextModel, CLIPTextModelWithProjection])
@@ -212,7 +260,6 @@ def test_patterns_and_rslora_set_rank_and_scale_layer_by_layer() -> None:
     [
         ({"rank_pattern": {"to_z": 2}}, 'has "to_z", which matches no adapted layer'),
         ({"alpha_pattern": {"(": 2.0}}, "not a regular expression"),
-        ({"rank_pattern": {"to_q": 0}}, "must be positive"),
         ({"init": "orthogonal", "rank": 3}, "needs an even rank"),
         ({"targets": "regex:nothing"}, "matches none"),
     ],

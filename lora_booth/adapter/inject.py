@@ -27,6 +27,8 @@ from lora_booth.adapter import lean
 from lora_booth.adapter.weights import AdapterWeights, LowRank, plain_path
 from lora_booth.config import AdapterConfig
 from lora_booth.errors import ConfigError, ModelError
+from lora_booth.inputs import shown
+from lora_booth.patterns import Pattern
 
 ADAPTER = "default"
 """PEFT's name of the trained adapter; diffusers' `set_adapters` knows it by this name too."""
@@ -60,13 +62,13 @@ def target_modules(module: nn.Module, targets: str, *, num_used_layers: int | No
     """
     pattern = _pattern(targets)
     layers = [name for name, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)]
-    found = [name for name in layers if pattern.fullmatch(name) and _is_used(name, num_used_layers)]
+    found = [name for name in layers if pattern.matches(name) and _is_used(name, num_used_layers)]
     if found:
         return found
-    wanted = targets.removeprefix("regex:")
+    wanted = shown(targets.removeprefix("regex:"))
     near = difflib.get_close_matches(wanted, layers, n=3, cutoff=0.0) or ["none: it has no such layer"]
     raise ModelError(
-        f'adapter.targets = "{targets}" matches none of the {len(layers)} linear and convolutional layers of '
+        f'adapter.targets = "{shown(targets)}" matches none of the {len(layers)} linear and convolutional layers of '
         f"{type(module).__name__}; the nearest names are {', '.join(near)}. A regex must match the whole name."
     )
 
@@ -197,15 +199,12 @@ class _Plan:
     used_patterns: frozenset[str]
 
 
-def _pattern(targets: str) -> re.Pattern[str]:
+def _pattern(targets: str) -> Pattern:
     if targets in _PATTERNS:
-        return re.compile(_PATTERNS[targets])
+        return Pattern(_PATTERNS[targets], "adapter.targets")
     if not targets.startswith("regex:"):
-        raise ConfigError(f'adapter.targets is "{targets}"; use one of {", ".join(_PATTERNS)}, or "regex:…".')
-    try:
-        return re.compile(targets.removeprefix("regex:"))
-    except re.error as error:
-        raise ConfigError(f'adapter.targets "{targets}" is not a regular expression: {error}; correct it.') from error
+        raise ConfigError(f'adapter.targets is "{shown(targets)}"; use one of {", ".join(_PATTERNS)}, or "regex:…".')
+    return Pattern(targets.removeprefix("regex:"), "adapter.targets")
 
 
 def _is_used(name: str, num_used_layers: int | None) -> bool:
@@ -218,10 +217,11 @@ def _plan(component: str, module: nn.Module, config: AdapterConfig, num_used_lay
         raise ModelError(f"The {component} already has an adapter; load the base afresh before adding another.")
     targets = config.targets if component == "unet" else TEXT_ATTENTION
     names = target_modules(module, targets, num_used_layers=num_used_layers)
+    rank_patterns, alpha_patterns = _ends(config.rank_pattern), _ends(config.alpha_pattern)
     ranks, alphas, used = {}, {}, set()
     for name in names:
-        rank_key = _first_match(config.rank_pattern, f"{component}.{name}")
-        alpha_key = _first_match(config.alpha_pattern, f"{component}.{name}")
+        rank_key = _first_match(rank_patterns, f"{component}.{name}")
+        alpha_key = _first_match(alpha_patterns, f"{component}.{name}")
         used |= {key for key in (rank_key, alpha_key) if key is not None}
         rank = config.rank if rank_key is None else config.rank_pattern[rank_key]
         default_alpha = float(rank) if config.alpha is None else config.alpha
@@ -230,17 +230,14 @@ def _plan(component: str, module: nn.Module, config: AdapterConfig, num_used_lay
     return _Plan(ranks, alphas, frozenset(used))
 
 
-def _first_match(patterns: Mapping[str, object], name: str) -> str | None:
-    """The first key that matches `name` or its end after a dot, as PEFT matches its patterns."""
-    for key in patterns:
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return key
-        except re.error as error:
-            raise ConfigError(
-                f'"{key}" in adapter.rank_pattern or adapter.alpha_pattern is not a regular expression: {error}.'
-            ) from error
-    return None
+def _ends(patterns: Iterable[str]) -> dict[str, Pattern]:
+    """Each pattern's text to what matches a name or its end after a dot, as PEFT matches its patterns."""
+    return {text: Pattern(text, "adapter.rank_pattern or adapter.alpha_pattern", is_end=True) for text in patterns}
+
+
+def _first_match(patterns: Mapping[str, Pattern], name: str) -> str | None:
+    """The first key that matches `name`."""
+    return next((key for key, pattern in patterns.items() if pattern.matches(name)), None)
 
 
 def _check_numbers(component: str, name: str, rank: int, alpha: float, init: str) -> None:
@@ -256,7 +253,7 @@ def _check_patterns(config: AdapterConfig, plans: Mapping[str, _Plan]) -> None:
     unused = [key for key in (*config.rank_pattern, *config.alpha_pattern) if key not in used]
     if unused:
         raise ModelError(
-            f'adapter.rank_pattern or adapter.alpha_pattern has "{unused[0]}", which matches no adapted layer. '
+            f'adapter.rank_pattern or adapter.alpha_pattern has "{shown(unused[0])}", which matches no adapted layer. '
             'Names look like "unet.mid_block.attentions.0.proj_in"; a part from the right, as "proj_in", suffices.'
         )
 
