@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from lora_booth import cli_adapters
+from lora_booth import cli_adapters, systems
 from lora_booth.cli_adapters import Json, Quiet
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def demo(
 
     with _listening(as_json, quiet) as report:
         explain(report)
-        _train(demo_config(out), report, shlex.join(["lora-booth", *sys.argv[1:]]))
+        _train(demo_config(out), report, systems.command_line(["lora-booth", *sys.argv[1:]]))
 
 
 @app.command()
@@ -98,7 +97,7 @@ def train(
     """
     config = _config(settings, subject, class_noun, token, base, vram, out)
     with _listening(as_json, quiet) as report:
-        _train(config, report, shlex.join(["lora-booth", *sys.argv[1:]]))
+        _train(config, report, systems.command_line(["lora-booth", *sys.argv[1:]]))
 
 
 @app.command()
@@ -251,11 +250,12 @@ def _listening(as_json: bool, quiet: bool) -> Any:
 
 
 def _speak_plainly() -> None:
-    """Keep libraries' own progress bars and notices out of the user's sight."""
+    """Keep libraries' own progress bars and notices out of the user's sight, and let every character be printed."""
     import logging
     import os
     import warnings
 
+    systems.settle_streams()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from PIL import Image
 from torch import nn
 
-from lora_booth import compiling, deliver, devices, export, families, loop, optim, plan, prepare, preview
+from lora_booth import compiling, deliver, devices, export, families, loop, optim, plan, prepare, preview, systems
 from lora_booth.adapter import inject
 from lora_booth.config import Config
 from lora_booth.data.grid import labelled_grid
@@ -254,7 +253,7 @@ def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
         before_and_after=None if comparison is None else str(comparison),
         steps=steps,
         seconds=sum(stopwatch.seconds_of.values()),
-        peak_gib=devices.peak_gib(s.accelerator.device) or _process_memory_gib(),
+        peak_gib=devices.peak_gib(s.accelerator.device) or systems.peak_memory_bytes() / 2**30,
         num_parameters=sum(parameter.numel() for parameter in s.parameters),
         validation_loss=validation_loss,
         seconds_of=stopwatch.seconds_of,
@@ -313,11 +312,3 @@ def _draw_before_and_after(s: loop.Session) -> tuple[Path | None, Image.Image | 
     columns = ("before", "after") * s.config.preview.images_per_prompt
     s.run.write_picture(path, labelled_grid(rows, title=title, columns=columns))
     return path, after[0][1][0]
-
-
-def _process_memory_gib() -> float:
-    """Most main memory this process has held."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

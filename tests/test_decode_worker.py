@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -79,6 +82,30 @@ def test_a_picture_that_needs_too_much_memory_is_left_out(tmp_path: Path, monkey
     monkeypatch.setattr(worker, "MAX_BYTES", 400 * 2**20)
     with pytest.raises(Unusable, match=r"needs more than 0\.39 GiB to decode"):
         worker.decode(tmp_path / "large.png", None)
+
+
+def test_memory_is_bounded_where_the_system_grants_any_address_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbound = "import lora_booth.systems\nlora_booth.systems.bound_own_memory = lambda max_bytes: None\n_serve"
+    monkeypatch.setattr(worker, "_START", worker._START.replace("_serve(", unbound + "("))
+    Image.new("RGBA", (9000, 9000)).save(tmp_path / "large.png")
+    monkeypatch.setattr(worker, "MAX_BYTES", 400 * 2**20)
+    with pytest.raises(Unusable, match=r"needs more than 0\.39 GiB to decode; save it smaller"):
+        worker.decode(tmp_path / "large.png", None)
+    (picture,) = tiny.tiny_pictures(tmp_path, 1)
+    assert worker.inspect(picture, 64)[1] == (48, 48)
+
+
+def test_a_decoder_whose_owner_was_killed_before_the_answer_ends_without_a_word(tmp_path: Path) -> None:
+    (picture,) = tiny.tiny_pictures(tmp_path, 1)
+    command = [sys.executable, "-c", worker._START, json.dumps(sys.path), str(worker.MAX_BYTES)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+    child.stdout.close()  # whoever asks is gone
+    child.stdin.write(json.dumps({"work": "inspect", "path": str(picture), "max_megapixels": 64}).encode() + b"\n")
+    child.stdin.close()
+    assert (child.wait(timeout=60), child.stderr.read()) == (0, b"")
 
 
 def test_a_forked_process_has_a_decoder_of_its_own(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ FLOORS = {
         "interrupts",
         "inputs",
         "patterns",
+        "systems",
         "versions",
     ),
     1: (
@@ -55,6 +56,7 @@ THIRD_PARTY = {
     "rich": ("console",),
     "matplotlib": ("charts",),
     "re2": ("patterns",),
+    "psutil": ("systems",),
     "pydantic": ("config", "config_file"),
 }
 """Where a library may be imported. torch, numpy, Pillow and safetensors are everywhere above floor 0."""

@@ -3,12 +3,14 @@
 What lives here: that process, how it is asked, and what it does with one file. What does not: formats and colours
 (`decode.py`). A decoder that hangs, crashes or asks for too much makes its file unusable, and the next question gets a
 new process. The two talk in lines of JSON, followed by the pixels; nothing is pickled.
+
+Memory is bounded twice: Linux grants no more address space; everywhere this process looks at what the other holds, many
+times a second, so on Windows and macOS a decoder may have more for a moment before it is ended.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import hashlib
 import json
 import os
@@ -18,12 +20,15 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from lora_booth import systems
 from lora_booth.data.decode import MAX_FILE_BYTES, Unusable, file_bytes, opened, orientation, upright_rgb
 from lora_booth.data.duplicates import Look, look
 from lora_booth.errors import DataError
@@ -31,7 +36,10 @@ from lora_booth.errors import DataError
 MAX_SECONDS = 30.0
 """For one file. The largest allowed photograph takes about 2 s; a JPEG can be made that takes hours."""
 MAX_BYTES = 4 * 2**30
-"""Address space of the process. 178 megapixels, the most that Pillow opens, need about 2.5 GiB at once."""
+"""Memory of the process. 178 megapixels, the most that Pillow opens, need about 2.5 GiB at once."""
+LOOK_SECONDS = 0.05
+"""Between two looks at the process; filling 4 GiB takes about a second."""
+SAVE_AGAIN = "save it again with another program, or remove it."
 
 _START = """
 import json, sys
@@ -69,18 +77,13 @@ class _Decoder:
         """Answer and pixels. Raises Unusable, also when the process dies of the question or takes too long."""
         with self._one_at_a_time:
             process = self._running()
-            clock = threading.Timer(MAX_SECONDS, process.kill)
-            clock.start()
-            began = time.monotonic()
-            answered = _exchange(process, question)
-            is_late = time.monotonic() - began >= MAX_SECONDS
-            clock.cancel()
-            if answered is None:
+            with _watched(process) as ended_for:
+                answered = _exchange(process, question)
+            if answered is None or ended_for:
                 self.end()
         if answered is None:
-            code = process.returncode
-            told = f"takes longer than {MAX_SECONDS:g} s to decode" if is_late else f"crashes its decoder ({code})"
-            raise Unusable(f"{told}; save it again with another program, or remove it.")
+            crash = f"crashes its decoder ({process.returncode}); {SAVE_AGAIN}"
+            raise Unusable(ended_for[0] if ended_for else crash)
         if "unusable" in answered[0]:
             raise Unusable(answered[0]["unusable"])
         return answered
@@ -99,12 +102,11 @@ class _Decoder:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # its threads would use up the address space
-                    start_new_session=True,  # Ctrl-C in the terminal asks the run to stop, not its decoder
+                    **systems.apart(),  # Ctrl-C in the terminal asks the run to stop, not its decoder
                 )
             except OSError as error:
                 raise DataError(
-                    f"no process that decodes pictures can be started ({error.strerror}); close other programs, or "
-                    "raise the limits that `ulimit -a` shows."
+                    f"no process that decodes pictures can be started ({error.strerror}); {systems.limits_advice()}."
                 ) from error
             self._owner = os.getpid()
         return self._process
@@ -112,6 +114,34 @@ class _Decoder:
 
 _decoder = _Decoder()
 atexit.register(_decoder.end)
+
+
+@contextmanager
+def _watched(process: subprocess.Popen[bytes]) -> Iterator[list[str]]:
+    """Inside, `process` is ended when it takes more than its time or memory; the list then holds why."""
+    answered, ended_for = threading.Event(), list[str]()
+    late = time.monotonic() + MAX_SECONDS
+
+    def watch() -> None:
+        while not ended_for and not answered.wait(LOOK_SECONDS):
+            if systems.memory_bytes(process.pid) > MAX_BYTES:
+                ended_for.append(_too_much(MAX_BYTES))
+            elif time.monotonic() >= late:
+                ended_for.append(f"takes longer than {MAX_SECONDS:g} s to decode; {SAVE_AGAIN}")
+        if ended_for:
+            process.kill()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield ended_for
+    finally:
+        answered.set()
+        watcher.join()
+
+
+def _too_much(max_bytes: int) -> str:
+    return f"needs more than {max_bytes / 2**30:.2g} GiB to decode; save it smaller, or remove it."
 
 
 def _exchange(process: subprocess.Popen[bytes], question: dict[str, Any]) -> tuple[dict[str, Any], bytes] | None:
@@ -131,31 +161,30 @@ def _exchange(process: subprocess.Popen[bytes], question: dict[str, Any]) -> tup
 
 
 def _serve(max_bytes: int) -> None:
-    """The process: answer questions until nobody asks any more."""
-    _bound_memory(max_bytes)
+    """The process: answer questions until nobody asks any more, or hears the answer."""
+    systems.bound_own_memory(max_bytes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for line in sys.stdin.buffer:
-        question = json.loads(line)
-        path = Path(question["path"])
-        try:
-            if question["work"] == "inspect":
-                answer, pixels = _inspect(path, question["max_megapixels"])
-            else:
-                answer, pixels = _decode(path, question["sha256"])
-        except Unusable as fault:
-            answer, pixels = {"unusable": str(fault)}, b""
-        except MemoryError:
-            told = f"needs more than {max_bytes / 2**30:.2g} GiB to decode; save it smaller, or remove it."
-            answer, pixels = {"unusable": told}, b""
-        sys.stdout.buffer.write(json.dumps(answer | {"bytes": len(pixels)}).encode() + b"\n" + pixels)
-        sys.stdout.buffer.flush()
+    try:
+        for line in sys.stdin.buffer:
+            _answer(json.loads(line), max_bytes)
+    except OSError:
+        os._exit(0)  # whoever asked was killed; Python would complain of what it cannot write at its end
 
 
-def _bound_memory(max_bytes: int) -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system can
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+def _answer(question: dict[str, Any], max_bytes: int) -> None:
+    """Work, and write what was found to standard output."""
+    path = Path(question["path"])
+    try:
+        if question["work"] == "inspect":
+            answer, pixels = _inspect(path, question["max_megapixels"])
+        else:
+            answer, pixels = _decode(path, question["sha256"])
+    except Unusable as fault:
+        answer, pixels = {"unusable": str(fault)}, b""
+    except MemoryError:
+        answer, pixels = {"unusable": _too_much(max_bytes)}, b""
+    sys.stdout.buffer.write(json.dumps(answer | {"bytes": len(pixels)}).encode() + b"\n" + pixels)
+    sys.stdout.buffer.flush()
 
 
 def _inspect(path: Path, max_megapixels: float) -> tuple[dict[str, Any], bytes]:
