@@ -6,7 +6,6 @@ It counts only with a manifest, written last, whose SHA-256 hold. No pickle: ten
 from __future__ import annotations
 
 import json
-import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +40,11 @@ def write(target: Path, checkpoint: Checkpoint) -> None:
     try:
         _write_files(temporary, checkpoint)
         if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        files.sync(folder)
+            files.remove_folder(target)
+        files.move(temporary, target)
+        files.sync_folder(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        files.remove_folder(temporary)
 
 
 def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
@@ -55,23 +54,23 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / "adapter.safetensors").write_bytes(save(checkpoint.adapter))
     (folder / "optimizer.safetensors").write_bytes(save(tensors))
     state = {"schema": CHECKPOINT_SCHEMA, "step": checkpoint.step, **checkpoint.state, "optimizer": optimizer}
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "state.json").write_bytes(json.dumps(state).encode())
     for name in CHECKPOINT_FILES:
         files.sync(folder / name)
     manifest = {n: {"sha256": files.sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in CHECKPOINT_FILES}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (folder / "manifest.json").write_bytes(json.dumps(manifest, indent=1).encode())
     files.sync(folder / "manifest.json")
-    files.sync(folder)
+    files.sync_folder(folder)
 
 
 def fault(folder: Path) -> str | None:
     """Why the checkpoint in `folder` cannot be trusted, None when it can."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name in CHECKPOINT_FILES:
             if files.sha256(folder / name) != manifest[name]["sha256"]:
                 return f"{name} is not what was written"
-        schema = json.loads((folder / "state.json").read_text())["schema"]
+        schema = json.loads((folder / "state.json").read_text(encoding="utf-8"))["schema"]
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -81,10 +80,14 @@ def fault(folder: Path) -> str | None:
 
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, in which `fault` finds none."""
-    state = json.loads((folder / "state.json").read_text())
-    tensors = load_file(folder / "optimizer.safetensors")
-    optimizer = _with_tensors(state.pop("optimizer"), tensors)
-    return Checkpoint(state.pop("step"), load_file(folder / "adapter.safetensors"), optimizer, state)
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    optimizer = _with_tensors(state.pop("optimizer"), _tensors(folder / "optimizer.safetensors"))
+    return Checkpoint(state.pop("step"), _tensors(folder / "adapter.safetensors"), optimizer, state)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Read, not mapped: the optimizer keeps what it is given, and Windows removes no file that is mapped."""
+    return load_file(path, backend="pread")
 
 
 def _without_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:

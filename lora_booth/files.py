@@ -1,4 +1,10 @@
-"""Writing files so that a crash at any moment leaves the old content or the new, never half of it."""
+"""Writing files so that a crash at any moment leaves the old content or the new, never half of it.
+
+What is promised when the power fails: on Linux what was written is there. Windows gives no handle of a folder to wait
+for, and keeps names in a journal, so the last names may be lost, with the old content under them; macOS waits for the
+drive but not for the drive's own memory, so the last seconds may be lost in any order. What a run goes on from carries
+digests, so there too it goes on from the newest checkpoint that is whole.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_booth import systems
 from lora_booth.errors import DiskError
 
 if TYPE_CHECKING:
@@ -21,8 +29,11 @@ if TYPE_CHECKING:
 _REMEDIES = {
     errno.EACCES: "choose a folder you may write to",
     errno.EROFS: "the disk is read-only; choose another folder",
-    errno.EMFILE: "too many open files; raise `ulimit -n`",
 }
+IN_USE = (5, 32, 33, 1224)
+"""Windows' numbers for a file that some program has open: access denied, shared, locked, mapped into memory."""
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
+"""Seconds between tries to name a file that is in use: virus scanners and indexers open what is new for moments."""
 
 
 @contextmanager
@@ -39,16 +50,42 @@ def replacing(path: Path, *, needed_bytes: int | None = None) -> Iterator[Path]:
         try:
             yield temporary
             sync(temporary)
-            os.replace(temporary, path)
-            sync(path.parent)
+            move(temporary, path)
+            sync_folder(path.parent)
         finally:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # else the next start removes it
                 temporary.unlink()
 
 
 def temporary_beside(path: Path) -> Path:
     """A new name in the folder of `path`, which `remove_abandoned` knows; nothing is made."""
     return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def move(source: Path, target: Path) -> None:
+    """Give the file or folder `source` the name `target`, in one step; a file of that name is replaced.
+
+    On Windows nothing can be renamed or replaced while a program has it open, which is waited for a little.
+    """
+    for seconds in PAUSES:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in IN_USE:
+                raise
+            time.sleep(seconds)
+    os.replace(source, target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove `folder` and all that is in it, as far as the system lets us: not what a program has open on Windows."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        for path in folder.rglob("*"):
+            with suppress(OSError):
+                path.chmod(stat.S_IRWXU)  # Windows keeps what is marked read-only
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -97,12 +134,22 @@ def remove_abandoned(folder: Path, *, older_than_seconds: float = 0.0) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the file or folder `path` is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until the content of the file `path` is on the disk."""
+    descriptor = os.open(path, os.O_RDWR)  # Windows refuses handles that only read
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in `folder` are on the disk, where the system has a way to wait for them: not Windows."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256(path: Path) -> str:
@@ -113,9 +160,23 @@ def sha256(path: Path) -> str:
 
 def _message(path: Path, needed_bytes: int | None, error: OSError) -> str:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        remedy = _REMEDIES.get(error.errno or 0, "choose another folder")
-        return f"{path} cannot be written ({error.strerror or error}); {remedy}."
+        return f"{path} cannot be written ({error.strerror or error}); {_remedy(path, error)}."
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     needed = "" if needed_bytes is None else f"it needs {needed_bytes} bytes and "
     free = shutil.disk_usage(folder).free
     return f"no space for {path}: {needed}{free} are free; free some space, or choose a folder on another disk."
+
+
+def _remedy(path: Path, error: OSError) -> str:
+    """What to do about a refusal, in one clause."""
+    length = len(str(path.absolute()))
+    if systems.is_windows() and length > systems.MAX_WINDOWS_PATH:
+        return (
+            f"its path has {length} characters, of which Windows takes {systems.MAX_WINDOWS_PATH}: choose a folder "
+            "nearer to the root of the drive, or switch on long paths in Windows"
+        )
+    if getattr(error, "winerror", None) in IN_USE and path.exists():
+        return "another program has it open: close that program, and the same command goes on"
+    if error.errno == errno.EMFILE:
+        return f"too many files are open; {systems.limits_advice()}"
+    return _REMEDIES.get(error.errno or 0, "choose another folder")

@@ -11,7 +11,12 @@ from types import FrameType
 
 from lora_booth.errors import Interrupted
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+"""Those that ask to stop, of which Windows has SIGINT (Ctrl-C) and SIGBREAK (Ctrl-Break, or the window is closed).
+
+What ends a process of Windows in other ways, as the task manager does, asks nobody: to a run that is a kill.
+"""
 
 
 class StopRequest:
@@ -31,7 +36,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch SIGINT, SIGTERM and SIGUSR1 while inside; a second one ends the process at once with 128 + its number."""
+    """Catch those of SIGNALS while inside; a second one ends the process at once with 128 + its number."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # Python delivers signals to the main thread only
@@ -52,7 +57,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 @contextmanager
 def exit_on_term() -> Iterator[None]:
-    """Make SIGTERM an exception while inside, as SIGINT is, so that what is half written is removed on the way out."""
+    """Make SIGTERM, and Windows' SIGBREAK, an exception while inside, as SIGINT is: what is half written is removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -60,8 +65,10 @@ def exit_on_term() -> Iterator[None]:
     def leave(number: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+    before = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -353,7 +353,7 @@ def _new_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            os.rename(temporary, out)
-            files.sync(out.parent)
+            files.move(temporary, out)
+            files.sync_folder(out.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            files.remove_folder(temporary)

@@ -127,8 +127,8 @@ class Run:
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl. Raises DiskError when the folder vanished or was taken."""
         self.require_taken()
-        with files.writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        with files.writing(self.metrics_path), self.metrics_path.open("ab") as file:
+            file.write(json.dumps(values).encode() + b"\n")
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps after the checkpoint that is continued from. Raises DiskError as `append_metrics`."""
@@ -193,7 +193,9 @@ class Run:
         losses: dict[int, float | None] = {}
         for folder in self._checkpoint_folders():
             try:
-                losses[int(folder.name[5:])] = json.loads((folder / "state.json").read_text()).get("validation_loss")
+                losses[int(folder.name[5:])] = json.loads((folder / "state.json").read_text(encoding="utf-8")).get(
+                    "validation_loss"
+                )
             except (OSError, ValueError):
                 continue
         return losses
@@ -223,7 +225,7 @@ class Run:
         for folder in (self.folder, self.folder / "previews"):
             files.remove_abandoned(folder)
         for unfinished in (self.folder / "checkpoints").glob(".saving-*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+            files.remove_folder(unfinished)
 
     def _inputs(self) -> dict[str, Any]:
         return _read_json(self.folder / "inputs.json", "put it back from a copy, or train in a new run.folder")
@@ -255,7 +257,7 @@ class Run:
         best = self.best_step()
         for folder in folders[:-keep_last]:
             if int(folder.name[5:]) != best:
-                shutil.rmtree(folder, ignore_errors=True)
+                files.remove_folder(folder)
 
 
 def require_free_space(folder: Path, needed_bytes: int) -> None:
@@ -300,7 +302,7 @@ def _locked(folder: Path) -> FileLock:
 def _owner_of(folder: Path) -> dict[str, Any]:
     """What the holder of `folder` wrote; None for what cannot be known."""
     try:
-        owner = json.loads((folder / OWNER_FILE).read_text())
+        owner = json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         owner = None
     return {key: owner.get(key) if isinstance(owner, dict) else None for key in ("pid", "host", "started", "id")}

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -59,6 +59,70 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     files.write_bytes(tmp_path / "x", b"1")
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def refusing(number: int, times: int) -> Callable[..., None]:
+    """`os.replace`, which refuses so many times as Windows does, with its number."""
+    honest, left = os.replace, [times]
+
+    def replace(source: Path, target: Path) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            error = PermissionError(errno.EACCES, "refused")
+            error.winerror = number  # type: ignore[attr-defined]
+            raise error
+        honest(source, target)
+
+    return replace
+
+
+def test_a_file_that_a_scanner_has_open_for_a_moment_is_replaced_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(os, "replace", refusing(files.IN_USE[1], 2))
+    files.write_text(tmp_path / "x", "1")
+    assert (tmp_path / "x").read_text() == "1"
+    (tmp_path / "x").write_text("old")
+    monkeypatch.setattr(os, "replace", refusing(files.IN_USE[1], 3))
+    with pytest.raises(DiskError, match=r"x cannot be written \(refused\); another program has it open: close that"):
+        files.write_text(tmp_path / "x", "2")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "old")]
+
+
+def test_a_refusal_that_no_waiting_mends_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PAUSES", (3600.0,))
+    monkeypatch.setattr(os, "replace", refusing(19, 1))  # write-protected
+    with pytest.raises(DiskError, match="choose a folder you may write to"):
+        files.write_text(tmp_path / "x", "2")
+
+
+def test_advice_is_in_the_words_of_the_users_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / "/".join(["x" * 100] * 3)
+    too_many = OSError(errno.EMFILE, "Too many open files")
+    missing = FileNotFoundError(errno.ENOENT, "The system cannot find the path specified")
+    assert "`ulimit" in files._message(tmp_path, None, too_many)
+    assert "nearer to the root" not in files._message(deep, None, missing)
+    monkeypatch.setattr(signal, "CTRL_C_EVENT", 0, raising=False)
+    assert files._message(tmp_path / "x", None, too_many).endswith("too many files are open; close other programs.")
+    assert "of which Windows takes 259: choose a folder nearer to the root" in files._message(deep, None, missing)
+
+
+def test_a_folder_is_removed_with_what_is_marked_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a"
+    (folder / "b").mkdir(parents=True)
+    (folder / "b" / "c").write_text("1")
+    (folder / "b" / "c").chmod(0o444)
+    honest = os.unlink
+
+    def unlink(path: str, *, dir_fd: int | None = None) -> None:
+        if not os.stat(path, dir_fd=dir_fd).st_mode & 0o200:
+            raise PermissionError(errno.EACCES, "Access is denied", path)
+        honest(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    files.remove_folder(folder)
+    assert not folder.exists()
 
 
 @pytest.fixture(params=[0o077, 0o027, 0o022, 0o002])

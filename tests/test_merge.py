@@ -488,7 +488,7 @@ def test_a_failure_in_the_middle_of_a_folder_leaves_nothing(
         raise OSError(5, os.strerror(5))
 
     adapter = one_layer(tmp_path / "a.safetensors")
-    monkeypatch.setattr(os, "rename", broken)
+    monkeypatch.setattr(os, "replace", broken)
     refused(DiskError, "cannot be written", bases["sd1"], adapter, tmp_path)
 
 

@@ -102,7 +102,7 @@ def test_a_save_that_dies_leaves_the_old_ones_and_no_orphan_after_the_next_start
     run.save(checkpoint(1), keep_last=2)
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(Path, "rename", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(files, "move", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         run.save(checkpoint(2), keep_last=2)
         os._exit(1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -126,8 +126,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name_and_the_name_befor
         honest = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *words, **more: (order.append(word(words)), honest(*words, **more))[1])
 
-    told(files, "sync", lambda words: f"sync {words[0].name.rpartition('-')[0] or words[0].name}")
-    told(Path, "rename", lambda _: "rename")
+    for name in ("sync", "sync_folder"):
+        told(files, name, lambda words: f"sync {words[0].name.rpartition('-')[0] or words[0].name}")
+    told(files, "move", lambda _: "rename")
     told(shutil, "rmtree", lambda words: f"remove {Path(words[0]).name.rpartition('-')[0]}")
     run.save(checkpoint(2), keep_last=1)
     names = ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json", ".saving"]

@@ -203,14 +203,17 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _opened(path: Path) -> safe_open:
-    """The file, open; its tensors are mapped, not read. Raises ModelError when it is no safetensors file."""
+    """The file, open; tensors are read, not mapped, which would hold the file on Windows as long as one of them lives.
+
+    Raises ModelError when it is no safetensors file.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(8)
     except OSError as error:
         raise ModelError(f"{path} could not be read: {error.strerror}; check the path.") from error
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework="pt", backend="pread")
     except (SafetensorError, OSError, ValueError) as error:
         if start.startswith((b"PK\x03\x04", b"\x80")):  # asked last: a header's length may begin with 0x80 too
             raise ModelError(
