@@ -1,13 +1,21 @@
 # make demo: install and train the embedded subject. make test: everything a change must pass.
+# Both install the exact versions of constraints.txt, so that no release of somebody else's changes what they do.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
+CONSTRAINTS := constraints.txt
+# Of what pip fetches to build the package itself, which --constraint does not reach.
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/$(CONSTRAINTS)
+EXTRAS := dev,optim,tracking,heic,miniature
+# The one version that is chosen by hand: another torch computes other last bits.
+LOCKED_TORCH := 2.13.0
 # Processes that run tests: one a core. Each holds torch and diffusers, about 1 GB, so never more than 8.
 WORKERS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((cores < 8 ? cores : 8)))
 
-.PHONY: demo test check lint types tests test-slow test-gpu soak miniature-data miniature-weights clean
+.PHONY: demo test check lint types tests test-slow test-gpu test-oldest test-newest test-next soak lock \
+	miniature-data miniature-weights clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lora-booth demo
@@ -46,18 +54,35 @@ miniature-data: $(VENV)/.installed-dev
 miniature-weights: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.booth_mini.train all --data build/booth_mini --out build/booth_mini/train
 
-$(VENV)/.created:
+# The tests with other versions than the locked ones, in an environment of its own: the lowest of each range, the newest
+# of each range, and the newest of all, past the upper bounds, which tells what the next releases will break.
+test-oldest test-newest test-next: test-%:
+	$(PYTHON) -m venv --clear build/$*
+	PIP_BUILD_CONSTRAINT= build/$*/bin/python -m pip install --quiet --upgrade pip
+	$(PYTHON) -m tools.requirements $* > build/$*/requirements.txt
+	PIP_BUILD_CONSTRAINT= build/$*/bin/python -m pip install --quiet --requirement build/$*/requirements.txt
+	PIP_BUILD_CONSTRAINT= build/$*/bin/python -m pip install --quiet --no-deps --editable .
+	OMP_NUM_THREADS=1 build/$*/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+# constraints.txt anew: the newest of everything that pyproject.toml allows, with the torch that is chosen by hand.
+lock:
+	$(PYTHON) -m venv --clear build/lock
+	PIP_BUILD_CONSTRAINT= build/lock/bin/python -m pip install --quiet --upgrade pip hatchling editables
+	PIP_BUILD_CONSTRAINT= build/lock/bin/python -m pip install --quiet torch==$(LOCKED_TORCH) --editable '.[$(EXTRAS)]'
+	build/lock/bin/python -m pip freeze --all --exclude-editable > build/lock/freeze.txt
+	$(PYTHON) -m tools.lock build/lock/freeze.txt > $(CONSTRAINTS)
+
+$(VENV)/.created: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) pip
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml
-	$(BIN)/python -m pip install --quiet 'torch>=2.10,<2.14'
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed Makefile
-	$(BIN)/python -m pip install --quiet --editable '.[dev,optim,tracking,heic,miniature]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:

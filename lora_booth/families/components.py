@@ -213,8 +213,8 @@ def _from_folder(facts: BaseFacts, classes: dict[str, str], dtype: torch.dtype) 
         folder = facts.path / name
         settings: dict[str, Any] = {"variant": component_weights(folder).variant, "local_files_only": True}
         settings |= {"use_safetensors": True, "output_loading_info": True}
+        settings["dtype"] = torch.float32 if name == "vae" else dtype
         is_text = name.startswith("text_encoder")
-        settings |= {"dtype": dtype} if is_text else {"torch_dtype": torch.float32 if name == "vae" else dtype}
         with readable(folder):
             model_class = getattr(transformers if is_text else diffusers, class_name)
             modules[name], report = model_class.from_pretrained(str(folder), **settings)
@@ -250,9 +250,9 @@ def _from_single_file(facts: BaseFacts, classes: dict[str, str], dtype: torch.dt
     parts["scheduler"] = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)  # unused, but asked for
     with readable(facts.path):
         if "vae" in classes:
-            vae_settings = settings | {"subfolder": "vae", "torch_dtype": torch.float32}
+            vae_settings = settings | {"subfolder": "vae", "dtype": torch.float32}
             parts["vae"] = diffusers.AutoencoderKL.from_single_file(path, **vae_settings)
-        pipeline = pipeline_class.from_single_file(path, torch_dtype=dtype, **settings, **parts)
+        pipeline = pipeline_class.from_single_file(path, dtype=dtype, **settings, **parts)
     modules = {name: getattr(pipeline, name) for name in classes}
     for name, module in modules.items():
         absent = [key for key, tensor in module.named_parameters() if tensor.is_meta]

@@ -110,8 +110,8 @@ def load_evaluator(model: Path) -> CLIPModel:
 def load_parts(model: Path) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPModel, CLIPTokenizer]:
     """The shipped parts in float32, for measuring."""
     return (
-        AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32).eval(),
-        UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float32).eval(),
+        AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32).eval(),
+        UNet2DConditionModel.from_pretrained(model, subfolder="unet", dtype=torch.float32).eval(),
         load_evaluator(model),
         CLIPTokenizer.from_pretrained(model / "tokenizer"),
     )
