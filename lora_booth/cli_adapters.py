@@ -16,6 +16,10 @@ Rank = Annotated[int | None, typer.Option(help="Rank of every layer.")]
 Energy = Annotated[float | None, typer.Option(help="Or: share of each layer's squared norm to keep, e.g. 0.95.")]
 Format = Annotated[str | None, typer.Option("--format", help="kohya (every UI) or diffusers. Default: as the source.")]
 Dtype = Annotated[str, typer.Option(help="fp16, bf16 or fp32.")]
+LeaveOut = Annotated[
+    str,
+    typer.Option(help="Go on without norm, bias, embedding, unknown, or what a key or layer begins with; by commas."),
+]
 
 
 def inspect(
@@ -42,6 +46,7 @@ def export(
     trigger: Annotated[str | None, typer.Option(help="What a prompt must say. Default: what the file says.")] = None,
     cover: Annotated[Path | None, typer.Option(help="A picture made with the adapter, for the cards of UIs.")] = None,
     base: Annotated[str | None, typer.Option(help="The base; needed for DoRA's portable form.")] = None,
+    leave_out: LeaveOut = "",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -61,6 +66,7 @@ def export(
             trigger=trigger,
             cover=cover,
             base=base,
+            leave_out=_words(leave_out),
             report=report,
         )
 
@@ -76,6 +82,7 @@ def merge(
     format: Annotated[str, typer.Option(help="kohya or diffusers.")] = "kohya",
     dtype: Dtype = "fp16",
     family: Annotated[str | None, typer.Option(help="sd1, sd2 or sdxl, where the files do not tell.")] = None,
+    leave_out: LeaveOut = "",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -93,7 +100,7 @@ def merge(
         raise ConfigError("--method and --rank make one adapter of several; they mean nothing with --base.")
     with _listening(as_json, quiet) as report:
         if base is not None:
-            verb.merge_into_base(base=base, adapters=adapters, out=out, report=report)
+            verb.merge_into_base(base=base, adapters=adapters, out=out, leave_out=_words(leave_out), report=report)
             return
         verb.merge_adapters(
             adapters=adapters,
@@ -105,6 +112,7 @@ def merge(
             formats=(format,),
             dtype=dtype,
             family=family,
+            leave_out=_words(leave_out),
             report=report,
         )
 
@@ -119,6 +127,7 @@ def resize(
     base: Annotated[str | None, typer.Option(help="The base; needed for DoRA.")] = None,
     format: Format = None,
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32. Default: as the source.")] = None,
+    leave_out: LeaveOut = "",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -129,7 +138,17 @@ def resize(
     from lora_booth.resize import resize as verb
 
     with _listening(as_json, quiet) as report:
-        verb(file=file, out=out, rank=rank, energy=energy, base=base, format=format, dtype=dtype, report=report)
+        verb(
+            file=file,
+            out=out,
+            rank=rank,
+            energy=energy,
+            base=base,
+            format=format,
+            dtype=dtype,
+            leave_out=_words(leave_out),
+            report=report,
+        )
 
 
 def extract(
@@ -164,6 +183,10 @@ def extract(
             dtype=dtype,
             report=report,
         )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",")) if text else ()
 
 
 def _listening(as_json: bool, quiet: bool) -> Any:

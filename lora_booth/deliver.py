@@ -105,17 +105,19 @@ def convert(
     trigger: str | None = None,
     cover: Path | None = None,
     base: str | None = None,
+    leave_out: Sequence[str] = (),
     report: Report | None = None,
 ) -> dict[str, Path]:
     """Write the adapter in `file` in other formats or another type, with its header, and tell what programs will do.
 
     `out`: folder, default that of `file`; existing files are not replaced. `base`: needed for the portable form of
-    DoRA, and where the file does not tell its family. Raises ConfigError, ModelError and DiskError.
+    DoRA, and where the file does not tell its family. `leave_out`: as in export.contents.
+    Raises ConfigError, ModelError and DiskError.
     """
     report = report or Silent()
     export.require_choices(formats, dtype)
-    weights, header = export.read(file), export.read_metadata(file)
-    family = _family(file, weights, header, base)
+    read, header = export.read_all([file], leave_out, report)[0], export.read_metadata(file)
+    weights, family = export.low_rank(file.name, read), _family(file, read, header, base)
     trigger = header.get("modelspec.trigger_phrase", "") if trigger is None else trigger
     name = name or file.stem.removesuffix(SUFFIX["diffusers"])
     fields = base_fields(family, _prediction_type(header), name) | carried(header)

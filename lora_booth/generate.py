@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from lora_booth import export, families, files
-from lora_booth.adapter.weights import AdapterWeights, find_module
+from lora_booth.adapter.weights import AdapterWeights, find_module, misfit
 from lora_booth.config import ModelConfig
 from lora_booth.data.grid import labelled_grid
 from lora_booth.devices import dtype_for
@@ -55,18 +55,19 @@ def generate(
     config = ModelConfig(base=base)
     size_px = _checked_size(picture.size_px, families.facts(config))
     family = families.load(config, device=device, dtype=dtype_for(config.precision, device))
-    for (path, _), layers in zip(adapters, weights, strict=True):
-        _require_fit(family, path, layers)
+    weights = [_fitted(family, path, layers) for (path, _), layers in zip(adapters, weights, strict=True)]
     pipeline = family.pipeline(picture.sampler)
     to_tensors = export.FORMATS["diffusers"].to_tensors  # diffusers itself knows fewer namings, and drops kohya's DoRA
-    for number, layers in enumerate(weights):
-        tensors = to_tensors(layers, family.name, torch.float32)
-        pipeline.load_lora_weights(tensors, adapter_name=f"adapter_{number}")
+    own_strengths = {}
+    for number, ((_, own), layers) in enumerate(zip(adapters, weights, strict=True)):
+        for kind, part in _alike(layers).items():
+            tensors = to_tensors(part, family.name, torch.float32)
+            pipeline.load_lora_weights(tensors, adapter_name=f"adapter_{number}_{kind}")
+            own_strengths[f"adapter_{number}_{kind}"] = own
     columns = []
     for done, strength in enumerate(strengths, start=1):
         if adapters:
-            names = [f"adapter_{number}" for number in range(len(adapters))]
-            pipeline.set_adapters(names, adapter_weights=[own * strength for _, own in adapters])
+            pipeline.set_adapters(list(own_strengths), adapter_weights=[w * strength for w in own_strengths.values()])
         columns.append(_column(family, prompts, picture, size_px))
         report.progress("strengths", done, len(strengths))
     return _write(folder, prompts, strengths, columns, report)
@@ -112,20 +113,38 @@ def _checked_size(size_px: tuple[int, int] | None, facts: BaseFacts) -> tuple[in
     return width, height
 
 
-def _require_fit(family: Family, path: Path, weights: AdapterWeights) -> None:
-    """Raises ModelError when the base lacks a layer that the adapter changes, or has it in another size."""
+def _fitted(family: Family, path: Path, weights: AdapterWeights) -> AdapterWeights:
+    """`weights` in the shapes of the base's layers: a 1x1 convolution's may be stored as a linear one's.
+
+    Raises ModelError when the base lacks a layer that the adapter changes, or has it in another size.
+    """
     modules = {"unet": family.denoiser, **family.text_encoders()}
+    fitted: AdapterWeights = {}
     for component, layers in weights.items():
-        for name, low_rank in layers.items():
+        for name, low in layers.items():
             try:
-                shape = find_module(modules[component], name).weight.shape
+                shape = tuple(find_module(modules[component], name).weight.shape)
             except (KeyError, AttributeError, ModelError):
                 shape = ()
-            if tuple(shape[:2]) != (low_rank.up.shape[0], low_rank.down.shape[1]):
+            if not shape or misfit(low, shape):
                 raise ModelError(
                     f"adapter {path.name} does not fit the base, a {family.name} model: {component} lacks layer {name} "
                     f"of its size. `lora-booth inspect {path.name}` tells its family; name such a base with --base."
                 )
+            down = low.down.reshape(low.rank, *shape[1:])
+            up = low.up.reshape(shape[0], low.rank, *(1 for _ in shape[2:]))
+            fitted.setdefault(component, {})[name] = replace(low, down=down, up=up)
+    return fitted
+
+
+def _alike(weights: AdapterWeights) -> dict[str, AdapterWeights]:
+    """`weights` in parts that are DoRA throughout or plain throughout: PEFT can load no other."""
+    parts: dict[str, AdapterWeights] = {}
+    for component, layers in weights.items():
+        for path, low_rank in layers.items():
+            kind = "plain" if low_rank.magnitude is None else "dora"
+            parts.setdefault(kind, {}).setdefault(component, {})[path] = low_rank
+    return parts
 
 
 @torch.no_grad()

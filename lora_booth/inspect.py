@@ -12,6 +12,7 @@ from lora_booth import charts, export, files
 from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, block_of, context_width, norm_of, num_parameters
 from lora_booth.errors import ModelError
 from lora_booth.export.family import FAMILY_NAMES, MINIATURE_WIDTH, family_of
+from lora_booth.export.keys import is_norm
 from lora_booth.export.programs import tell_programs
 from lora_booth.report import Report
 
@@ -35,6 +36,15 @@ TARGETS = {
     "projection": (".proj_in", ".proj_out"),
 }
 """What kind of layer a module path is, by its end; everything else is a convolution or an embedding."""
+KINDS = {
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "tucker": "LoRA with Tucker core",
+    "diff": "full difference",
+    "norm": "change of a normalisation",
+    "bias": "change of a bias",
+}
+"""Dense.kind in a user's words."""
 BAR_WIDTH = 24
 
 
@@ -102,8 +112,10 @@ def _tell_norms(norms: Mapping[str, float], report: Report) -> None:
 
 def _kind(update: LowRank | Dense) -> str:
     if isinstance(update, LowRank):
-        return "LoRA" if update.magnitude is None else "DoRA"
-    return {"loha": "LoHa", "lokr": "LoKr", "tucker": "LoRA with Tucker core", "diff": "full difference"}[update.kind]
+        name = "LoRA" if update.magnitude is None else "DoRA"
+    else:
+        name = KINDS[update.kind] + ("" if update.magnitude is None else " with DoRA")
+    return f"{name} over the inputs" if update.over_inputs else name
 
 
 def _counted(counts: Mapping[str, int]) -> str:
@@ -124,6 +136,8 @@ def _described(layers: Mapping[str, LowRank | Dense]) -> str:
 
 
 def _target(path: str) -> str:
+    if is_norm(path) or path.endswith(".bias"):
+        return "normalisation or bias"
     for name, endings in TARGETS.items():
         if f".{path}".endswith(endings):
             return name

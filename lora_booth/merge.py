@@ -7,7 +7,6 @@ the layout of the base, and is written in pieces: a checkpoint of 7 GB needs the
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 from lora_booth import export, files
 from lora_booth.adapter.combine import Adapter, Recipe, combine
 from lora_booth.adapter.decompose import tell_errors
-from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, weight_change, weight_shape
+from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, misfit, weight_change
 from lora_booth.config import ModelConfig
 from lora_booth.errors import ConfigError, ModelError, NumericError
 from lora_booth.export import combined
@@ -43,6 +42,8 @@ QUANTISED_MARKS = (
     ".qweight",
 )
 """Ends of keys that only quantised weights bring (bitsandbytes, ComfyUI's scaled fp8, GPTQ)."""
+MAX_STRENGTH = 1e6
+"""A larger number is a slip, and float32 need not hold what it multiplies."""
 NOT_COPIED = (*PICKLES, ".msgpack", ".onnx", ".h5")
 """Files of a base folder that are left out: pickles, and weights that the adapters were not merged into."""
 
@@ -62,13 +63,19 @@ Changes = dict[Path, dict[str, list[Change]]]
 
 
 def merge_into_base(
-    *, base: str, adapters: Sequence[tuple[Path, float]], out: Path, report: Report | None = None
+    *,
+    base: str,
+    adapters: Sequence[tuple[Path, float]],
+    out: Path,
+    leave_out: Sequence[str] = (),
+    report: Report | None = None,
 ) -> Path:
     """Write `out`, a new folder or `.safetensors` file in the layout of `base`, with the adapters in its weights.
 
     `base`: as `model.base`; of a hub id the full-precision weights are fetched. `adapters`: files of any kind with a
-    strength each. In a folder every variant of the weights is merged; configs and tokenizers are copied as they are;
-    pickles, hidden files and loose checkpoints are left out, which is told. The base itself is only read.
+    strength each. `leave_out`: as in export.contents. In a folder every variant of the weights is merged; configs and
+    tokenizers are copied as they are; pickles, hidden files and loose checkpoints are left out, which is told. The
+    base itself is only read.
     Raises ConfigError when `out` exists or a strength is no number, ModelError when a layer does not fit, a weight is
     quantised or the result exceeds its type, NumericError when it is not finite, DiskError when it cannot be written;
     after any of them nothing is left behind.
@@ -80,8 +87,9 @@ def merge_into_base(
     _refuse_quantised_config(path)
     facts = identify(path)
     changes: Changes = {}
-    for file, strength in adapters:
-        _add_changes_(changes, facts, file.name, export.read_any(file), strength)
+    read = export.read_all([file for file, _ in adapters], leave_out, report)
+    for (file, strength), weights in zip(adapters, read, strict=True):
+        _add_changes_(changes, facts, file.name, weights, strength)
     layouts = {weight_file: read_layout(weight_file) for weight_file in changes}
     _require_fit(layouts, changes)
     fields = partial(combined.with_merged, base=path.name, adapters=combined.described(adapters))
@@ -104,22 +112,28 @@ def merge_adapters(
     formats: Sequence[str] = ("kohya",),
     dtype: str = "fp16",
     family: str | None = None,
+    leave_out: Sequence[str] = (),
     report: Report | None = None,
 ) -> Path:
     """Write one LoRA that does what `adapters`, files of any kind with a strength each, do together; returns `out`.
 
     `method`, `rank`, `density`, `seed`: as in `adapter.combine.Recipe`. `formats`: keys of export.FORMATS; the first is
     written to `out`, a second one beside it with its name behind the stem. `dtype`: a key of export.DTYPES. `family`:
-    "sd1", "sd2" or "sdxl", needed where no file tells.
+    "sd1", "sd2" or "sdxl", needed where no file tells. `leave_out`: as in export.contents.
     Raises ConfigError for an impossible recipe or an existing `out`, ModelError for adapters of different families,
-    DoRA, and values that `dtype` does not hold, DiskError when a file cannot be written.
+    DoRA, changes of vectors, and values that `dtype` does not hold, DiskError when a file cannot be written.
     """
     report = report or Silent()
     recipe = Recipe(method, rank, density, seed)
     _check_strengths(adapters)
     export.require_choices(formats, dtype)
     paths = _outputs(out, formats)
-    read = [(path, export.read_any(path), export.read_metadata(path)) for path, _ in adapters]
+    all_weights = export.read_all([path for path, _ in adapters], leave_out, report)
+    read = [
+        (path, weights, export.read_metadata(path)) for (path, _), weights in zip(adapters, all_weights, strict=True)
+    ]
+    for path, weights, _ in read:
+        export.require_matrices(path.name, weights)
     family = combined.common_family([(path.name, weights, header) for path, weights, header in read], stated=family)
     ingredients = [
         Adapter(path.name, weights, strength) for (path, weights, _), (_, strength) in zip(read, adapters, strict=True)
@@ -156,8 +170,8 @@ def _check_strengths(adapters: Sequence[tuple[Path, float]]) -> None:
     if not adapters:
         raise ConfigError("There is nothing to merge; name one adapter file or more.")
     for path, strength in adapters:
-        if not math.isfinite(strength):
-            raise ConfigError(f"The strength of {path.name} is {strength}; use a number such as 0.8.")
+        if not abs(strength) <= MAX_STRENGTH:
+            raise ConfigError(f"The strength of {path.name} is {strength:g}; use a number such as 0.8.")
 
 
 def _require_new(out: Path, *, suffix: str) -> None:
@@ -210,11 +224,11 @@ def _require_fit(layouts: Mapping[Path, Layout], changes: Changes) -> None:
             if entry.dtype not in FLOATS:
                 raise ModelError(_quantised(file, f"stores {parts[0].layer} as {entry.dtype}"))
             for part in parts:
-                weight, change = part.place.shape(entry.shape), weight_shape(part.update)
-                if math.prod(weight) != math.prod(change) or weight[0] != change[0]:
+                weight = part.place.shape(entry.shape)
+                if wrong := misfit(part.update, weight):
                     raise ModelError(
-                        f"{part.layer} is {list(weight)} in {file}, but the adapter changes {list(change)}; it was "
-                        "made for another base."
+                        f"{part.layer} is {list(weight)} in {file}, but the adapter changes {wrong}; it was made for "
+                        "another base."
                     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def resize(
     base: str | None = None,
     format: str | None = None,
     dtype: str | None = None,
+    leave_out: Sequence[str] = (),
     report: Report | None = None,
 ) -> Path:
     """Write the adapter in `file` as a plain LoRA of `rank`, or of the smallest ranks that keep `energy` of each layer.
@@ -52,18 +54,20 @@ def resize(
     Layers of plain LoRA whose rank is low enough keep their numbers; of all others the best approximation is written.
     `out`: default `<stem>_rank8.safetensors` or `<stem>_energy95.safetensors` beside the source. `base`: as
     `model.base`; needed for DoRA, whose change depends on the base's weights. `format` and `dtype`: default as in the
-    source; a source in PEFT's naming becomes a diffusers file. Reports the relative error of each block, that of
+    source; a source in PEFT's naming becomes a diffusers file, one in ComfyUI's a kohya file. `leave_out`: as in
+    export.contents. Reports the relative error of each block, that of
     rounding to `dtype` apart. Returns the file written.
     Raises ConfigError for settings that contradict and an `out` that exists, ModelError for a source that is no sound
-    adapter, DoRA without a base or with another one.
+    adapter, for changes of vectors, and DoRA without a base or with another one.
     """
     report = report or Silent()
     require_choice(rank, energy)
     out = out or file.with_name(f"{file.stem}_{_size_name(rank, energy)}.safetensors")
     _check(out, format, dtype)
-    weights, header = export.read_any(file), export.read_metadata(file)
+    weights, header = export.read_all([file], leave_out, report)[0], export.read_metadata(file)
+    export.require_matrices(file.name, weights)
     naming = export.detect(file)
-    format = format or (naming if naming in export.FORMATS else "diffusers")
+    format = format or {"peft": "diffusers", "comfyui": "kohya"}.get(naming, naming)
     dtype = dtype or _stored_dtype(file)
     facts = _facts(file, weights, base, report)
     parts = _approximated(weights, facts, rank, energy, report)
@@ -137,7 +141,7 @@ def _approximated(
 
 def _change(name: str, path: str, update: LowRank | Dense, module: nn.Module | None) -> LowRank | Dense | Tensor:
     """The update itself, or for DoRA the change it makes of the base's weight."""
-    if not isinstance(update, LowRank) or update.magnitude is None:
+    if update.magnitude is None:
         return update
     assert module is not None, "DoRA without a base was refused"
     try:

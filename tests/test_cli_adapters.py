@@ -71,7 +71,7 @@ def test_export_merge_and_resize_write_files_that_inspect_reads(
     ("command", "code", "expected"),
     [
         ("inspect none.safetensors", 4, "none.safetensors"),
-        ("inspect .", 4, "could not be read"),
+        ("inspect .", 4, "cannot be read"),
         ("export dog.safetensors", 2, "is not replaced"),
         ("export dog.safetensors --format onnx --out x", 2, "onnx"),
         ("export dog.safetensors --dtype int8 --out x", 2, "int8"),

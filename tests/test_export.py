@@ -118,8 +118,11 @@ def good_bytes() -> bytes:
         (b"\xff" * 100, "not a whole safetensors file"),
         ((1 << 40).to_bytes(8, "little") + b"{}", "not a whole safetensors file"),
         (save({}), "holds no tensors"),
-        (save({"model.diffusion_model.out.weight": torch.ones(2)}), "no LoRA in kohya, diffusers or PEFT naming"),
-        (save({"unet.x.lora_A.default.weight": torch.ones(2, 2)}), "is no part of a LoRA"),
+        (
+            save({"model.diffusion_model.out.weight": torch.ones(2)}),
+            "no LoRA in kohya, diffusers, PEFT or ComfyUI naming",
+        ),
+        (save({"unet.x.lora_A.default.bias": torch.ones(2, 2)}), "no LoRA in kohya"),
     ],
 )
 def test_damaged_and_foreign_files_are_refused_by_name(content: bytes, message: str, tmp_path: Path) -> None:
@@ -130,9 +133,9 @@ def test_damaged_and_foreign_files_are_refused_by_name(content: bytes, message: 
 
 
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="could not be read: No such file"):
+    with pytest.raises(ModelError, match="cannot be read: it is missing"):
         export.read(tmp_path / "none.safetensors")
-    with pytest.raises(ModelError, match="could not be read: Is a directory"):
+    with pytest.raises(ModelError, match="cannot be read: it is a folder"):
         export.read(tmp_path)
 
 

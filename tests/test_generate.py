@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from lora_booth import export, generate
 from lora_booth.adapter.weights import LowRank
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.generate import PictureSettings, parse_adapter, parse_size, parse_strengths
+from lora_booth.merge import merge_into_base
 
 PICTURE = PictureSettings(sampler="ddim", sampler_steps=2)
 
@@ -111,3 +113,45 @@ def test_an_adapter_of_another_family_is_refused(bases: dict[str, Path], tmp_pat
     file = adapter_file(tmp_path / "a.safetensors", 0)
     with pytest.raises(ModelError, match="does not fit the base, a sdxl model"):
         generate.generate(base=str(bases["sdxl"]), prompts=["x"], adapters=[(file, 1.0)], folder=tmp_path / "out")
+
+
+def test_dora_on_some_layers_only_draws_what_the_merged_base_draws(bases: dict[str, Path], tmp_path: Path) -> None:
+    stem, generator = "down_blocks.0.attentions.0.transformer_blocks.0.attn1", torch.Generator().manual_seed(0)
+    layers = {
+        f"{stem}.{leaf}": LowRank(torch.randn(2, 16, generator=generator), torch.randn(16, 2, generator=generator), 1.0)
+        for leaf in ("to_q", "to_k")
+    }
+    layers[f"{stem}.to_q"] = replace(layers[f"{stem}.to_q"], magnitude=3 * torch.rand(16, generator=generator))
+    file = tmp_path / "a.safetensors"
+    export.FORMATS["diffusers"].write(file, {"unet": layers}, "sd1", torch.float32, {})
+    settings = {"prompts": ["x"], "picture": PICTURE}
+    generate.generate(base=str(bases["sd1"]), adapters=[(file, 1.0)], folder=tmp_path / "loaded", **settings)
+    merge_into_base(base=str(bases["sd1"]), adapters=[(file, 1.0)], out=tmp_path / "merged")
+    generate.generate(base=str(tmp_path / "merged"), folder=tmp_path / "drawn", **settings)
+    generate.generate(base=str(bases["sd1"]), folder=tmp_path / "base", **settings)
+    loaded, merged, base = (pixels(tmp_path / name, "00_x_1.png") for name in ("loaded", "drawn", "base"))
+    assert abs(loaded - merged).max() <= 1 < abs(base - merged).max()
+
+
+def test_dora_over_the_inputs_is_refused_by_name_with_what_takes_it(bases: dict[str, Path], tmp_path: Path) -> None:
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    leaves = {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "dora_scale": (1, 16)}
+    save_file({f"{name}.{leaf}": torch.ones(shape) for leaf, shape in leaves.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=r"a\.safetensors is DoRA over the inputs at unet.+attn1\.to_q.+merge --base"):
+        generate.generate(base=str(bases["sd1"]), prompts=["x"], adapters=[(tmp_path / "a.safetensors", 1.0)])
+
+
+def test_a_convolution_stored_as_a_linear_layer_is_drawn(bases: dict[str, Path], tmp_path: Path) -> None:
+    name, generator = "lora_unet_mid_block_attentions_0_proj_in", torch.Generator().manual_seed(0)
+    shapes = {"linear": ((2, 32), (32, 2)), "conv": ((2, 32, 1, 1), (32, 2, 1, 1))}
+    factors = [torch.randn(shape, generator=generator) for shape in shapes["linear"]]
+    drawn = []
+    for kind, pair in shapes.items():
+        values = [factor.reshape(shape) for factor, shape in zip(factors, pair, strict=True)]
+        file = tmp_path / f"{kind}.safetensors"
+        save_file({f"{name}.lora_{leaf}.weight": v for leaf, v in zip(("down", "up"), values, strict=True)}, file)
+        generate.generate(
+            base=str(bases["sd1"]), prompts=["x"], adapters=[(file, 1.0)], picture=PICTURE, folder=tmp_path / kind
+        )
+        drawn.append(pixels(tmp_path / kind, "00_x_1.png"))
+    assert np.array_equal(*drawn)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from torch import Tensor
 from lora_booth import export
 from lora_booth.adapter.weights import Dense, LowRank, delta, merged_weight, weight_shape
 from lora_booth.errors import ModelError
-from lora_booth.export.kinds import MAX_LAYER_NUMBERS, leaf_of, update_of
+from lora_booth.export import reading
+from lora_booth.export.keys import leaf_of
+from lora_booth.export.kinds import MAX_LAYER_NUMBERS, update_of
 
 GENERATOR = torch.Generator().manual_seed(0)
 LAYER = "lora_unet_mid_block_attentions_0_proj_in"
@@ -118,14 +123,132 @@ def test_dora_in_kohya_naming_is_read_with_its_magnitudes() -> None:
     assert rows.tolist() == pytest.approx([1.0, 2.0, 3.0], abs=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (4,)])
-def test_dora_over_inputs_is_refused(shape: tuple[int, ...]) -> None:
-    leaves = {"lora_down": numbers(2, 4), "lora_up": numbers(3, 2), "dora_scale": numbers(*shape)}
-    with pytest.raises(ModelError, match="over the inputs"):
-        update_of("x", leaves)
-    square = {"lora_down": numbers(2, 4), "lora_up": numbers(4, 2), "dora_scale": numbers(1, 4)}
-    with pytest.raises(ModelError, match="over the inputs"):
-        update_of("x", square)
+def decomposed(weight: Tensor, change: Tensor, magnitude: list[float], *, over_inputs: bool) -> Tensor:
+    """W' of DoRA written out entry by entry: LyCORIS' apply_weight_decompose, wd_on_out True and False."""
+    whole = (weight + change).double()
+    result = whole.clone()
+    for i, size in enumerate(magnitude):
+        part = whole[:, i] if over_inputs else whole[i]
+        index = (slice(None), i) if over_inputs else (i,)
+        result[index] = part * size / part.square().sum().sqrt()
+    return result.float()
+
+
+SHAPES = {"linear": (3, 4), "square": (4, 4), "convolution": (3, 4, 3, 3), "square convolution": (4, 4, 3, 3)}
+FACTORS: dict[str, Callable[[tuple[int, ...]], tuple[dict[str, Tensor], Tensor]]] = {}
+"""Kind to a function from a weight's shape to leaves and the change that they are, written out."""
+
+
+def factors(kind: str) -> Any:
+    def register(function: Any) -> Any:
+        FACTORS[kind] = function
+        return function
+
+    return register
+
+
+@factors("LoRA")
+def lora(shape: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
+    down, up = numbers(2, *shape[1:]), numbers(shape[0], 2, *(1 for _ in shape[2:]))
+    change = torch.stack([sum(up[o, r].reshape(()) * down[r] for r in range(2)) for o in range(shape[0])])
+    return {"lora_down": down, "lora_up": up}, change
+
+
+@factors("LoHa")
+def loha(shape: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
+    flat = (shape[0], math.prod(shape[1:]))
+    halves = {side: (numbers(flat[0], 2), numbers(2, flat[1])) for side in "12"}
+    leaves = {f"hada_w{side}_{ab}": t for side, pair in halves.items() for ab, t in zip("ab", pair, strict=True)}
+    first, second = (a @ b for a, b in halves.values())
+    return leaves, (first * second).reshape(shape)
+
+
+@factors("LoKr")
+def lokr(shape: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
+    first, a, b = numbers(1, 2), numbers(shape[0], 2), numbers(2, shape[1] // 2 * math.prod(shape[2:]))
+    second = (a @ b).reshape(shape[0], shape[1] // 2, *shape[2:])
+    change = torch.cat([first[0, 0] * second, first[0, 1] * second], dim=1)
+    return {"lokr_w1": first, "lokr_w2_a": a, "lokr_w2_b": b}, change
+
+
+@pytest.mark.parametrize("over_inputs", [False, True])
+@pytest.mark.parametrize("layer", SHAPES)
+@pytest.mark.parametrize("kind", FACTORS)
+def test_dora_of_every_kind_runs_along_the_axis_that_its_shape_says(kind: str, layer: str, over_inputs: bool) -> None:
+    shape = SHAPES[layer]
+    leaves, change = FACTORS[kind](shape)
+    magnitude = [0.5 + i for i in range(shape[1 if over_inputs else 0])]
+    ones = [1] * (len(shape) - 2)
+    stored = torch.tensor(magnitude).reshape(*((1, -1) if over_inputs else (-1, 1)), *ones)
+    update = update_of("unet.x", leaves | {"dora_scale": stored, "alpha": torch.tensor(3.0)})  # scale 1.5
+    weight = numbers(*shape)
+    expected = decomposed(weight, 1.5 * change, magnitude, over_inputs=over_inputs)
+    assert torch.allclose(merged_weight(weight, update), expected, atol=1e-5)
+    assert update.over_inputs == over_inputs and torch.allclose(delta(update).reshape(shape), 1.5 * change, atol=1e-5)
+
+
+def test_pefts_magnitudes_run_along_the_outputs_in_whatever_shape() -> None:
+    leaves, change = lora((4, 4, 3, 3))
+    magnitude, weight = [1.0, 2.0, 3.0, 4.0], numbers(4, 4, 3, 3)
+    update = update_of("unet.x", leaves | {"magnitude": torch.tensor(magnitude).reshape(1, 4, 1, 1)})
+    expected = decomposed(weight, change, magnitude, over_inputs=False)
+    assert torch.allclose(merged_weight(weight, update), expected, atol=1e-5)
+
+
+def test_a_row_that_the_update_makes_zero_stays_zero_in_dora() -> None:
+    update = LowRank(torch.eye(2), -torch.eye(2), 1.0, torch.ones(2))
+    assert torch.equal(merged_weight(torch.eye(2), update), torch.zeros(2, 2))
+
+
+def test_a_flat_dora_scale_is_read_only_where_something_tells_its_axis() -> None:
+    def file(*shapes: tuple[int, int], count: int) -> dict[str, Tensor]:
+        tensors = {}
+        for number, (out, inputs) in enumerate(shapes):
+            name = f"lora_unet_down_blocks_{number}_attentions_0_proj_in"
+            tensors |= {f"{name}.lora_down.weight": numbers(2, inputs), f"{name}.lora_up.weight": numbers(out, 2)}
+            tensors[f"{name}.dora_scale"] = torch.ones(count)
+        return tensors
+
+    def axes(tensors: dict[str, Tensor]) -> list[bool]:
+        return [update.over_inputs for update in reading.from_tensors(tensors)["unet"].values()]
+
+    assert axes(file((4, 6), count=4)) == [False] and axes(file((6, 4), count=4)) == [True]
+    assert axes(file((4, 4), (4, 6), count=4)) == [False, False], "the second layer tells"
+    assert axes(file((4, 4), (6, 4), count=4)) == [True, True]
+    for shapes in (((4, 4),), ((4, 4), (4, 6), (6, 4))):
+        with pytest.raises(ModelError, match=r"down_blocks\.0.+of one dimension and as many inputs as outputs"):
+            axes(file(*shapes, count=4))
+
+
+def test_lokr_with_a_tucker_core_is_the_kronecker_product_with_the_core_multiplied_in() -> None:
+    first, core, a, b = numbers(2, 3), numbers(2, 2, 3, 3), numbers(2, 4), numbers(2, 5)
+    leaves = {"lokr_w1": first, "lokr_t2": core, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(1.0)}
+    update = update_of("unet.x", leaves)
+    change = delta(update)
+    assert change.shape == weight_shape(update) == (8, 15, 3, 3)
+    inner = sum(entry(core, i, j, 1, 2) * entry(a, i, 3) * entry(b, j, 1) for i in range(2) for j in range(2))
+    assert entry(change, 1 * 4 + 3, 2 * 5 + 1, 1, 2) == pytest.approx(0.5 * entry(first, 1, 2) * inner, abs=1e-5)
+
+
+@pytest.mark.parametrize(("leaf", "layer", "kind", "path"), [
+    ("w_norm", "resnets_0_norm1", "norm", "resnets.0.norm1"),
+    ("b_norm", "resnets_0_norm1", "norm", "resnets.0.norm1.bias"),
+    ("diff", "resnets_0_norm1", "norm", "resnets.0.norm1"),
+    ("diff_b", "resnets_0_norm1", "norm", "resnets.0.norm1.bias"),
+    ("diff_b", "resnets_0_conv1", "bias", "resnets.0.conv1.bias"),
+])  # fmt: skip
+def test_changes_of_norms_and_biases_are_themselves(leaf: str, layer: str, kind: str, path: str) -> None:
+    change = numbers(8)
+    weights = reading.from_tensors({f"lora_unet_mid_block_{layer}.{leaf}": change})
+    assert list(weights["unet"]) == [f"mid_block.{path}"]
+    update = weights["unet"][f"mid_block.{path}"]
+    assert update.kind == kind and torch.equal(merged_weight(torch.zeros(8), update, 0.5), 0.5 * change)  # type: ignore[union-attr]
+
+
+def test_a_layer_has_a_low_rank_update_and_one_of_its_bias(tmp_path: Path) -> None:
+    tensors = {f"{LAYER}.lora_down.weight": numbers(2, 4), f"{LAYER}.lora_up.weight": numbers(5, 2)}
+    found = reading.from_tensors(tensors | {f"{LAYER}.diff_b": torch.ones(5)})["unet"]
+    assert isinstance(found[PATH], LowRank) and torch.equal(delta(found[f"{PATH}.bias"]), torch.ones(5))
 
 
 def test_strength_moves_a_dora_layer_in_a_straight_line() -> None:
@@ -162,6 +285,22 @@ def test_alpha_is_over_rank_and_one_without_and_a_scale_wins() -> None:
         ({"lokr_w1": (2, 2), "lokr_w2_a": (2, 2), "lokr_w2_b": (3, 3)}, "do not fit"),
         ({"lokr_w1": (2, 2), "lokr_w2_a": (2, 2), "lokr_w2_b": ()}, "do not fit"),
         ({"diff": (2, 2), "lora_up": (2, 2)}, "besides"),
+        ({"diff": (2, 2), "scale": ()}, "scale besides diff"),
+        ({"diff": ()}, r"a diff of shape \[\]; expected \[out, in"),
+        ({"diff": (4,)}, r"a diff of shape \[4\]; expected \[out, in"),
+        ({"diff": (0, 4)}, "holds no numbers"),
+        ({"diff_b": (2, 2)}, r"expected \[out\]"),
+        ({"w_norm": (4,)}, "is no normalisation"),
+        ({"lokr_w1": (2, 2), "lokr_w2": (0, 2)}, "holds no numbers"),
+        ({"lora_down": (2, 4, 1, 1), "lora_up": (3, 2, 1, 1), "lora_mid": (2, 2, 0, 3)}, "holds no numbers"),
+        ({"lokr_w1": (2, 2), "lokr_w2": (2, 2), "lokr_w2_a": (2, 1)}, "both lokr_w2 and lokr_w2_a"),
+        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 4), "alpha": ()},
+         r"ranks \[1, 2\], so nothing tells"),
+        ({"lokr_w1": (2, 2), "lokr_t2": (2, 2, 3, 3), "lokr_w2_a": (2, 4), "lokr_w2_b": (3, 5)}, "do not fit"),
+        ({"lora_down": (2, 4), "lora_up": (3, 2), "dora_scale": (1, 5)}, "5 magnitudes over the inputs, expected 4"),
+        ({"lora_down": (2, 4), "lora_up": (3, 2), "dora_scale": (5, 1)}, "5 magnitudes over the outputs, expected 3"),
+        ({"lora_down": (2, 4), "lora_up": (3, 2), "dora_scale": (3, 4)}, "12 magnitudes"),
+        ({"lora_down": (2, 4), "lora_up": (3, 2), "dora_scale": (3, 1), "magnitude": (3,)}, "and also PEFT's"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused_with_the_layers_name(
@@ -244,7 +383,10 @@ def test_pefts_text_encoder_file_is_known_by_its_layers(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
         export.read(tmp_path / "a.safetensors")
     (tmp_path / "adapter_config.json").write_text("[]")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="is not a JSON object"):
+        export.read(tmp_path / "a.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2, "init_lora_weights": "pissa_niter_4"}')
+    with pytest.raises(ModelError, match="init_lora_weights = pissa_niter_4, which changed its base too"):
         export.read(tmp_path / "a.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2}')
     assert list(export.read(tmp_path / "a.safetensors")) == ["text_encoder"]
@@ -264,6 +406,6 @@ def test_contents_tell_every_fault_and_keep_the_sound_layers(tmp_path: Path) -> 
     found = export.contents(tmp_path / "a.safetensors")
     assert list(found.weights["unet"]) == [PATH]
     assert len(found.faults) == 2
-    assert found.dtypes == {"float32": 4}
+    assert found.dtypes == {"F32": 4}
     with pytest.raises(ModelError, match="1 more such fault"):
         export.read_any(tmp_path / "a.safetensors")

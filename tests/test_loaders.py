@@ -21,7 +21,8 @@ from lora_booth.adapter.weights import AdapterWeights, LowRank, plain_path
 from lora_booth.config import TARGET_PRESETS
 from lora_booth.errors import ModelError
 from lora_booth.export import ldm
-from lora_booth.export.layers import SPELLINGS, module_paths
+from lora_booth.export.keys import SPELLINGS
+from lora_booth.export.layers import module_paths
 from lora_booth.export.loader_table import LOADERS
 from lora_booth.export.loaders import Verdict, verdicts, verdicts_of_file
 from lora_booth.families.sources import ARCHITECTURES
@@ -563,7 +564,7 @@ def test_files_that_cannot_be_judged_are_refused_by_name(tmp_path: Path) -> None
     path.write_bytes(b"PK\x03\x04")
     with pytest.raises(ModelError, match="is a pickle"):
         verdicts_of_file(path)
-    with pytest.raises(ModelError, match="could not be read"):
+    with pytest.raises(ModelError, match="cannot be read: it is missing"):
         verdicts_of_file(tmp_path / "none.safetensors")
 
 

@@ -404,7 +404,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_left(
     unknown = one_layer(tmp_path / "unknown.safetensors", layer="down_blocks.3.attentions.0.proj_in")
     refused(ModelError, r"unet lacks layer down_blocks\.3\.attentions\.0\.proj_in", base, unknown, tmp_path)
     wide = one_layer(tmp_path / "wide.safetensors", width=17)
-    refused(ModelError, rf"unet\.{LAYER} is \[16, 16\].*changes \[17, 17\]", base, wide, tmp_path)
+    refused(ModelError, rf"unet\.{LAYER} is \[16, 16\].*changes shape \[17, 17\]", base, wide, tmp_path)
     refused(ConfigError, "strength of wide.safetensors is nan", base, wide, tmp_path, strength=float("nan"))
 
 

@@ -59,6 +59,8 @@ def approximate(
     change needs the base's weight, and NumericError for a NaN or an infinity.
     """
     require_choice(rank, energy)
+    if not isinstance(update, Tensor) and update.magnitude is not None:
+        raise ModelError("A DoRA layer has no change of its own: it depends on the base's weight. Name the base.")
     if isinstance(update, LowRank):
         return _of_factors(update, rank, energy)
     change = delta(update) if isinstance(update, Dense) else update.float()
@@ -102,8 +104,6 @@ def tell_errors(parts: Mapping[str, Mapping[str, Approximation]], report: Report
 
 def _of_factors(update: LowRank, rank: int | None, energy: float | None) -> Approximation:
     """Without the dense matrix: up = Q_u R_u and down^T = Q_d R_d, so the singular values are those of R_u R_d^T."""
-    if update.magnitude is not None:
-        raise ModelError("A DoRA layer has no change of its own: it depends on the base's weight. Name the base.")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in update.tensors):
         raise NumericError(_NOT_FINITE)
     left, core_left = torch.linalg.qr(update.up.double().flatten(1))

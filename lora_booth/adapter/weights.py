@@ -26,13 +26,14 @@ class LowRank:
 
     `down`: `[r, in]`, for a convolution `[r, in, k, k]`. `up`: `[out, r]`, for a convolution `[out, r, 1, 1]`.
     `scale`: alpha / rank, or alpha / sqrt(rank) for rsLoRA; never folded into the factors here.
-    `magnitude`: `[out]`, the row norms of a DoRA layer, else None.
+    `magnitude`: of a DoRA layer the norms of its rows, `[out]`, or with `over_inputs` of its columns, `[in]`.
     """
 
     down: Tensor
     up: Tensor
     scale: float
     magnitude: Tensor | None = None
+    over_inputs: bool = False
 
     @property
     def rank(self) -> int:
@@ -49,8 +50,9 @@ class LowRank:
 class Dense:
     """The update of one layer as one tensor in the shape of its weight: what foreign kinds come to when read.
 
-    `kind`: "loha", "lokr", "tucker" or "diff". `change`: the tensor, or what computes it from `factors` when asked, so
-    that a file of factors never stands in memory multiplied out. `rank`: of the factors, None where there are none.
+    `kind`: "loha", "lokr", "tucker" or "diff", or of vectors "norm" (weight or bias of a normalisation) and "bias".
+    `change`: the tensor, or what computes it from `factors` when asked, so that a file of factors never stands in
+    memory multiplied out. `rank`: of the factors, None where there are none. `magnitude`, `over_inputs`: as in LowRank.
     """
 
     kind: str
@@ -59,6 +61,8 @@ class Dense:
     factors: tuple[Tensor, ...] = ()
     shape: tuple[int, ...] | None = None
     """Of delta, where `change` is computed."""
+    magnitude: Tensor | None = None
+    over_inputs: bool = False
 
     @property
     def delta(self) -> Tensor:
@@ -68,14 +72,19 @@ class Dense:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor stored of the update."""
-        return (self.change,) if isinstance(self.change, Tensor) else self.factors
+        change = (self.change,) if isinstance(self.change, Tensor) else self.factors
+        return change if self.magnitude is None else (*change, self.magnitude)
 
 
 AdapterWeights = dict[str, dict[str, LowRank]]
 """Component ("unet", "text_encoder", "text_encoder_2") to module path in that component to its update."""
 
 AnyWeights = dict[str, dict[str, LowRank | Dense]]
-"""The same for files of every kind: what can be inspected, merged and turned into low rank, but not trained on."""
+"""The same for files of every kind: what can be inspected, merged and turned into low rank, but not trained on. The
+update of a bias lies under the layer's path and ".bias"."""
+
+VECTORS = ("norm", "bias")
+"""Kinds of Dense that no LoRA can hold, since they change vectors."""
 
 
 def plain_path(name: str) -> str:
@@ -99,7 +108,7 @@ def find_module(module: nn.Module, path: str) -> nn.Module:
 def delta(update: LowRank | Dense) -> Tensor:
     """What is added to the layer's weight, float32, in its shape: `[out, in]` or `[out, in, k, k]`.
 
-    For a DoRA layer this is the low-rank part only: the merged weight also rescales each row to `magnitude`.
+    For a DoRA layer this is the low-rank part only: the merged weight is also rescaled to `magnitude`.
     """
     if isinstance(update, Dense):
         return update.delta.float()
@@ -112,18 +121,43 @@ def weight_change(weight: Tensor, update: LowRank | Dense) -> Tensor:
     """What the update adds to the layer's `weight` at strength 1, float32, in the weight's shape.
 
     Plain: delta. DoRA: W' - W, W' = magnitude * (W + delta) / |W + delta|, the norm over each output row (arXiv
-    2402.09353, equation 5).
-    Raises ModelError when the shapes differ. A 1x1 convolution's weight takes a linear update and the reverse.
+    2402.09353, equation 5), or with `over_inputs` over each input column (LyCORIS, wd_on_out = False).
+    Raises ModelError when the shapes do not fit, see `misfit`.
     """
-    base, added = weight.float(), delta(update)
-    if added.numel() != base.numel() or added.shape[0] != base.shape[0]:
-        raise ModelError(f"an update of shape {list(added.shape)} does not fit a weight of {list(base.shape)}.")
-    added = added.reshape(base.shape)
-    if isinstance(update, LowRank) and update.magnitude is not None:
-        whole = (base + added).flatten(1)
-        rescaled: Tensor = whole * (update.magnitude.float().reshape(-1, 1) / whole.norm(dim=1, keepdim=True))
-        return rescaled.reshape(base.shape) - base
-    return added
+    base = weight.float()
+    if wrong := misfit(update, tuple(base.shape)):
+        raise ModelError(f"an update of {wrong} does not fit a weight of {list(base.shape)}.")
+    added = delta(update).reshape(base.shape)
+    if update.magnitude is None:
+        return added
+    whole = base + added
+    axis = 1 if update.over_inputs else 0
+    norm = torch.linalg.vector_norm(whole, dim=[i for i in range(whole.ndim) if i != axis], keepdim=True)
+    shape = [-1 if i == axis else 1 for i in range(whole.ndim)]
+    tiny = torch.finfo(torch.float32).tiny  # a row of zeros stays one
+    rescaled: Tensor = whole * (update.magnitude.float().reshape(shape) / norm.clamp_min(tiny))
+    return rescaled - base
+
+
+def misfit(update: LowRank | Dense, shape: tuple[int, ...]) -> str:
+    """What does not fit a weight of `shape`: "shape [4, 4]" or "5 magnitudes"; "" when all fits.
+
+    A 1x1 convolution's weight takes a linear update and the reverse, a convolution's also one that is flattened to
+    `[out, in k k]`, as LoHa and LoKr store it.
+    """
+    change = weight_shape(update)
+    is_flat = len(change) == 2 and len(shape) > 2 and change == (shape[0], math.prod(shape[1:]))
+    if not is_flat and _without_ones(change) != _without_ones(shape):
+        return f"shape {list(change)}"
+    count = None if update.magnitude is None else update.magnitude.numel()
+    if count is not None and count != shape[1 if update.over_inputs else 0]:
+        return f"{count} magnitudes over the {'inputs' if update.over_inputs else 'outputs'}"
+    return ""
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape` without the kernel of a 1x1 convolution."""
+    return shape[:2] if shape[2:] and set(shape[2:]) == {1} else shape
 
 
 def merged_weight(weight: Tensor, update: LowRank | Dense, strength: float = 1.0) -> Tensor:
@@ -176,8 +210,7 @@ def num_parameters(weights: AdapterWeights | AnyWeights) -> int:
 
 def uses_dora(weights: AdapterWeights | AnyWeights) -> bool:
     """True when any layer has a magnitude."""
-    updates = (update for layers in weights.values() for update in layers.values())
-    return any(isinstance(update, LowRank) and update.magnitude is not None for update in updates)
+    return any(update.magnitude is not None for layers in weights.values() for update in layers.values())
 
 
 def require_finite(weights: AdapterWeights) -> None:

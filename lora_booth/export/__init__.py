@@ -1,13 +1,14 @@
 """Adapter files: writing them in the formats that programs load, and reading them without trusting them.
 
-A format is one module with `to_tensors` and `split_key`, and a line in FORMATS and NAMINGS.
+A format is one module with `to_tensors`, and a line in FORMATS; its spelling is read by `keys.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import torch
@@ -16,11 +17,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lora_booth import files
-from lora_booth.adapter.weights import AdapterWeights, AnyWeights, LowRank, nonfinite
+from lora_booth.adapter.weights import VECTORS, AdapterWeights, AnyWeights, Dense, LowRank, nonfinite
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.export import diffusers, kohya
-from lora_booth.export.kinds import gather, strictly
-from lora_booth.export.metadata import MAX_HEADER_BYTES, Facts, metadata, trigger_words, with_hashes
+from lora_booth.export.keys import naming_of, parse
+from lora_booth.export.metadata import MAX_HEADER_BYTES, SCALES_FIELD, Facts, metadata, trigger_words, with_hashes
+from lora_booth.export.reading import LEAVABLE, gather, kept, require_no_stranger, strictly
+from lora_booth.inputs import read_object, require_plain_file, shown, why_unreadable
+from lora_booth.report import Report
 
 __all__ = [
     "DTYPES",
@@ -30,11 +34,14 @@ __all__ = [
     "Format",
     "contents",
     "detect",
+    "low_rank",
     "metadata",
     "read",
+    "read_all",
     "read_any",
     "read_metadata",
     "require_choices",
+    "require_matrices",
     "trigger_words",
 ]
 
@@ -48,6 +55,8 @@ class Format:
 
     to_tensors: Callable[[AdapterWeights, str, torch.dtype], dict[str, Tensor]]
     """(weights, family, dtype) to the file's tensors."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """What every file of the format says in its header."""
 
     def write(
         self, path: Path, weights: AdapterWeights, family: str, dtype: torch.dtype, metadata: Mapping[str, str]
@@ -60,7 +69,7 @@ class Format:
         tensors = self.to_tensors(weights, family, dtype)
         if not tensors:
             raise ModelError(f"{path.name} would be empty: the adapter has no layers.")
-        content = save(tensors, with_hashes(metadata, tensors))
+        content = save(tensors, with_hashes({**metadata, **self.fields}, tensors))
         header = int.from_bytes(content[:8], "little")
         if header > MAX_HEADER_BYTES:
             raise ModelError(
@@ -71,17 +80,16 @@ class Format:
 
 
 FORMATS = {
-    "diffusers": Format(lambda weights, family, dtype: diffusers.to_tensors(weights, dtype)),
+    "diffusers": Format(
+        lambda weights, family, dtype: diffusers.to_tensors(weights, dtype), {SCALES_FIELD: "multiplied into lora_B"}
+    ),
     "kohya": Format(kohya.to_tensors),
 }
 """Values of `export.formats`: what can be written."""
 
-NAMINGS = {
-    "kohya": ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_"),
-    "diffusers": ("unet.", "text_encoder.", "text_encoder_2."),
-    "peft": ("base_model.model.",),
-}
-"""What can be read, and how its keys begin."""
+STORED = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""Types, as safetensors calls them, that hold the numbers of an adapter; a single number may have any that is real."""
+REAL = (*STORED, "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
 
 
 def require_choices(formats: Sequence[str] | None, dtype: str | None) -> None:
@@ -98,72 +106,129 @@ def require_choices(formats: Sequence[str] | None, dtype: str | None) -> None:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds: its naming (a key of NAMINGS), layers in float32 on the CPU, header, and what is wrong."""
+    """What a file holds: its naming, layers in float32 on the CPU, header, and what is wrong.
+
+    `naming`: "kohya", "diffusers", "peft" or "comfyui". `dtypes`: type, as "F16", to the count of tensors that have it.
+    `faults`: one sentence each; layers with a fault are not among `weights`, except those that are not finite.
+    `left_out`: word to the keys that it named.
+    """
 
     naming: str
     weights: AnyWeights
     header: dict[str, str]
     dtypes: dict[str, int]
-    """Type, as "F16", to the count of tensors that have it."""
     faults: tuple[str, ...]
-    """One sentence each; layers with a fault are not among `weights`, except those that are not finite."""
+    left_out: dict[str, list[str]]
 
 
-def contents(path: Path) -> Contents:
+def contents(path: Path, leave_out: Sequence[str] = ()) -> Contents:
     """Everything in an adapter file of any naming and kind, sound or not; for telling about it, not for using it.
 
-    Nothing in the file is executed. Raises ModelError when it is missing, a pickle, cut off, or of no known naming.
+    `leave_out`: words of reading.LEAVABLE or beginnings of keys or layers, which are passed over.
+    Nothing in the file is executed. Raises ModelError when it is missing, a pickle, cut off, of no known naming, or for
+    another model, and where nothing is left of it.
     """
-    tensors, header = _load(path)
-    naming = _naming_of(path, tensors)
-    dtypes = dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()))
-    split_key, scale_of = kohya.split_key, None
-    if naming != "kohya":
-        fields = _beside(path) if naming == "peft" else header
-        split_key, scale_of = diffusers.split_key, diffusers.scale_from(fields)
-    weights, faults = gather(tensors, split_key, *([scale_of] if scale_of else []))
+    with _opened(path) as file:
+        keys = list(file.keys())
+        naming, header = _naming_of(path, keys), dict(file.metadata() or {})
+        wanted, left = kept(keys, leave_out)
+        if not wanted:
+            raise ModelError(f"Nothing is left of {path.name} without {', '.join(leave_out)}; leave out less.")
+        dtypes = {key: str(file.get_slice(key).get_dtype()) for key in wanted}
+        faults = _type_faults({key: (dtypes[key], file.get_slice(key).get_shape()) for key in wanted})
+        tensors = {} if faults else {key: file.get_tensor(key) for key in wanted}
+    weights: AnyWeights = {}
+    if not faults:
+        weights, faults = gather(tensors, diffusers.scale_from(_beside(path) if naming == "peft" else header))
     broken = nonfinite(weights)
     if broken:
         faults.append(
             f"{path.name} holds NaN or infinity in {len(broken)} layers, first {broken[0]}; its training diverged. Use "
             "an earlier checkpoint."
         )
-    return Contents(naming, weights, header, dtypes, tuple(faults))
+    return Contents(naming, weights, header, dict(Counter(dtypes.values())), tuple(faults), left)
 
 
-def read_any(path: Path) -> AnyWeights:
-    """The adapter in a sound file of any naming and kind, float32 on the CPU.
+def read_any(path: Path, leave_out: Sequence[str] = ()) -> AnyWeights:
+    """The adapter in a sound file of any naming and kind, float32 on the CPU; `leave_out` as in `contents`.
 
     Raises ModelError when it is missing, a pickle, damaged, of no known naming or kind, half an adapter, or not finite.
     """
-    found = contents(path)
-    try:
-        return strictly(found.weights, found.faults)
-    except ModelError as error:
-        raise ModelError(str(error) if path.name in str(error) else f"{path.name}: {error}") from error
+    return _sound(path, contents(path, leave_out))
+
+
+def read_all(paths: Sequence[Path], leave_out: Sequence[str], report: Report) -> list[AnyWeights]:
+    """`read_any` of each file; what is left out is told. Raises ConfigError too, for a word that names nothing."""
+    if any(not word for word in leave_out):
+        raise ConfigError(f"--leave-out has an empty word; use {', '.join(LEAVABLE)} or the beginning of a key.")
+    read, used = [], set()
+    for path in paths:
+        found = contents(path, leave_out)
+        read.append(_sound(path, found))
+        for word, keys in found.left_out.items():
+            if keys:
+                used.add(word)
+                report.warn(f"{path.name} is used without {len(keys):,} keys ({shown(word)}), first {shown(keys[0])}.")
+    for word in leave_out:
+        if word not in used and word not in LEAVABLE:
+            raise ConfigError(
+                f'--leave-out "{shown(word)}" names nothing in the files; use {", ".join(LEAVABLE)} or the beginning '
+                "of a key or of a layer's name, as `lora-booth inspect` tells them."
+            )
+    return read
 
 
 def read(path: Path) -> AdapterWeights:
-    """The adapter in a sound file of plain LoRA or DoRA, float32 on the CPU: what can be trained on.
+    """The adapter in a sound file of plain LoRA or DoRA over the outputs, float32 on the CPU: what can be trained on.
 
     Raises ModelError as `read_any` does, and for other kinds.
     """
-    weights: AdapterWeights = {}
-    for component, layers in read_any(path).items():
+    weights = low_rank(path.name, read_any(path))
+    for component, layers in weights.items():
         for module, update in layers.items():
-            if not isinstance(update, LowRank):
+            if update.over_inputs:
                 raise ModelError(
-                    f"{path.name} is {update.kind} at {component}.{module}, which cannot be used here; "
-                    f"`lora-booth resize {path.name} --rank 16` makes a plain LoRA of it."
+                    f"{path.name} is DoRA over the inputs at {component}.{module}, as LyCORIS and OneTrainer write it, "
+                    "which PEFT cannot compute: `lora-booth merge --base` merges it into a base, `lora-booth resize "
+                    "--base` makes a plain LoRA of it."
                 )
-            weights.setdefault(component, {})[module] = update
     return weights
 
 
+def low_rank(name: str, weights: AnyWeights) -> AdapterWeights:
+    """`weights` of the adapter file `name` as the low-rank ones that they are. Raises ModelError for other kinds."""
+    require_matrices(name, weights)
+    found: AdapterWeights = {}
+    for component, layers in weights.items():
+        for module, update in layers.items():
+            if not isinstance(update, LowRank):
+                raise ModelError(
+                    f"{name} is {update.kind} at {component}.{module}, which cannot be used here; "
+                    f"`lora-booth resize {name} --rank 16` makes a plain LoRA of it."
+                )
+            found.setdefault(component, {})[module] = update
+    return found
+
+
+def require_matrices(name: str, weights: AnyWeights) -> None:
+    """Raise ModelError, naming them all, when the file `name` changes vectors, which no LoRA can hold."""
+    found: dict[str, list[str]] = {}
+    for component, layers in weights.items():
+        for path, update in layers.items():
+            if isinstance(update, Dense) and update.kind in VECTORS:
+                found.setdefault(update.kind, []).append(f"{component}.{path}")
+    if found:
+        told = " and ".join(f"{len(names)} {LEAVABLE[kind]}, first {names[0]}" for kind, names in found.items())
+        raise ModelError(
+            f"{name} also changes {told}, which no LoRA can hold. To go on without them, export, merge and resize take "
+            f"--leave-out {','.join(found)}; `lora-booth merge --base` takes them all."
+        )
+
+
 def detect(path: Path) -> str:
-    """The key in NAMINGS of a file. Raises ModelError as `contents` does."""
+    """What a user calls the naming of a file, as in Contents. Raises ModelError as `contents` does."""
     with _opened(path) as file:
-        return _naming_of(path, dict.fromkeys(file.keys()))
+        return _naming_of(path, list(file.keys()))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -172,34 +237,51 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def _sound(path: Path, found: Contents) -> AnyWeights:
+    try:
+        return strictly(found.weights, found.faults)
+    except ModelError as error:
+        raise ModelError(str(error) if path.name in str(error) else f"{path.name}: {error}") from error
+
+
+def _type_faults(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> list[str]:
+    """One sentence for each type that cannot be the numbers of an adapter; `tensors`: key to type and shape."""
+    strange: dict[str, list[str]] = {}
+    for key, (dtype, shape) in tensors.items():
+        if dtype not in (REAL if prod(shape) == 1 else STORED):
+            strange.setdefault(dtype, []).append(key)
+    return [
+        f"{len(keys)} tensors, first {keys[0]}, are stored as {dtype}, which holds no numbers of an adapter that can "
+        "be read; ask its author for a file in fp16, bf16 or fp32."
+        for dtype, keys in strange.items()
+    ]
+
+
 def _beside(path: Path) -> dict[str, str]:
     """What PEFT's adapter_config.json beside `path` says of scales. Raises ModelError when there is none."""
     config = path.with_name("adapter_config.json")
-    try:
-        with config.open(encoding="utf-8") as file:
-            return diffusers.peft_metadata(file.read(MAX_HEADER_BYTES))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"{path.name} is in PEFT's naming, whose strength stands in adapter_config.json beside it, and {config} "
-            f"cannot be read ({error}); put it there."
-        ) from error
+    remedy = "put it there" if why_unreadable(config) else "save the adapter again"
+    why = f"{path.name} is in PEFT's naming, whose strength stands in adapter_config.json beside it"
+    return diffusers.peft_metadata(read_object(config, f"{why}; {remedy}", ModelError))
 
 
-def _naming_of(path: Path, keys: Mapping[str, object]) -> str:
+def _naming_of(path: Path, keys: Sequence[str]) -> str:
     if not keys:
         raise ModelError(f"{path.name} holds no tensors, so it is no adapter.")
-    for name, prefixes in NAMINGS.items():
-        if any(key.startswith(prefixes) for key in keys):
-            return name
-    raise ModelError(
-        f"{path.name} is no LoRA in kohya, diffusers or PEFT naming; its first key is {next(iter(keys))}. A full "
-        "model, an embedding or a checkpoint of a run is something else."
+    try:
+        require_no_stranger(keys)
+    except ModelError as error:
+        raise ModelError(f"{path.name}: {error}") from error
+    parsed = (parse(key) for key in keys)
+    found = next((key for key in parsed if key and key.spelling != "unknown"), None) or next(
+        (key for key in map(parse, keys) if key), None
     )
-
-
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    if found is not None:
+        return naming_of(found.spelling)
+    raise ModelError(
+        f"{path.name} is no LoRA in kohya, diffusers, PEFT or ComfyUI naming; its first key is {shown(keys[0])}. A "
+        "full model, an embedding or a checkpoint of a run is something else."
+    )
 
 
 def _opened(path: Path) -> safe_open:
@@ -207,6 +289,7 @@ def _opened(path: Path) -> safe_open:
 
     Raises ModelError when it is no safetensors file.
     """
+    require_plain_file(path, "check the path", ModelError)
     try:
         with path.open("rb") as file:
             start = file.read(8)

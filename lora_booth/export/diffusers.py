@@ -12,6 +12,7 @@ load right only since 0.42, hence the padding. Reading takes files with that met
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,28 +20,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_booth.adapter.weights import AdapterWeights, AnyWeights, LowRank, cast, padded, plain_path, require_finite
+from lora_booth.adapter.weights import AdapterWeights, LowRank, cast, padded, plain_path, require_finite
 from lora_booth.errors import ModelError
-from lora_booth.export.kinds import gather, leaf_of, strictly
 
-_PEFT = "base_model.model"
-_KEY = re.compile(
-    rf"(unet|text_encoder|text_encoder_2|{re.escape(_PEFT)})\.(.+)"
-    r"\.((?:lora_[AB]|lora_magnitude_vector|lora\.(?:up|down)|lora_linear_layer\.(?:up|down)|hada_\w+|lokr_\w+|alpha)"
-    r"(?:\.weight)?)"
-)
-_OLD_KEY = re.compile(
-    r"(unet|text_encoder|text_encoder_2)\.(.+\.processor\.to_(?:q|k|v|out))(_lora\.(?:up|down)\.weight)"
-)
 _METADATA = "lora_adapter_metadata"
+_CHANGED_BASES = ("pissa", "olora", "corda", "loftq")
+"""Values of PEFT's init_lora_weights that also change the base's weights, so that the tensors alone say nothing."""
 
 
 def to_tensors(weights: AdapterWeights, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of the file in `dtype`.
 
-    Raises ModelError when a value is too large for `dtype`, NumericError when one is not finite.
+    Raises ModelError for DoRA over the inputs, which PEFT has not, and when a value is too large for `dtype`,
+    NumericError when one is not finite.
     """
     require_finite(weights)
+    for component, layers in weights.items():
+        for path, low_rank in layers.items():
+            if low_rank.over_inputs:
+                raise ModelError(
+                    f"{component}.{path} is DoRA over the inputs, as LyCORIS and OneTrainer write it, which diffusers "
+                    "and PEFT cannot compute: `lora-booth merge --base` merges it into the base, `lora-booth resize "
+                    "--base` makes a plain LoRA of it."
+                )
     return cast(unrounded(weights), dtype)
 
 
@@ -51,7 +53,8 @@ def unrounded(weights: AdapterWeights) -> dict[str, Tensor]:
         rank = max((low_rank.rank for low_rank in layers.values()), default=0)
         for path, low_rank in layers.items():
             low = padded(low_rank, rank)
-            name = f"{component}.{path}" if component == "unet" else f"{component}.text_model.{path}"
+            lies_above = component == "unet" or path == "text_projection"
+            name = f"{component}.{path}" if lies_above else f"{component}.text_model.{path}"
             tensors[f"{name}.lora_A.weight"] = low.down.float()
             tensors[f"{name}.lora_B.weight"] = (low.up.double() * low.scale).float()
             if low.magnitude is not None:
@@ -59,55 +62,31 @@ def unrounded(weights: AdapterWeights) -> dict[str, Tensor]:
     return tensors
 
 
-def split_key(key: str) -> tuple[str, str, str]:
-    """Component, module path and leaf (a word of `kinds.ALIASES`) of a key of diffusers, old or new, or of PEFT.
+def scale_from(metadata: Mapping[str, str]) -> Callable[[str, str, int | None], float | None]:
+    """A function (component, module path, rank) to the scale that the header gives, None where it gives none.
 
-    Raises ModelError for other keys.
+    Raises ModelError for a header that is broken or says that the base was changed too.
     """
-    match = _KEY.fullmatch(key) or _OLD_KEY.fullmatch(key)
-    leaf = leaf_of(match[3]) if match else None
-    if match is None or leaf is None:
-        raise ModelError(
-            f"The adapter file holds {key}, which is no part of a LoRA in diffusers naming "
-            "(<component>.<module>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector)."
-        )
-    component, path = match[1], plain_path(match[2]).replace(".processor.", ".")
-    if component == _PEFT:  # PEFT's own file does not say whose layers these are
-        component = "text_encoder" if path.startswith("encoder.layers") else "unet"
-    return component, f"{path}.0" if path.endswith(".to_out") else path, leaf
-
-
-def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> AnyWeights:
-    """The adapter in a diffusers or PEFT file, float32; `metadata` is the file's header, read for alpha and patterns.
-
-    Raises ModelError for foreign keys, missing halves and shapes that do not multiply.
-    """
-    return strictly(*gather(tensors, split_key, scale_from(metadata or {})))
-
-
-def scale_from(metadata: Mapping[str, str]) -> Callable[[str, str, int], float | None]:
-    """A function (component, module path, rank) to the scale that the header gives, None where it gives none."""
     settings = _settings(metadata)
+    for own in settings.values():
+        start = own.get("init_lora_weights")
+        if isinstance(start, str) and start.startswith(_CHANGED_BASES):
+            raise ModelError(
+                f"The adapter was begun with init_lora_weights = {start}, which changed its base too, so it fits no "
+                "other; save it again with PEFT's path_initial_model_for_weight_conversion."
+            )
 
-    def scale_of(component: str, path: str, rank: int) -> float | None:
+    def scale_of(component: str, path: str, rank: int | None) -> float | None:
         own = settings.get(component)
         return _scale(f"{component}.{path}", rank, own) if own else None
 
     return scale_of
 
 
-def peft_metadata(config: str) -> dict[str, str]:
-    """The text of PEFT's adapter_config.json as the header that `scale_from` takes, for UNet and text encoder alike.
-
-    Raises ModelError when it is no JSON object.
-    """
-    try:
-        fields = json.loads(config)
-        collated = {
-            f"{component}.{key}": value for component in ("unet", "text_encoder") for key, value in fields.items()
-        }
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ModelError(f"adapter_config.json cannot be read ({error}); save the adapter again.") from error
+def peft_metadata(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of PEFT's adapter_config.json as the header that `scale_from` takes, for UNet and text encoder
+    alike."""
+    collated = {f"{component}.{key}": value for component in ("unet", "text_encoder") for key, value in fields.items()}
     return {_METADATA: json.dumps(collated)}
 
 
@@ -134,20 +113,31 @@ def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         raise ModelError(f"The file's {_METADATA} cannot be read ({error}); save the adapter again.") from error
 
 
-def _scale(name: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """alpha / rank, or alpha / sqrt(rank), as PEFT resolves its patterns; 1 without settings."""
-    if not settings:
-        return 1.0
+def _scale(name: str, rank: int | None, settings: Mapping[str, Any]) -> float:
+    """alpha / rank, or alpha / sqrt(rank), as PEFT resolves its patterns.
+
+    LoHa and LoKr call it `alpha`, and divide by the rank of the settings even where LoKr has no factors of that rank.
+    """
     path = name.partition(".")[2]
     try:
-        alpha = float(settings["lora_alpha"])
-        for pattern, value in dict(settings.get("alpha_pattern") or {}).items():
-            ending = plain_path(pattern.removeprefix("^").replace("\\.", "."))
-            if not re.fullmatch(r"[\w.-]+", ending):  # a regex out of a file could run for ever
-                raise ValueError(f'the alpha_pattern "{pattern}" is no plain name')
-            if path == ending or path.endswith("." + ending):
-                alpha = float(value)
-                break
-        return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        is_lora = "lora_alpha" in settings
+        alpha = _resolved(path, settings["lora_alpha" if is_lora else "alpha"], settings.get("alpha_pattern"))
+        if not is_lora or rank is None:
+            rank = int(_resolved(path, settings["r"], settings.get("rank_pattern")))
+        scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+        if not math.isfinite(scale):
+            raise ValueError(f"the scale is {scale}")
+        return scale
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"The file's {_METADATA} gives no alpha for {name}: {error!r}; save it again.") from error
+
+
+def _resolved(path: str, default: Any, patterns: Any) -> float:
+    """The number for a layer: that of the first pattern which is its path or the path's end, else the default."""
+    for pattern, value in dict(patterns or {}).items():
+        ending = plain_path(pattern.removeprefix("^").replace("\\.", "."))
+        if not re.fullmatch(r"[\w.-]+", ending):  # a regex out of a file could run for ever
+            raise ValueError(f'the alpha_pattern or rank_pattern "{pattern}" is no plain name')
+        if path == ending or path.endswith("." + ending):
+            return float(value)
+    return float(default)

@@ -23,7 +23,7 @@ Inputs = Mapping[tuple[str, str], int | None]
 def family_of(weights: AdapterWeights | AnyWeights, header: Mapping[str, str]) -> str | None:
     """The family of an adapter that was read: "sd1", "sd2", "sdxl", or None where nothing tells."""
     inputs = {
-        (component, path): weight_shape(update)[1]
+        (component, path): (*weight_shape(update)[1:2], None)[0]
         for component, layers in weights.items()
         for path, update in layers.items()
     }

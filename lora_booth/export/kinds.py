@@ -6,120 +6,134 @@ Kinds and their tensors, in kohya's and LyCORIS' names (formulas: arXiv 2309.148
 |---|---|---|
 | LoRA | lora_down, lora_up, alpha | alpha / r * up @ down |
 | Tucker | the same and lora_mid `[r, r, k, k]` | alpha / r * up x mid x down |
-| DoRA | as LoRA, and dora_scale `[out, 1]` | rows of W + change rescaled to it |
 | LoHa | hada_w1_a, _w1_b, _w2_a, _w2_b; _t1, _t2 | alpha / r * (w1_a @ w1_b) * (w2_a @ w2_b), entrywise |
 | LoKr | lokr_w1 or _w1_a, _w1_b; lokr_w2 or _w2_a, _w2_b; _t2 | alpha / r * kron(w1, w2); 1 if neither is factored |
+| DoRA | as one of these, and dora_scale `[out, 1]` or `[1, in]`, or PEFT's magnitudes | W + change, rescaled to it |
 | full | diff | the tensor itself |
+| norm | w_norm, b_norm of a normalisation | the tensor itself |
+| bias | diff_b | the tensor itself, of the bias |
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, trimmed
+from lora_booth.adapter.weights import Dense, LowRank, trimmed, weight_shape
 from lora_booth.errors import ModelError
+from lora_booth.export.keys import BIASES, is_norm
 
-ALIASES = {
-    "lora_down": "lora_down",
-    "lora_up": "lora_up",
-    "lora_mid": "lora_mid",
-    "lora_A": "lora_down",
-    "lora_B": "lora_up",
-    "lora.down": "lora_down",
-    "lora.up": "lora_up",
-    "_lora.down": "lora_down",
-    "_lora.up": "lora_up",
-    "lora_linear_layer.down": "lora_down",
-    "lora_linear_layer.up": "lora_up",
-    "lora_magnitude_vector": "dora_scale",
-    "dora_scale": "dora_scale",
-    "alpha": "alpha",
-    "scale": "scale",
-    "diff": "diff",
-} | {
-    name: name
-    for name in (
-        *(f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
-        *(f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
-    )
-}
-"""Every leaf of a key, without ".weight", to the one word for it here."""
 MAX_LAYER_NUMBERS = 1 << 26
 """A layer that multiplies out to more is refused; the largest of SDXL has 2^24.8."""
+_SCALES = {"alpha", "scale"}
+_DORA = {"dora_scale", "magnitude"}
 
 
-def leaf_of(text: str) -> str | None:
-    """The word of ALIASES for the last part of a key, None for an unknown one."""
-    return ALIASES.get(text.removesuffix(".weight"))
-
-
-def gather(
-    tensors: Mapping[str, Tensor],
-    split_key: Callable[[str], tuple[str, str, str]],
-    scale_of: Callable[[str, str, int], float | None] = lambda component, path, rank: None,
-) -> tuple[AnyWeights, list[str]]:
-    """The adapter in a file's tensors, and what is wrong with it, one sentence for each fault.
-
-    `split_key`: a key to component, module path and leaf. `scale_of`: component, module path and rank to the scale that
-    the file's header gives, None for the tensors' own. Layers with a fault are left out.
-    """
-    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
-    faults = []
-    for key, tensor in tensors.items():
-        try:
-            component, path, leaf = split_key(key)
-        except ModelError as error:
-            faults.append(str(error))
-            continue
-        leaves = parts.setdefault((component, path), {})
-        if leaf in leaves:
-            faults.append(f"The adapter file holds {component}.{path} twice, under two names; the second is {key}.")
-        leaves[leaf] = tensor
-    weights: AnyWeights = {}
-    for (component, path), leaves in parts.items():
-        try:
-            down = leaves.get("lora_down")
-            scale = None if down is None or not down.ndim else scale_of(component, path, down.shape[0])
-            weights.setdefault(component, {})[path] = update_of(f"{component}.{path}", leaves, scale)
-        except ModelError as error:
-            faults.append(str(error))
-    return {component: layers for component, layers in weights.items() if layers}, faults
-
-
-def strictly(weights: AnyWeights, faults: Sequence[str]) -> AnyWeights:
-    """`weights`, or ModelError with the first of `faults` and their number."""
-    if faults:
-        more = f" ({len(faults) - 1} more such faults.)" if len(faults) > 1 else ""
-        raise ModelError(faults[0] + more)
-    return weights
-
-
-def update_of(name: str, leaves: Mapping[str, Tensor], scale: float | None = None) -> LowRank | Dense:
+def update_of(
+    name: str, leaves: Mapping[str, Tensor], scale: float | None = None, *, flat_axis: int | None = None
+) -> LowRank | Dense:
     """The update that the tensors of layer `name` mean, float32; keys of `leaves` are words of ALIASES.
 
-    `scale`: known from the header; else alpha / rank, and 1 where there is no alpha, as all programs do.
+    `scale`: known from the header; else alpha / rank, and 1 where there is no alpha, as all programs do. `flat_axis`:
+    0 (outputs) or 1 (inputs), which a dora_scale of one dimension runs along where the layer has as many of both.
     Raises ModelError for missing parts, shapes that do not fit each other, and sizes no Stable Diffusion layer has.
     """
+    empty = next((leaf for leaf, tensor in leaves.items() if not tensor.numel()), None)
+    if empty is not None:
+        raise ModelError(f"{name} has a {empty} of shape {list(leaves[empty].shape)}, which holds no numbers.")
     parts = {leaf: tensor.float() for leaf, tensor in leaves.items()}
+    if parts.keys() & {"diff", "w_norm", *BIASES}:
+        return _whole(name, parts)
+    plain = {leaf: tensor for leaf, tensor in parts.items() if leaf not in _DORA}
     if "hada_w1_a" in parts:
-        return _loha(name, parts, scale)
-    if any(leaf.startswith("lokr_") for leaf in parts):
-        return _lokr(name, parts, scale)
-    if "diff" in parts:
-        _require(name, parts, {"diff"})
-        return Dense("diff", parts["diff"])
-    return _lora(name, parts, scale)
+        update: LowRank | Dense = _loha(name, plain, scale)
+    elif any(leaf.startswith("lokr_") for leaf in parts):
+        update = _lokr(name, plain, scale)
+    else:
+        update = _lora(name, plain, scale)
+    return update if plain.keys() == parts.keys() else _decomposed(name, update, parts, flat_axis)
+
+
+def rank_of(leaves: Mapping[str, Tensor]) -> int | None:
+    """The rank that the tensors of a layer tell; None where none of them has one."""
+    for leaf in ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        if leaf in leaves and leaves[leaf].ndim:
+            return leaves[leaf].shape[0]
+    return None
+
+
+def flat_axis_of(leaves: Mapping[str, Tensor]) -> int | None:
+    """The axis that a dora_scale of one dimension must run along, 0 or 1; None where the layer does not tell."""
+    scale = leaves.get("dora_scale")
+    if scale is None or scale.ndim != 1:
+        return None
+    try:
+        update = update_of("", {leaf: tensor for leaf, tensor in leaves.items() if leaf not in _DORA})
+    except ModelError:
+        return None
+    axes = _axes(update, scale.numel())
+    return axes.pop() if len(axes) == 1 else None
+
+
+def _whole(name: str, parts: Mapping[str, Tensor]) -> Dense:
+    """A change that is stored as it is: of a weight, of a normalisation, of a bias."""
+    leaf = next(iter(parts.keys() & {"diff", "w_norm", *BIASES}))
+    _require(name, parts, {leaf}, scales={"alpha"})  # which no program multiplies it by
+    change, is_vector = parts[leaf], leaf != "diff" or is_norm(name)
+    if change.ndim not in ((1,) if is_vector else (2, 4)):
+        raise ModelError(
+            f"{name} has a {leaf} of shape {list(change.shape)}; expected {'[out]' if is_vector else '[out, in, …]'}."
+        )
+    if leaf in ("w_norm", "b_norm") and not is_norm(name):
+        raise ModelError(f"{name} has a {leaf}, but is no normalisation; the file is damaged.")
+    if not is_vector:
+        _bound(name, change.numel())
+        return Dense("diff", change)
+    return Dense("norm" if is_norm(name) else "bias", change)
+
+
+def _decomposed(
+    name: str, update: LowRank | Dense, parts: Mapping[str, Tensor], flat_axis: int | None
+) -> LowRank | Dense:
+    """`update` with the magnitudes of DoRA."""
+    if len(parts.keys() & _DORA) > 1:
+        raise ModelError(f"{name} has a dora_scale and also PEFT's magnitudes; no kind is so.")
+    magnitude = parts["magnitude"] if "magnitude" in parts else parts["dora_scale"]
+    count, shape = magnitude.numel(), weight_shape(update)
+    axes = _axes(update, count)
+    if "magnitude" in parts:
+        axis = 0  # PEFT knows no other, and gives a convolution's the shape [1, out, 1, 1]
+    elif magnitude.ndim > 1:
+        axis = int(magnitude.shape[0] == 1 and shape[0] != 1)  # LyCORIS keeps the other sides as ones
+    elif len(axes) == 2 and flat_axis is None:
+        raise ModelError(
+            f"{name} has a dora_scale of one dimension and as many inputs as outputs, so nothing tells which of them "
+            "it scales; save it as [out, 1] or [1, in]."
+        )
+    else:
+        axis = flat_axis if len(axes) == 2 and flat_axis is not None else min(axes, default=0)
+    if axis not in axes or count != max(magnitude.shape, default=1):
+        what = "inputs" if axis else "outputs"
+        raise ModelError(f"{name} has {count} magnitudes over the {what}, expected {shape[axis]}; the file is damaged.")
+    return replace(update, magnitude=magnitude.reshape(-1), over_inputs=bool(axis))
+
+
+def _axes(update: LowRank | Dense, count: int) -> set[int]:
+    """The axes of the layer's weight, 0 for outputs and 1 for inputs, that `count` magnitudes can run along."""
+    out, inputs = weight_shape(update)[:2]
+    is_flat = isinstance(update, Dense) and len(weight_shape(update)) == 2  # perhaps inputs times a kernel
+    is_over_inputs = count == inputs or (is_flat and inputs % count == 0)
+    return {axis for axis, holds in enumerate((count == out, is_over_inputs)) if holds}
 
 
 def _lora(name: str, parts: Mapping[str, Tensor], scale: float | None) -> LowRank | Dense:
-    _require(name, parts, {"lora_down", "lora_up"}, {"lora_mid", "dora_scale"})
+    _require(name, parts, {"lora_down", "lora_up"}, {"lora_mid"})
     down, up = parts["lora_down"], parts["lora_up"]
-    if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0] or 0 in (*down.shape, *up.shape):
+    if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
         raise ModelError(f"The shapes {list(down.shape)} and {list(up.shape)} of {name} do not multiply.")
     if up[0, 0].numel() != 1:
         raise ModelError(
@@ -129,16 +143,7 @@ def _lora(name: str, parts: Mapping[str, Tensor], scale: float | None) -> LowRan
     scale = _scale(name, parts, rank) if scale is None else scale
     if "lora_mid" in parts:
         return _tucker(name, parts, scale)
-    magnitude = parts.get("dora_scale")
-    if magnitude is None:
-        return trimmed(LowRank(down, up, scale))
-    out, fan_in = up.shape[0], down.shape[1]
-    if magnitude.numel() != out or (magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] != out):
-        kind = "over the inputs, which only older LyCORIS files have, is" if magnitude.numel() == fan_in else "is"
-        raise ModelError(f"{name} has {magnitude.numel()} magnitudes, expected {out}; DoRA {kind} not read.")
-    if magnitude.ndim > 1 and out == fan_in and magnitude.shape[0] == 1 and down.ndim == 2:
-        raise ModelError(f"{name} is DoRA over the inputs, which only older LyCORIS files have; it is not read.")
-    return trimmed(LowRank(down, up, scale, magnitude.reshape(-1)))
+    return trimmed(LowRank(down, up, scale))
 
 
 def _tucker(name: str, parts: Mapping[str, Tensor], scale: float) -> Dense:
@@ -166,10 +171,8 @@ def _loha(name: str, parts: Mapping[str, Tensor], scale: float | None) -> Dense:
 
 
 def _lokr(name: str, parts: Mapping[str, Tensor], scale: float | None) -> Dense:
-    optional = {leaf for leaf in parts if leaf.startswith("lokr_")}
-    _require(name, parts, set(), optional)
+    _require(name, parts, set(), {leaf for leaf in parts if leaf.startswith("lokr_")})
     try:
-        rank = next((parts[leaf].shape[0] for leaf in ("lokr_w1_b", "lokr_w2_b") if leaf in parts), None)
         first, second = _kron_side(parts, "1"), _kron_side(parts, "2")
         if first.ndim != 2 or second.ndim not in (2, 4):
             raise ValueError(f"{list(first.shape)} and {list(second.shape)}")
@@ -177,10 +180,18 @@ def _lokr(name: str, parts: Mapping[str, Tensor], scale: float | None) -> Dense:
         raise ModelError(f"The LoKr factors of {name} do not fit each other ({error}); the file is damaged.") from error
     _bound(name, first.numel() * second.numel())
     if scale is None:
-        scale = 1.0 if rank is None else _scale(name, parts, rank)
+        scale = _lokr_scale(name, parts)
     wide = first.reshape(*first.shape, *(1,) * (second.ndim - 2))
     shape = tuple(a * b for a, b in zip(wide.shape, second.shape, strict=True))
-    return Dense("lokr", lambda: scale * torch.kron(wide, second), rank, (first, second), shape)
+    return Dense("lokr", lambda: scale * torch.kron(wide, second), rank_of(parts), (first, second), shape)
+
+
+def _lokr_scale(name: str, parts: Mapping[str, Tensor]) -> float:
+    """1 where no side is factored, as LyCORIS has it."""
+    ranks = {parts[leaf].shape[0] for leaf in ("lokr_w1_b", "lokr_w2_b") if leaf in parts}
+    if len(ranks) > 1 and "alpha" in parts:
+        raise ModelError(f"The factors of {name} have ranks {sorted(ranks)}, so nothing tells what divides its alpha.")
+    return _scale(name, parts, ranks.pop()) if ranks else 1.0
 
 
 @dataclass(frozen=True)
@@ -197,12 +208,12 @@ class _Half:
 
 def _half(name: str, parts: Mapping[str, Tensor], side: str) -> _Half:
     a, b, core = parts[f"hada_w{side}_a"], parts[f"hada_w{side}_b"], parts.get(f"hada_t{side}")
-    if a.ndim != 2 or b.ndim != 2 or 0 in (*a.shape, *b.shape) or (core is None and a.shape[1] != b.shape[0]):
+    if a.ndim != 2 or b.ndim != 2 or (core is None and a.shape[1] != b.shape[0]):
         raise ModelError(f"The factors {list(a.shape)} and {list(b.shape)} of {name} do not multiply.")
     if core is None:
         half = _Half((a, b), (a.shape[0], b.shape[1]))
     else:
-        if core.ndim != 4 or core.shape[:2] != (a.shape[0], b.shape[0]) or 0 in core.shape:
+        if core.ndim != 4 or core.shape[:2] != (a.shape[0], b.shape[0]):
             raise ModelError(f"The core {list(core.shape)} of {name} does not fit its factors; the file is damaged.")
         half = _Half((a, b, core), (a.shape[1], b.shape[1], *core.shape[2:]))
     _bound(name, math.prod(half.shape))
@@ -211,10 +222,15 @@ def _half(name: str, parts: Mapping[str, Tensor], side: str) -> _Half:
 
 def _kron_side(parts: Mapping[str, Tensor], side: str) -> Tensor:
     """w1 or w2 of LoKr, whole or from its factors."""
+    others = parts.keys() & {f"lokr_w{side}_a", f"lokr_w{side}_b", f"lokr_t{side}"}
     if f"lokr_w{side}" in parts:
+        if others:
+            raise ValueError(f"both lokr_w{side} and {min(others)}")
         return parts[f"lokr_w{side}"]
     a, b, core = parts[f"lokr_w{side}_a"], parts[f"lokr_w{side}_b"], parts.get(f"lokr_t{side}")
     if core is not None:
+        if core.ndim != 4 or a.ndim != 2 or b.ndim != 2:
+            raise ValueError(f"a core of {list(core.shape)}")
         _bound("lokr_t", a.shape[-1] * b.shape[-1] * core[0, 0].numel())
         return _core(core, a, b)
     _bound(f"lokr_w{side}", a.shape[0] * b[0].numel())
@@ -223,7 +239,7 @@ def _kron_side(parts: Mapping[str, Tensor], side: str) -> Tensor:
 
 def _core(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`core` `[i, j, k, k]`, `a` `[i, out]`, `b` `[j, in]` to `[out, in, k, k]`."""
-    return torch.einsum("ijkl,io,jn->onkl", core, a, b)
+    return torch.einsum("ijkl,io,jn->onkl", core, a, b).contiguous()  # torch.kron takes no other
 
 
 def _scale(name: str, parts: Mapping[str, Tensor], rank: int) -> float:
@@ -239,13 +255,20 @@ def _scale(name: str, parts: Mapping[str, Tensor], rank: int) -> float:
     return 1.0
 
 
-def _require(name: str, parts: Mapping[str, Tensor], needed: Set[str], optional: Set[str] = frozenset()) -> None:
-    """Raise ModelError unless `parts` has everything `needed` and nothing beyond it, `optional` and the scale."""
+def _require(
+    name: str,
+    parts: Mapping[str, Tensor],
+    needed: Set[str],
+    optional: Set[str] = frozenset(),
+    scales: Set[str] = frozenset(_SCALES),
+) -> None:
+    """Raise ModelError unless `parts` has everything `needed` and nothing beyond it, `optional` and `scales`."""
     if not needed <= parts.keys():
         raise ModelError(f"The adapter file has only {', '.join(sorted(parts))} of {name}; it is damaged or cut off.")
-    extra = parts.keys() - needed - optional - {"alpha", "scale"}
+    extra = parts.keys() - needed - optional - scales
     if extra:
-        raise ModelError(f"{name} has {', '.join(sorted(extra))} besides {', '.join(sorted(needed))}; no kind is so.")
+        beside = ", ".join(sorted(parts.keys() - extra))
+        raise ModelError(f"{name} has {', '.join(sorted(extra))} besides {beside}; no kind is so.")
 
 
 def _bound(name: str, count: int) -> None:

@@ -25,14 +25,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from lora_booth.adapter.weights import (
     AdapterWeights,
-    AnyWeights,
     LowRank,
     cast,
     padded,
@@ -42,7 +41,6 @@ from lora_booth.adapter.weights import (
 )
 from lora_booth.errors import ModelError
 from lora_booth.export import ldm
-from lora_booth.export.kinds import gather, leaf_of, strictly
 
 PREFIXES = {
     "sd1": {"unet": "lora_unet", "text_encoder": "lora_te"},
@@ -62,7 +60,8 @@ _WORDS = """
     down_blocks mid_block up_blocks attentions resnets downsamplers upsamplers transformer_blocks
     attn1 attn2 to_q to_k to_v to_out ff net proj proj_in proj_out
     conv conv1 conv2 conv_shortcut time_emb_proj conv_in conv_out time_embedding add_embedding linear_1 linear_2
-    encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2
+    encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection
+    norm norm1 norm2 norm3 conv_norm_out layer_norm1 layer_norm2 final_layer_norm
 """
 """Every part of a module path: what tells the underscores inside a part from those between parts."""
 _WORD = "|".join([*sorted(_WORDS.split(), key=len, reverse=True), r"\d+"])
@@ -81,7 +80,7 @@ def kohya_name(component: str, module: str, family: str) -> str:
     prefixes = PREFIXES[family]
     if component not in prefixes:
         raise ModelError(f"The adapter has a part for {component}, which {family} lacks; it is of another family.")
-    if component != "unet":
+    if component != "unet" and module != "text_projection":  # which lies beside text_model
         module = "text_model." + module.removeprefix("text_model.")
     elif family == "sdxl":
         module = ldm.original_name(module)
@@ -98,24 +97,21 @@ def to_tensors(weights: AdapterWeights, family: str, dtype: torch.dtype) -> dict
     return cast(factors, dtype) | alphas
 
 
-def split_key(key: str) -> tuple[str, str, str]:
-    """Component, module path and leaf (a word of `kinds.ALIASES`) of a key, whichever family and naming of the UNet.
+def module_path(name: str) -> tuple[str, str] | None:
+    """Component and module path behind a kohya name, whichever family and naming of the UNet; None for the name of no
+    layer of a Stable Diffusion model. The inverse of `kohya_name`."""
+    match = re.fullmatch(r"(lora_unet|lora_te[12]?|lycoris)_(?:text_model_)?(.+)", name)
+    path = ldm.diffusers_name(match[2]) if match else ""
+    if match is None or not is_layer(path):
+        return None
+    # LyCORIS has one prefix for everything.
+    is_text = match[1] == "lycoris" and path.startswith(("encoder_layers", "final_layer_norm"))
+    return "text_encoder" if is_text else _COMPONENTS[match[1]], ".".join(re.findall(_WORD, path))
 
-    Raises ModelError for names that are no layer of a Stable Diffusion model and for leaves of no known kind.
-    """
-    name, _, text = key.partition(".")
-    leaf = leaf_of(text)
-    if leaf is None:
-        raise ModelError(f"The adapter file holds {key}, which is no part of a LoRA, DoRA, LoHa or LoKr layer.")
-    return *_module_path(name), leaf
 
-
-def from_tensors(tensors: Mapping[str, Tensor]) -> AnyWeights:
-    """The adapter in a kohya-named file, float32, whichever kind, family and naming of the UNet.
-
-    Raises ModelError for what is no layer of a Stable Diffusion model or no known kind of update.
-    """
-    return strictly(*gather(tensors, split_key))
+def is_layer(path: str) -> bool:
+    """Whether a module path, with dots or underscores, has no other parts than those of Stable Diffusion models."""
+    return re.fullmatch(f"(?:{_WORD})(?:[._](?:{_WORD}))*", path) is not None
 
 
 def faults(weights: AdapterWeights, family: str, dtype: torch.dtype = torch.float16) -> list[str]:
@@ -158,17 +154,7 @@ def _unrounded(weights: AdapterWeights, family: str) -> tuple[dict[str, Tensor],
 def _common_alpha(layers: Iterable[LowRank]) -> float:
     """The commonest scale * rank, as float32 has it: the layers that have it keep `up` as it is."""
     alphas = Counter(torch.tensor(low.scale * low.rank, dtype=torch.float32).item() for low in layers)
-    return alphas.most_common(1)[0][0] if alphas else 1.0
-
-
-def _module_path(name: str) -> tuple[str, str]:
-    """Component and module path behind a kohya name; the inverse of `kohya_name`."""
-    match = re.fullmatch(r"(lora_unet|lora_te[12]?|lycoris)_(?:text_model_)?(.+)", name)
-    path = ldm.diffusers_name(match[2]) if match else ""
-    if match is None or not re.fullmatch(f"(?:{_WORD})(?:_(?:{_WORD}))*", path):
-        raise ModelError(f"The adapter file holds {name}, which is no layer of a Stable Diffusion 1, 2 or XL model.")
-    is_text = match[1] == "lycoris" and path.startswith("encoder_layers")  # LyCORIS has one prefix for everything
-    return "text_encoder" if is_text else _COMPONENTS[match[1]], ".".join(re.findall(_WORD, path))
+    return next((alpha for alpha, _ in alphas.most_common() if alpha), 1.0)  # an alpha of 0 would lose the others
 
 
 def _outside(weights: AdapterWeights) -> list[str]:

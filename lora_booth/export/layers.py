@@ -3,8 +3,8 @@
 What lives here: keys, shapes and header sorted into layers, without a tensor of them. What does not: what a program
 makes of them (`loaders.py`) and what the tensors mean (`kinds.py`).
 
-Words: *spelling* is how a key is written, which decides who finds its layer: see SPELLINGS. *Outside* are the layers
-that lie in none of the UNet's blocks.
+Words: *spelling* is how a key is written, see `keys.py`. *Outside* are the layers that lie in none of the UNet's
+blocks.
 """
 
 from __future__ import annotations
@@ -17,25 +17,13 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from lora_booth.errors import ModelError
-from lora_booth.export import diffusers, kohya
+from lora_booth.export import diffusers
 from lora_booth.export.family import CONTEXT_FAMILIES, FAMILY_NAMES, context_widths, told_family
-from lora_booth.export.kinds import leaf_of
+from lora_booth.export.keys import EXTRAS, WHOLE_KINDS, parse
+from lora_booth.export.reading import require_no_stranger
 
 Shape = tuple[int, ...]
 
-SPELLINGS = {
-    "kohya": "lora_unet_…, lora_te_…",
-    "lycoris": "lycoris_…",
-    "dotted": "unet.… of diffusers and PEFT",
-    "dotted attention": "the same, in attn1 and attn2",
-    "dotted text": "text_encoder.…, text_encoder_2.…",
-    "processor": "unet.….attn1.processor.to_q_lora.…, which diffusers wrote until 2023",
-    "bare": "dotted without unet.",
-    "bare attention": "the same, in attn1 and attn2",
-    "generic": "diffusion_model.… and text_encoders.clip_l.… of ComfyUI",
-    "peft": "base_model.model.…, which PEFT itself writes",
-    "unknown": "no layer of a Stable Diffusion base",
-}
 OUTSIDE = frozenset({
     "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2",
     "add_embedding.linear_1", "add_embedding.linear_2",
@@ -60,12 +48,6 @@ _IN_BLOCK = (
 _ORIGINAL_NAME = re.compile(
     r"(?:lora_unet_|lycoris_|diffusion_model\.)"
     r"(?:input_blocks|middle_block|output_blocks|out[_.]2|time_embed[_.]|label_emb)"
-)
-_TEXT_PROJECTION_KEY = re.compile(r"lora_te([12])_(?:text_model_)?text_projection\.(.+)")
-_GENERIC_TEXT = {"text_encoders.clip_l.transformer.": "lora_te1_", "text_encoders.clip_h.transformer.": "lora_te_",
-                 "text_encoders.clip_g.transformer.": "lora_te2_"}  # fmt: skip
-_DOTTED_LEAF = re.compile(
-    r"(.+?)\.((?:lora_[AB]|lora_(?:down|up|mid)|lora\.(?:down|up))\.weight|alpha|dora_scale|diff)"
 )
 
 
@@ -117,15 +99,29 @@ class Layer:
 
     @cached_property
     def kind(self) -> str:
-        """ "LoRA", "LoCon with lora_mid", "LoHa", "LoKr", "full difference" or, where a part is missing, "half"."""
-        starts = {leaf.partition("_")[0] for leaf in self.leaves}
-        if starts & {"hada", "lokr"}:
-            return "LoHa" if "hada" in starts else "LoKr"
-        if "diff" in self.leaves:
+        """ "LoRA", "LoHa", "full difference" …, as in `loader_table.KINDS`; "half" where a part is missing."""
+        leaves = self.leaves.keys()
+        whole = next((WHOLE_KINDS[leaf] for leaf in self.leaves if leaf in WHOLE_KINDS), None)
+        if whole is not None:
+            return self._named(whole)
+        if any(leaf.startswith(("hada_", "lokr_")) for leaf in leaves):
+            return "LoHa" if "hada_w1_a" in leaves else "LoKr" + (" with Tucker core" if "lokr_t2" in leaves else "")
+        if "w_norm" in leaves or "b_norm" in leaves:
+            return "norm" if {"w_norm", "b_norm"} <= leaves else "norm without bias" if "w_norm" in leaves else "half"
+        if "diff" in leaves:
             return "full difference"
-        if not {"lora_down", "lora_up"} <= self.leaves.keys():
+        if leaves and leaves <= {"diff_b", "alpha"}:
+            return "bias alone" if "diff_b" in leaves else "half"
+        if not {"lora_down", "lora_up"} <= leaves:
             return "half"
-        return "LoCon with lora_mid" if "lora_mid" in self.leaves else "LoRA"
+        return "LoCon with lora_mid" if "lora_mid" in leaves else "LoRA"
+
+    def _named(self, kind: str) -> str:
+        """GLoRA by whose order of factors it has, OFT by whether its alpha limits it."""
+        first, second = self.leaves.get("b1", ()), self.leaves.get("b2", ())
+        if kind == "GLoRA" and len(first) > 1 and len(second) > 1 and first[0] == second[1] != second[0]:
+            return "GLoRA of 2023"
+        return "OFT with a limit" if kind == "OFT" and self.alpha else kind
 
     @cached_property
     def rank(self) -> int:
@@ -139,20 +135,18 @@ class Layer:
         for leaf in ("lora_down", "hada_w1_b", "diff"):
             if len(self.leaves.get(leaf, ())) > 1:
                 return self.leaves[leaf][1]
-        sides = [self.leaves.get(leaf, ()) for leaf in ("lokr_w1", "lokr_w2")]
+        sides = [self.leaves.get(leaf) or self.leaves.get(f"{leaf}_b", ()) for leaf in ("lokr_w1", "lokr_w2")]
         return math.prod(shape[1] for shape in sides) if all(len(shape) > 1 for shape in sides) else None
 
     @cached_property
     def dora_axis(self) -> str:
         """ "" without DoRA; the axis its scale runs along: "output", "input", or "flat" where it has one dimension."""
+        if "magnitude" in self.leaves:
+            return "output"  # PEFT knows no other
         shape = self.leaves.get("dora_scale")
         if shape is None:
             return ""
-        if self.spelling.startswith("dotted"):
-            return "output"  # PEFT knows no other
-        if len(shape) < 2:
-            return "flat"
-        return "input" if shape[0] == 1 and shape[1] == self.fan_in else "output"
+        return "flat" if len(shape) < 2 else "input" if shape[0] == 1 else "output"
 
 
 @dataclass(frozen=True)
@@ -171,7 +165,8 @@ class AdapterFile:
         as long as the family has the component."""
         if layer.spelling == "unknown" or layer.component not in {"unet", *_TEXT_LAYERS[self.family]}:
             return False
-        return not self.is_full_size or (layer.component, layer.path) in module_paths(self.family)
+        place = (layer.component, layer.path)
+        return not self.is_full_size or place in module_paths(self.family) or place in norm_paths(self.family)
 
     @cached_property
     def text_attention(self) -> dict[tuple[str, str], set[str]]:
@@ -193,7 +188,7 @@ class AdapterFile:
         return {component: counts.most_common(1)[0][0] for component, counts in alphas.items()}
 
     @cached_property
-    def header_scale(self) -> Callable[[str, str, int], float | None]:
+    def header_scale(self) -> Callable[[str, str, int | None], float | None]:
         """(component, path, rank) to the scale in diffusers' `lora_adapter_metadata`; raises ModelError where it is
         broken."""
         return diffusers.scale_from(self.header)
@@ -206,18 +201,19 @@ def adapter_file(
 
     Raises ModelError when no key is a layer's, and when `family` is None and cannot be told or contradicts the shapes.
     """
+    require_no_stranger(shapes)
     found: dict[tuple[str, str, str, str], Layer] = {}
     foreign = []
     for key, shape in shapes.items():
-        parsed = _parsed(key)
-        if parsed is None:
+        said = parse(key)
+        if said is None or said.leaf in EXTRAS:
             foreign.append(key)
             continue
-        layer, leaf = parsed
+        layer = Layer(said.name, said.spelling, said.component, said.path)
         layer = found.setdefault((layer.spelling, layer.naming, layer.component, layer.path), layer)
-        layer.leaves[leaf] = tuple(shape)
+        layer.leaves[said.leaf] = tuple(shape)
         layer.keys.append(key)
-        if leaf == "alpha" and math.isfinite(alphas.get(key, math.nan)):
+        if said.leaf == "alpha" and math.isfinite(alphas.get(key, math.nan)):
             layer.alpha = alphas[key]
     if not found:
         raise ModelError(
@@ -256,6 +252,25 @@ def module_paths(family: str) -> frozenset[tuple[str, str]]:
     return frozenset(paths)
 
 
+@lru_cache
+def norm_paths(family: str) -> frozenset[tuple[str, str]]:
+    """(component, module path) of every normalisation of a full-size base's UNet and text encoders."""
+    parents = {(component, path.rpartition(".")) for component, path in module_paths(family)}
+    unet = {parent for component, (parent, _, _) in parents if component == "unet"}
+    paths = {("unet", "conv_norm_out")}
+    for parent in unet:
+        if re.search(r"resnets\.\d+$", parent):
+            paths |= {("unet", f"{parent}.norm1"), ("unet", f"{parent}.norm2")}
+        elif re.search(r"attentions\.\d+$", parent):
+            paths.add(("unet", f"{parent}.norm"))
+        elif match := re.fullmatch(r"(.+\.transformer_blocks\.\d+)\.attn1", parent):
+            paths |= {("unet", f"{match[1]}.norm{i}") for i in (1, 2, 3)}
+    for component, count in _TEXT_LAYERS[family].items():
+        paths |= {(component, f"encoder.layers.{i}.layer_norm{j}") for i in range(count) for j in (1, 2)}
+        paths.add((component, "final_layer_norm"))
+    return frozenset(paths)
+
+
 def _unet_paths(depths: tuple[int, ...]) -> Iterator[str]:
     """Down: two resnets a level, each with an attention behind it; up: three, from the smallest picture back."""
     last = len(depths) - 1
@@ -284,52 +299,3 @@ def _attention(path: str, depth: int) -> Iterator[str]:
         yield from (f"{path}.proj_in", f"{path}.proj_out")
     for block in range(depth):
         yield from (f"{path}.transformer_blocks.{block}.{leaf}" for leaf in _IN_BLOCK)
-
-
-def _parsed(key: str) -> tuple[Layer, str] | None:
-    """The layer a key belongs to and the key's leaf; None when it is no part of any layer."""
-    text = key.replace(".default.weight", ".weight")
-    if key.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_")):
-        return _parsed_kohya(text)
-    for prefix, kohya_prefix in {"diffusion_model.": "lora_unet_", **_GENERIC_TEXT}.items():
-        match = _DOTTED_LEAF.fullmatch(text) if text.startswith(prefix) else None
-        if match:
-            name = kohya_prefix + match[1].removeprefix(prefix).replace(".", "_")
-            found = _parsed_kohya(f"{name}.{match[2]}")
-            if found:
-                return Layer(match[1], "generic", found[0].component, found[0].path), found[1]
-    is_bare = text.startswith(("down_blocks.", "mid_block.", "up_blocks."))
-    try:
-        component, path, leaf = diffusers.split_key(f"unet.{text}" if is_bare else text)
-    except ModelError:
-        return None
-    return Layer(_without_leaf(key), _dotted_spelling(text, component, path, is_bare), component, path), leaf
-
-
-def _parsed_kohya(key: str) -> tuple[Layer, str] | None:
-    name, _, text = key.partition(".")
-    leaf = leaf_of(text)
-    if leaf is None:
-        return None
-    projection = _TEXT_PROJECTION_KEY.fullmatch(key)
-    if projection:
-        return Layer(name, "kohya", "text_encoder" + ("_2" if projection[1] == "2" else ""), TEXT_PROJECTION), leaf
-    try:
-        component, path, leaf = kohya.split_key(key)
-    except ModelError:
-        return Layer(name, "unknown", "unet", name), leaf
-    return Layer(name, "lycoris" if name.startswith("lycoris_") else "kohya", component, path), leaf
-
-
-def _dotted_spelling(key: str, component: str, path: str, is_bare: bool) -> str:
-    if key.startswith("base_model."):
-        return "peft"
-    if component != "unet":
-        return "dotted text"
-    if ".processor." in key:
-        return "processor"
-    return ("bare" if is_bare else "dotted") + (" attention" if re.search(r"\.attn[12]\.", path) else "")
-
-
-def _without_leaf(key: str) -> str:
-    return re.split(r"[._](?:lora_?|hada_|lokr_)|\.alpha$", key)[0]

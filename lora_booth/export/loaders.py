@@ -19,8 +19,10 @@ from pathlib import Path
 from lora_booth import export
 from lora_booth.errors import ModelError
 from lora_booth.export.family import FAMILY_NAMES
+from lora_booth.export.keys import is_norm
 from lora_booth.export.layers import TEXT_PROJECTION, AdapterFile, Layer, Shape, adapter_file
-from lora_booth.export.loader_table import CONVERT, LOADERS, Loader, alpha_over_rank
+from lora_booth.export.loader_rules import CONVERT, RESIZE, alpha_over_rank
+from lora_booth.export.loader_table import LOADERS, Loader
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def verdicts_of_file(path: Path, family: str | None = None) -> list[Verdict]:
     """
     with export._opened(path) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        scalars = [key for key, shape in shapes.items() if key.endswith(".alpha") and math.prod(shape) == 1]
+        types = {key: file.get_slice(key).get_dtype() for key in shapes if key.endswith(".alpha")}
+        scalars = [key for key, dtype in types.items() if dtype in export.REAL and math.prod(shapes[key]) == 1]
         alphas = {key: float(file.get_tensor(key)) for key in scalars}
         header = dict(file.metadata() or {})
     try:
@@ -97,7 +100,13 @@ def _verdict(loader: Loader, file: AdapterFile) -> Verdict:
 def _refusal(loader: Loader, file: AdapterFile, lost: Mapping[str, list[Layer]]) -> str | None:
     """Why the program loads nothing at all, None when it loads what it can."""
     text = next((text for rule in loader.refusals if (text := rule(file))), None)
-    unmatched = [key for layers in lost.values() for layer in layers for key in layer.keys] + list(file.foreign)
+    unmatched = [
+        key
+        for reason, layers in lost.items()
+        for layer in layers
+        for key in layer.keys
+        if reason != "kind" or not key.endswith((".alpha", ".dora_scale"))  # which it looks up for every layer
+    ] + list(file.foreign)
     if text or loader.max_unmatched is None or len(unmatched) <= loader.max_unmatched:
         return text
     return (
@@ -106,15 +115,17 @@ def _refusal(loader: Loader, file: AdapterFile, lost: Mapping[str, list[Layer]])
     )
 
 
+_RESIZED = ("LoCon with lora_mid", "LoHa", "LoKr", "LoKr with Tucker core", "full difference")
 _LOST = {
     "base": "have no place in a {base} base: the file is of another family, or its names are damaged",
     "half": "lack one of their factors: the file is damaged or cut off; export it again",
     "spelling": "are lost, as {loader} does not look up names of this kind: {convert}",
-    "kind": "are lost, being {kind}, which {loader} does not read: convert them to plain LoRA",
+    "kind": "are lost, being {kind}, which {loader} does not read: {resize}",
     "factors": "are lost, as {loader} knows no factors of these names: {convert}",
     "naming": "are lost, as {loader} knows {base} by other block names: {convert}",
     "prefix": "are lost, as they begin with {prefix}, not {prefixes} as {loader} expects: {convert}",
     "text_model": "are lost, as their names lack the part text_model_: {convert}",
+    "norm": "are lost, as {loader} has no names for the normalisations of this text encoder",
     "nameless": "are lost, as {loader} has no name for them: train within attentions, resnets and samplers only",
     "fused": "are lost, as {loader} changes this attention only when q, k, v and out are all adapted: adapt all four",
 }
@@ -128,15 +139,17 @@ def _why_lost(loader: Loader, file: AdapterFile, layer: Layer) -> str | None:
     # LyCORIS' prefix was measured on diffusers names of the UNet alone.
     is_other_lycoris = layer.spelling == "lycoris" and (is_text or layer.naming == "ldm")
     has_full_name = layer.has_text_model or layer.path == TEXT_PROJECTION
+    is_other_generic = layer.spelling == "generic" and not is_text and layer.naming != "ldm"
     reasons = {
         "base": not file.is_in_base(layer),
         "half": layer.kind == "half",
-        "spelling": layer.spelling not in loader.spellings or is_other_lycoris,
+        "spelling": layer.spelling not in loader.spellings or is_other_lycoris or is_other_generic,
         "kind": layer.kind not in loader.kinds,
         "factors": layer.factors not in loader.factors,
         "naming": not is_text and layer.spelling == "kohya" and layer.naming not in loader.unet_namings[file.family],
         "prefix": is_text and layer.prefix not in {"", *loader.text_prefixes[file.family]},
         "text_model": layer.component in loader.needs_text_model and not has_full_name,
+        "norm": is_norm(layer.path) and (file.family, layer.component) in loader.lacks_norms,
         "nameless": layer.path in loader.nameless.get((file.family, layer.naming), ()),
         "fused": (file.family, layer.component) in loader.fused_attention and 0 < len(projections) < 4,
     }
@@ -147,6 +160,10 @@ def _why_wrong(loader: Loader, file: AdapterFile, layer: Layer) -> str | None:
     """Why a layer that loads gets another strength or form than the file states: a reason of _wrong_text, or None."""
     if layer.dora_axis and not loader.keeps_dora(layer):
         return "dora"
+    if layer.kind in loader.changed_kinds:
+        return "kind"
+    if "diff_b" in layer.leaves and layer.kind not in (*loader.biases, "bias alone"):
+        return "bias"
     if "scale" in layer.leaves and not loader.reads_scale_tensor:
         return "scale tensor"
     if not layer.rank:
@@ -156,7 +173,8 @@ def _why_wrong(loader: Loader, file: AdapterFile, layer: Layer) -> str | None:
     stated = alpha_over_rank(file, layer) if in_header is None else in_header
     if given is not None and stated is not None and not math.isclose(stated, given, rel_tol=1e-3):
         return "strength" if in_header is None else "header"
-    is_unstated = not has_alpha and in_header is None and not layer.spelling.startswith(("dotted", "bare"))
+    has_no_alphas = layer.spelling.startswith(("dotted", "bare")) or layer.spelling == "processor"
+    is_unstated = not has_alpha and in_header is None and not has_no_alphas
     return "no alpha" if is_unstated else None
 
 
@@ -164,6 +182,8 @@ def _wrong_text(reason: str, loader: Loader) -> str:
     return {
         "dora": "are DoRA, whose magnitudes {loader} ignores or applies otherwise: load lora_booth's diffusers format "
         "in diffusers, or train without DoRA",
+        "kind": "are {kind}, which {loader} takes for another limit than they were trained with",
+        "bias": "also change biases, which {loader} leaves as they are",
         "scale tensor": "carry a tensor called scale, which {loader} ignores: store alpha instead",
         "no alpha": "have no alpha and load at scale 1: right only if the scale is in lora_up already; else export the "
         "file again with alphas",
@@ -178,6 +198,7 @@ def _note(text: str, loader: Loader, file: AdapterFile, layers: list[Layer]) -> 
         base=FAMILY_NAMES[file.family],
         convert=CONVERT,
         kind=layers[0].kind,
+        resize=f"{RESIZE} of them" if layers[0].kind in _RESIZED else "nothing converts them",
         prefix=layers[0].prefix,
         prefixes=" or ".join(sorted(loader.text_prefixes[file.family])),
     )
@@ -192,7 +213,8 @@ def _foreign(file: AdapterFile) -> str | None:
 def _unstated(file: AdapterFile) -> str | None:
     """PEFT stores no alpha among its tensors; in lora_booth's files the scale is in lora_B."""
     is_ours = any(key.startswith("lora_booth.") for key in file.header)
-    peft = [layer for layer in file.layers if layer.spelling.startswith(("dotted", "bare"))]
+    spellings = ("dotted", "dotted attention", "dotted text", "bare", "bare attention")
+    peft = [layer for layer in file.layers if layer.spelling in spellings]
     if is_ours or "lora_adapter_metadata" in file.header or all("alpha" in layer.leaves for layer in peft):
         return None
     return (

@@ -38,8 +38,11 @@ STALE_FIELDS = (
     "sshs_legacy_hash",
     "lora_adapter_metadata",
     "ss_network_args",
+    "lora_booth.scales",
 )
 """Fields that say nothing true of other tensors: hashes, scales that are in the tensors now, the source's kind."""
+SCALES_FIELD = "lora_booth.scales"
+"""Says that a file which states no alpha needs none."""
 MAX_HEADER_BYTES = 1 << 20
 """ComfyUI shows no metadata of a file whose header is longer."""
 _MAX_CONFIG_BYTES = 1 << 18

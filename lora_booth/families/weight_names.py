@@ -40,6 +40,8 @@ _OPEN_CLIP_LAYERS = {
     "self_attn.out_proj": ("attn.out_proj.weight", None),
     "mlp.fc1": ("mlp.c_fc.weight", None),
     "mlp.fc2": ("mlp.c_proj.weight", None),
+    "layer_norm1": ("ln_1.weight", None),
+    "layer_norm2": ("ln_2.weight", None),
 }
 
 
@@ -89,9 +91,22 @@ def weight_sets(base: BaseFacts, component: str) -> list[dict[str, Path]]:
 
 
 def find(base: BaseFacts, component: str, path: str, keys: Container[str]) -> Place | None:
-    """Where the weight of a layer lies in a file of `base` that has `keys`; None when it has no such layer."""
+    """Where the weight of a layer lies in a file of `base` that has `keys`; None when it has no such layer.
+
+    A path that ends in ".bias" is that of the layer's bias.
+    """
+    if path.endswith(".bias"):
+        of_weight = find(base, component, path.removesuffix(".bias"), keys)
+        bias = None if of_weight is None else _bias(of_weight)
+        return bias if bias is not None and bias.key in keys else None
     places = _single_file_places(base.family, component, path) if base.path.is_file() else _plain(path)
     return next((place for place in places if place.key in keys), None)
+
+
+def _bias(weight: Place) -> Place | None:
+    """Where the bias of the layer with this `weight` lies, if it can have one."""
+    stem = re.fullmatch(r"(.+[._])weight", weight.key)
+    return Place(f"{stem[1]}bias", weight.third) if stem else None
 
 
 def _plain(path: str, prefix: str = "") -> list[Place]:
@@ -109,6 +124,8 @@ def _single_file_places(family: str, component: str, path: str) -> list[Place]:
         return _plain(path, prefix)
     if path == "text_projection":
         return [Place(f"{prefix}text_projection", is_transposed=True)]
+    if path == "final_layer_norm":
+        return [Place(f"{prefix}ln_final.weight")]
     match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", path)
     if match is None or match[2] not in _OPEN_CLIP_LAYERS:
         return []
