@@ -12,13 +12,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora_booth import files, loop
+from lora_booth import devices, files, loop
 from lora_booth.families.components import has_compiler
 from lora_booth.loop import MicroStep, Session
 from lora_booth.prepare import cache_folder
@@ -54,8 +53,8 @@ class Trial:
 def where_it_pays(s: Session, start: int) -> Iterator[None]:
     """Inside, the denoiser's blocks are compiled if train.compile is "auto" and that pays from step `start` on.
 
-    Only on a CUDA card: on a CPU a run gives the same numbers bit for bit each time. Not with dropout, whose compiled
-    form draws other numbers.
+    Only where the device can: on a CPU a run gives the same numbers bit for bit each time. Not with dropout, whose
+    compiled form draws other numbers.
     """
     if not _is_open(s):
         yield
@@ -65,7 +64,7 @@ def where_it_pays(s: Session, start: int) -> Iterator[None]:
 
 
 def _is_open(s: Session) -> bool:
-    can_compile = s.accelerator.device.type == "cuda" and has_compiler() and find_spec("triton") is not None
+    can_compile = "compiling" not in devices.lacks(s.accelerator.device) and has_compiler()
     return can_compile and s.config.train.compile == "auto" and not s.config.adapter.dropout
 
 
@@ -161,10 +160,10 @@ def _round(s: Session, passes: Sequence[MicroStep]) -> tuple[float, Tensor]:
 def _key(s: Session, passes: Sequence[MicroStep]) -> str:
     """What a trial's seconds depend on."""
     device, model, train = s.accelerator.device, s.config.model, s.config.train
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     shapes = sorted(tuple(micro.batch.latents.shape) for micro in passes)
     size = sum(parameter.numel() for parameter in s.family.denoiser.parameters())
-    words = [name, torch.__version__, s.family.name, size, model.precision, model.quantize, model.attention]
+    words = [devices.name(device), torch.__version__, s.family.name, size]
+    words += [model.precision, model.quantize, model.attention]
     saving = (train.gradient_checkpointing, s.config.memory.offload_activations)
     return ", ".join(map(str, [*words, s.config.adapter.targets, s.config.adapter.rank, *saving, *shapes]))
 

@@ -58,7 +58,8 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(None, description="Commit, tag or branch of a hub id. Default: the newest.")
     precision: Precision = Field(
-        "auto", description="Type of the frozen base. auto: bf16 where the card has it, else fp16; fp32 on a CPU."
+        "auto",
+        description="Type of the frozen base. auto: bf16 where the card is made for it, else fp16; fp32 on a CPU.",
     )
     quantize: Literal["none", "nf4", "int8"] = Field(
         "none",
@@ -234,8 +235,8 @@ class TrainConfig(Section):
         "auto",
         description="Compile the denoiser's transformer blocks (torch.compile): fewer kernels to launch and less "
         "memory traffic, after a minute or so of compiling; needs a C++ compiler. Equal up to rounding, but for "
-        "dropout, which draws other numbers. auto: on a CUDA card, where a trial before the first step finds that it "
-        "pays. true: always, in the first step.",
+        "dropout, which draws other numbers. auto: on a card with Triton, where a trial before the first step finds "
+        "that it pays. true: always, in the first step.",
     )
     save_every_steps: int | None = Field(
         None, ge=1, description="Steps between checkpoints. Default: a fifth of the run."
@@ -283,6 +284,11 @@ class ExportConfig(Section):
 class MemoryConfig(Section):
     """[memory] — what the run may use."""
 
+    device: Literal["auto", "cuda", "xpu", "mps", "cpu"] = Field(
+        "auto",
+        description="What computes. auto: the graphics card that torch finds (cuda: NVIDIA, or AMD through ROCm; xpu: "
+        "Intel; mps: Apple), else the CPU. Any other value is an error where torch finds no such device.",
+    )
     budget_gib: float | None = Field(
         None, gt=0, le=1024, description="Device memory the run may use. Default: what the card has free."
     )

@@ -63,15 +63,29 @@ class Interrupted(LoraBoothError):
         self.exit_code = 128 + signal_number
 
 
+_NO_MEMORY = (
+    "DefaultCPUAllocator",  # of torch, for main memory
+    "out of memory",  # "MPS backend …", "XPU …", "CUDA error: …", "HIP error: …"
+    "Invalid buffer size",  # of Metal, for one tensor that is too large
+    "_STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN, for their workspaces
+    "UR_RESULT_ERROR_OUT_OF_",  # of Intel's driver: device memory, host memory or resources
+)
+"""In the text of the RuntimeError that libraries raise where they have no class for it."""
+_SMALL_PAGE_FILE = 1455
+"""Windows' number for a page file that is too small to map a file of weights."""
+
+
 def lacks_memory(error: BaseException | None) -> bool:
     """Whether `error`, or what led to it, is that a device or the machine has no memory left.
 
-    Known by name, since torch need not be there; its allocator for main memory raises a plain RuntimeError.
+    Known by name and text, since torch need not be there.
     """
     while error is not None:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             return True
-        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
+            return True
+        if getattr(error, "winerror", None) == _SMALL_PAGE_FILE:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -197,7 +197,8 @@ def _show_prediction(config: Config, inputs: Inputs, report: Report, card: Card 
     """
     from lora_booth import budget, devices, duration, memory
 
-    bucket, here = _largest_bucket(config, inputs.pictures), devices.here()
+    bucket, here = _largest_bucket(config, inputs.pictures), devices.here(config.memory.device)
+    config = devices.settled(config, here) if card is None else config
     budget_gib = config.memory.budget_gib or (devices.free_gib(here) if card is None else card.memory_gib)
     if budget_gib is None:
         modules, notes = memory.Modules.of(config, inputs.facts), []
@@ -218,6 +219,8 @@ def _show_prediction(config: Config, inputs: Inputs, report: Report, card: Card 
         report.event("memory", f"         {line}")
     run = duration.predict(modules, config, inputs.pictures, bucket)
     known = devices.card(here) if card is None else card
+    for fault in devices.faults_of(config, here) if card is None else ():
+        report.warn(f"here this run would be refused: {fault}")
     usual = [other for other in map(cards.named, cards.USUAL) if other.memory_gib >= gib]
     _show_time(run, usual if known is None else [known], report)
 

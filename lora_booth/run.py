@@ -42,6 +42,7 @@ FREE_TO_CHANGE = (
     "train.compile",
     "train.save_every_steps",
     "train.keep_last",
+    "memory.device",
     "memory.budget_gib",
     "memory.pictures_at_once",
     "memory.tiled_decoding",

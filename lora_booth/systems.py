@@ -57,6 +57,13 @@ def memory_bytes(pid: int) -> int:
         return 0
 
 
+def available_memory_bytes() -> int:
+    """Main memory that a new program could have without others being moved to the disk."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def bound_own_memory(max_bytes: int) -> None:
     """Let this process have no more address space than `max_bytes`, where the system can: Linux, not macOS or Windows.
 

@@ -84,7 +84,8 @@ def train(
     inputs = inputs or plan.look(config, report)
     accelerator = _accelerator(config)
     device = accelerator.device
-    config = _resolved(config, inputs, report, device)
+    devices.require(config, device)
+    config = _resolved(devices.settled(config, device), inputs, report, device)
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
         finished = run.summary()
         if finished is not None:
@@ -129,6 +130,7 @@ def train(
 
 def _accelerator(config: Config) -> Accelerator:
     return Accelerator(
+        cpu=config.memory.device == "cpu",
         log_with=list(config.run.trackers) or None,
         project_dir=plan.run_folder(config),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],

@@ -153,8 +153,6 @@ def prepare_unet_(unet: Any, gradient_checkpointing: float, attention: str, *, i
             'model.attention is "xformers", which is not installed; `pip install lora-booth[xformers]`, or set '
             'model.attention = "sdpa".'
         )
-    if next(unet.parameters()).device.type != "cuda":
-        raise ConfigError('model.attention is "xformers", which needs a CUDA device; set model.attention = "sdpa".')
     unet.enable_xformers_memory_efficient_attention()
 
 

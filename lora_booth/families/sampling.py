@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lora_booth import devices
 from lora_booth.errors import NumericError, lacks_memory
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.objectives import generator_for
@@ -111,7 +112,7 @@ def sample(
 
     while start < len(prompts):
         rows = slice(start, min(start + batch_size, len(prompts)))
-        latents = _unless_too_large(denoise, rows)
+        latents = _unless_too_large(denoise, rows, family.device)
         if latents is None:
             batch_size = (rows.stop - start) // 2
             continue
@@ -129,14 +130,14 @@ def decode(family: Family, latents: Tensor, sampling: Sampling, *, seeds: Sequen
         yield Image.fromarray((picture * 255).round().to(torch.uint8).numpy())
 
 
-def _unless_too_large(denoise: Callable[[slice], Tensor], rows: slice) -> Tensor | None:
-    """`denoise(rows)`, or None where several rows exceed the device's memory."""
+def _unless_too_large(denoise: Callable[[slice], Tensor], rows: slice, device: torch.device) -> Tensor | None:
+    """`denoise(rows)`, or None where several rows exceed the memory of `device`."""
     try:
         return denoise(rows)
     except (RuntimeError, MemoryError) as error:
         if rows.stop - rows.start == 1 or not lacks_memory(error):
             raise
-    torch.cuda.empty_cache()
+    devices.empty_cache(device)
     return None
 
 
