@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from lora_booth.config import Config
     from lora_booth.train import Summary
 
-EXIT_CODES = """Exit codes: 0 done, 2 wrong command or config, 3 pictures, 4 model or adapter file, 5 device memory,
-6 disk, 7 NaN or infinity, 130/143 stopped by a signal with everything saved."""
+EXIT_CODES = """Exit codes: 0 done, 1 a fault of lora_booth, of which it writes a report, 2 wrong command or config,
+3 pictures, 4 model or adapter file, 5 memory, 6 disk, 7 NaN or infinity, 8 another process of the run is lost,
+130/138/143 stopped by SIGINT/SIGUSR1/SIGTERM with everything saved."""
 
 app = typer.Typer(
     name="lora-booth",
@@ -41,27 +42,61 @@ Out = Annotated[Path | None, typer.Option(help="Run folder (run.folder).")]
 
 
 def main() -> None:
-    """Entry point: every error a user can cause becomes one message and its exit code."""
+    """Entry point: whatever happens becomes one message and an exit code, never a traceback."""
+    from lora_booth.errors import DiskError
+    from lora_booth.inputs import reason
+    from lora_booth.streams import lasting, lost
+
+    with lasting() as output:
+        _speak_plainly()
+        code, message = _ending(sys.argv[1:])
+        fault = lost(output)
+        if not code and fault is not None:
+            code = DiskError.exit_code
+            message = f"what was printed could not be written ({reason(fault)}); free some space, or print elsewhere."
+        if message:
+            print(f"lora-booth: {message}", file=sys.stderr, flush=True)
+    if code:
+        sys.exit(code)
+
+
+def _ending(words: list[str]) -> tuple[int, str]:
+    """Run the command; its exit code, and what is to be said of it."""
+    from lora_booth import crash
     from lora_booth.errors import DeviceMemoryError, LoraBoothError, lacks_memory
+    from lora_booth.inputs import reason
     from lora_booth.interrupts import exit_on_term
 
-    _speak_plainly()
     try:
         with exit_on_term():
-            app(standalone_mode=False)
+            _check_words(words)
+            code = app(standalone_mode=False)  # a number where typer itself ended it: help, or Ctrl-C
+        return (code, "stopped." if code == 130 else "") if isinstance(code, int) else (0, "")
     except LoraBoothError as error:
-        _fail(str(error), error.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        return error.exit_code, str(error)
+    except SystemExit as stop:
+        return (stop.code, "") if isinstance(stop.code, int) else (int(bool(stop.code)), str(stop.code or ""))
     except (typer.Abort, KeyboardInterrupt):
-        _fail("stopped.", 130)
-    except Exception as error:
+        return 130, "stopped."
+    except BaseException as error:
         if lacks_memory(error):
             advice = "close other programs that use the device, or ask for less at once"
-            _fail(f"there is not enough memory ({str(error).splitlines()[0]}); {advice}.", DeviceMemoryError.exit_code)
-        if not hasattr(error, "format_message"):  # click's usage errors carry their own message and exit code
-            raise
-        _fail(f"{error.format_message()} See `lora-booth --help`.", getattr(error, "exit_code", 2))
+            return DeviceMemoryError.exit_code, f"there is not enough memory ({reason(error)}); {advice}."
+        if hasattr(error, "format_message"):  # click's usage errors carry their own message and exit code
+            return getattr(error, "exit_code", 2), f"{error.format_message()} See `lora-booth --help`."
+        return crash.EXIT_CODE, crash.told(error, words)
+
+
+def _check_words(words: list[str]) -> None:
+    """Raises ConfigError for words that no file and no config can hold."""
+    from lora_booth import inputs
+
+    for before, word in zip(["", *words], words, strict=False):
+        option, equals, value = word.partition("=")
+        if equals and option.startswith("--"):
+            inputs.word(value, option)
+        else:
+            inputs.word(word, before if before.startswith("--") else "the word")
 
 
 @app.command()
@@ -193,13 +228,15 @@ def _config(
     out: Path | None = None,
 ) -> Config:
     """The config of a command line. Options win over settings, settings over the file."""
-    from lora_booth import config_file, presets
+    from lora_booth import config_file, inputs, presets
     from lora_booth.errors import ConfigError
 
     words = list(settings or [])
-    paths = [word for word in words if "=" not in word or Path(word).is_file()]
+    paths = [word for word in words if "=" not in word or inputs.is_plain_file(Path(word))]
     if len(paths) > 1:
-        raise ConfigError(f"{', '.join(paths)}: only one config file can be given; settings are section.key=value.")
+        raise ConfigError(
+            f"{', '.join(map(inputs.shown, paths))}: only one config file can be given; settings are section.key=value."
+        )
     options = {
         "subject.images": _path_text(subject),
         "subject.class_noun": class_noun,
@@ -264,8 +301,3 @@ def _speak_plainly() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-
-
-def _fail(message: str, exit_code: int) -> NoReturn:
-    print(f"lora-booth: {message}", file=sys.stderr, flush=True)
-    sys.exit(exit_code)

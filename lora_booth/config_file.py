@@ -89,13 +89,15 @@ def _apply_(values: Values, overrides: Sequence[str]) -> list[str]:
         name, equals, text = override.partition("=")
         section, dot, key = name.strip().partition(".")
         if not (equals and dot and section and key):
-            faults.append(f'"{override}" is not an override; write section.key=value, e.g. train.steps=400.')
+            faults.append(
+                f'"{inputs.shown(override)}" is not an override; write section.key=value, e.g. train.steps=400.'
+            )
             continue
         table = values.setdefault(section, {})
         if isinstance(table, dict):
             table[key] = _toml_value(text.strip())
         else:
-            faults.append(f'"{override}": {section} is not a section.')
+            faults.append(f'"{inputs.shown(override)}": {inputs.shown(section)} is not a section.')
     return faults
 
 
@@ -103,7 +105,7 @@ def _toml_value(text: str) -> Any:
     """The TOML value that `text` spells, or `text` itself, so that words need no quotes on a command line."""
     try:
         value = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: also a number of thousands of digits
         return text
     return value["value"] if set(value) == {"value"} else text
 
@@ -200,5 +202,6 @@ def _section(location: Sequence[str]) -> type[BaseModel] | None:
 
 
 def _shown(value: Any) -> str:
-    text = f'"{value}"' if isinstance(value, str) else "unset" if value is None else str(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+    if isinstance(value, str):
+        return f'"{inputs.shown(value)}"'
+    return "unset" if value is None else inputs.shown(value)

@@ -35,7 +35,11 @@ _KINDS = (
 
 def shown(text: object, *, max_letters: int = MAX_SHOWN) -> str:
     """`text` as a message repeats it: printable, on one line, cut where it is long."""
-    plain = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text)[: max_letters + 1])
+    try:
+        letters = str(text)[: max_letters + 1]
+    except ValueError:
+        letters = "a number of thousands of digits"  # which Python does not spell, since that takes for ever
+    plain = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in letters)
     return plain if len(plain) <= max_letters else plain[: max_letters - 1] + "…"
 
 
@@ -51,6 +55,12 @@ def word(text: str, name: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python reads a byte that is not UTF-8
         raise ConfigError(f'{name} "{shown(text)}" is not UTF-8; write it so, or rename the file.')
     return text
+
+
+def require_number(value: float, name: str, low: float, high: float) -> None:
+    """Raises ConfigError, naming `name`, when `value` is NaN or does not lie from `low` to `high`."""
+    if not low <= value <= high:
+        raise ConfigError(f"{name} is {shown(value)}; give a number from {low:g} to {high:g}.")
 
 
 def why_unreadable(path: Path) -> str | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,10 @@ import pytest
 from lora_booth.config import Config
 from tests import tiny
 
+CRASH_REPORTS = Path(tempfile.mkdtemp(prefix="lora-booth-reports-"))
+os.environ["LORA_BOOTH_REPORTS"] = str(CRASH_REPORTS)
+atexit.register(shutil.rmtree, CRASH_REPORTS, ignore_errors=True)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -25,6 +32,23 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_crash() -> Iterator[None]:
+    """A command that ends as nobody foresaw, in this process or another, fails its test and shows the report."""
+    yield
+    reports = crash_reports()
+    assert not reports, reports[0]
+
+
+def crash_reports() -> list[str]:
+    """Takes the reports of commands that crashed; a test that expects some calls it."""
+    reports = []
+    for path in sorted(CRASH_REPORTS.iterdir()):
+        reports.append(path.read_text(encoding="utf-8"))
+        path.unlink()
+    return reports
 
 
 @pytest.fixture(scope="session")

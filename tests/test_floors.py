@@ -24,6 +24,8 @@ FLOORS = {
         "patterns",
         "systems",
         "versions",
+        "crash",
+        "streams",
     ),
     1: (
         "run",
