@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from lora_booth.config_file import load as load_config
     from lora_booth.errors import LoraBoothError
     from lora_booth.generate import generate
-    from lora_booth.train import Summary, train
+    from lora_booth.run import Summary
+    from lora_booth.train import train
 
 __version__ = "0.1.0"
 __all__ = ["Config", "LoraBoothError", "Summary", "__version__", "generate", "load_config", "train"]
@@ -27,7 +28,7 @@ __all__ = ["Config", "LoraBoothError", "Summary", "__version__", "generate", "lo
 _HOMES = {
     "Config": ("config", "Config"),
     "LoraBoothError": ("errors", "LoraBoothError"),
-    "Summary": ("train", "Summary"),
+    "Summary": ("run", "Summary"),
     "generate": ("generate", "generate"),
     "load_config": ("config_file", "load"),
     "train": ("train", "train"),

@@ -10,11 +10,14 @@ device never ends. Links are followed; one that leads nowhere, or in a circle, i
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
+import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from lora_booth.errors import ConfigError, LoraBoothError
 
@@ -110,6 +113,29 @@ def read_object(path: Path, remedy: str, error: type[LoraBoothError]) -> dict[st
     if not isinstance(value, dict):
         raise error(f"{shown_path(path)} is not a JSON object; {remedy}.")
     return value
+
+
+def read_fields(path: Path, kinds: Mapping[str, Any], remedy: str, error: type[LoraBoothError]) -> dict[str, Any]:
+    """The fields named in `kinds` of the JSON object in a small file, each of the type that an annotation spells.
+
+    Raises `error`, with the path, why, and `remedy`, also where one is missing; fields of other names are left out.
+    """
+    values = read_object(path, remedy, error)
+    for name, kind in kinds.items():
+        if not is_kind(values.get(name), kind):
+            raise error(f'{shown_path(path)} is damaged: "{name}" is missing, or not what was written; {remedy}.')
+    return {name: values[name] for name in kinds if name in values}
+
+
+def is_kind(value: object, kind: Any) -> bool:
+    """Whether a JSON value is of a type as annotations spell it: str, int, float (finite), dict[str, …], X | None."""
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(is_kind(one, get_args(kind)[1]) for one in value.values())
+    if get_args(kind):
+        return any(is_kind(value, one) for one in get_args(kind))
+    if isinstance(value, int) and kind in (int, float):
+        return not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def read_toml(path: Path, remedy: str, error: type[LoraBoothError]) -> dict[str, Any]:

@@ -345,7 +345,12 @@ def restore(s: Session) -> int:
     s.optimizer.load_state_dict(checkpoint.optimizer)
     s.scaler.load_state_dict(checkpoint.state["scaler"])
     if s.accelerator.is_main_process:
-        s.run.forget_metrics_after(checkpoint.step)
+        lost = s.run.forget_metrics_after(checkpoint.step)
+        if lost:
+            s.report.warn(
+                f"{s.run.metrics_path} lacks {lost} of the {checkpoint.step} lines so far; they are lost, and nothing "
+                "that is trained depends on them."
+            )
     s.report.event("continued", f"continuing after step {checkpoint.step}", step=checkpoint.step)
     return checkpoint.step
 
@@ -355,7 +360,7 @@ def draw_preview(s: Session, done: int) -> None:
     every, path = s.config.preview.every_steps, s.run.preview_path(done)
     if every is None or done % every or done == s.config.train.steps or not s.config.preview.images_per_prompt:
         return
-    if s.accelerator.is_main_process and not path.exists():
+    if s.accelerator.is_main_process and not s.run.has_picture(path):
         rows = draw_rows(s)
         title = f"{s.config.name}: {'the base' if done == 0 else f'after {done} steps'}"
         s.run.write_picture(path, labelled_grid(rows, title=title))

@@ -22,13 +22,15 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from lora_booth import checkpoints, config_file, files
+from lora_booth import checkpoints, config_file, files, inputs
 from lora_booth.checkpoints import Checkpoint
 from lora_booth.config import Config
 from lora_booth.errors import ConfigError, DiskError
@@ -36,6 +38,7 @@ from lora_booth.errors import ConfigError, DiskError
 OWNER_FILE = ".owner.json"
 OWN_BEFORE_CONFIG = re.compile(r"\.lock|(\.owner|inputs)\.json|\.(\.owner\.json|inputs\.json|config\.toml)\..+\.tmp")
 """What a run killed in its first moment may leave before its config is written."""
+CHECKPOINT_NAME = re.compile("step-[0-9]{1,18}")
 FREE_TO_CHANGE = (
     "train.batch_size",
     "train.gradient_checkpointing",
@@ -62,6 +65,24 @@ FREE_TO_CHANGE = (
 """Settings that may differ when a run is continued: they change how it is computed or kept, not what it computes."""
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run made. `peak_gib`: most device memory of tensors; on a CPU, most memory of the process.
+
+    `seconds`, and `seconds_of` its parts, are those of the process that finished it.
+    """
+
+    folder: str
+    files: dict[str, str]
+    before_and_after: str | None
+    steps: int
+    seconds: float
+    peak_gib: float
+    num_parameters: int
+    validation_loss: float
+    seconds_of: dict[str, float] = field(default_factory=dict)
+
+
 class Run:
     """An open run folder. One process at a time may hold its lock; closing it, or dying, lets it go.
 
@@ -74,8 +95,8 @@ class Run:
         self._owner: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, folder: Path, config: Config, inputs: dict[str, Any]) -> Run:
-        """Create `folder`, or continue in it if it holds a run of the same config and inputs.
+    def open(cls, folder: Path, config: Config, given: dict[str, Any]) -> Run:
+        """Create `folder`, or continue in it if it holds a run of the same config that was `given` the same.
 
         Raises ConfigError naming what differs, DiskError when another process holds the folder.
         """
@@ -85,7 +106,7 @@ class Run:
         run = cls(folder, _locked(folder))
         try:
             run._take()
-            run._match_or_write(config, inputs)
+            run._match_or_write(config, given)
         except BaseException:
             run.close()
             raise
@@ -115,39 +136,64 @@ class Run:
         """The preview grid drawn when `step` steps were done."""
         return self.folder / "previews" / f"step-{step:06d}.png"
 
-    def summary(self) -> dict[str, Any] | None:
-        """What a finished run wrote at its end, else None."""
-        if not self.summary_path.exists():
+    def summary(self) -> Summary | None:
+        """What a finished run wrote at its end, else None. Raises DiskError when it is damaged."""
+        if not os.path.lexists(self.summary_path):
             return None
-        return _read_json(self.summary_path, "remove it, and the same command makes the end of the run again")
+        remedy = "remove it, and the same command makes the end of the run again"
+        return Summary(**inputs.read_fields(self.summary_path, get_type_hints(Summary), remedy, DiskError))
 
     def started_at(self) -> float:
         """When the run was begun, in seconds since 1970."""
         return float(self._inputs()["started_at"])
 
     def append_metrics(self, values: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl. Raises DiskError when the folder vanished or was taken."""
+        """Add one line to metrics.jsonl. Raises DiskError when the folder vanished or was taken, or it is no file."""
         self.require_taken()
+        self._require_own_metrics()
         with files.writing(self.metrics_path), self.metrics_path.open("ab") as file:
             file.write(json.dumps(values).encode() + b"\n")
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps after the checkpoint that is continued from. Raises DiskError as `append_metrics`."""
+    def forget_metrics_after(self, step: int) -> int:
+        """Drop the lines of steps after the checkpoint that is continued from; returns how many before it are lost.
+
+        Raises DiskError as `append_metrics`.
+        """
         self.require_taken()
-        if self.metrics_path.exists():
+        self._require_own_metrics()
+        if not self.metrics_path.exists():
+            return step
+        with files.writing(self.metrics_path):
             lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            files.write_text(self.metrics_path, "".join(line + "\n" for line in kept))
+        kept = {number: line for line in lines if (number := _step_of(line)) is not None and number <= step}
+        files.write_text(self.metrics_path, "".join(line + "\n" for line in kept.values()))
+        return step - len(kept)
+
+    def _require_own_metrics(self) -> None:
+        """Raises DiskError where metrics.jsonl is a pipe, a folder, or a link, which may lead out of the run folder."""
+        path = self.metrics_path
+        why = "it is a link" if path.is_symlink() else inputs.why_unreadable(path)
+        if why not in (None, "it is missing"):
+            raise DiskError(f"{path} cannot be written: {why}; remove it, and the same command goes on.")
+
+    def has_picture(self, path: Path) -> bool:
+        """Whether `path` holds a whole PNG; one that was damaged is drawn again."""
+        try:
+            with Image.open(inputs.require_plain_file(path, "", DiskError), formats=("PNG",)) as picture:
+                picture.load()
+        except (DiskError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return False
+        return True
 
     def write_picture(self, path: Path, picture: Image.Image) -> None:
         """Write a PNG at `path` in the folder. Raises DiskError as `append_metrics`."""
         self.require_taken()
         files.write_png(path, picture)
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def finish(self, summary: Summary) -> None:
         """Write `summary`, which marks the run as finished. Raises DiskError as `append_metrics`."""
         self.require_taken()
-        files.write_text(self.summary_path, json.dumps(summary, indent=1))
+        files.write_text(self.summary_path, json.dumps(asdict(summary), indent=1))
 
     def save(self, checkpoint: Checkpoint, *, keep_last: int) -> Path:
         """Write `checkpoint` as a whole, then drop old ones except the last `keep_last` and the best.
@@ -193,12 +239,10 @@ class Run:
         """Validation loss of the kept checkpoints by step; None where none was measured."""
         losses: dict[int, float | None] = {}
         for folder in self._checkpoint_folders():
-            try:
-                losses[int(folder.name[5:])] = json.loads((folder / "state.json").read_text(encoding="utf-8")).get(
-                    "validation_loss"
-                )
-            except (OSError, ValueError):
-                continue
+            with suppress(DiskError):  # it is told when it is to be continued from
+                kinds = {"validation_loss": float | None}
+                state = inputs.read_fields(folder / "state.json", kinds, "", DiskError)
+                losses[_step_of_folder(folder)] = state.get("validation_loss")
         return losses
 
     def require_taken(self) -> None:
@@ -229,17 +273,18 @@ class Run:
             files.remove_folder(unfinished)
 
     def _inputs(self) -> dict[str, Any]:
-        return _read_json(self.folder / "inputs.json", "put it back from a copy, or train in a new run.folder")
+        remedy = "put it back from a copy, or train in a new run.folder"
+        return inputs.read_object(self.folder / "inputs.json", remedy, DiskError)
 
-    def _match_or_write(self, config: Config, inputs: dict[str, Any]) -> None:
+    def _match_or_write(self, config: Config, given: dict[str, Any]) -> None:
         config_path, inputs_path = self.folder / "config.toml", self.folder / "inputs.json"
         if not config_path.exists():
-            files.write_text(inputs_path, json.dumps({**inputs, "started_at": time.time()}, indent=1))
+            files.write_text(inputs_path, json.dumps({**given, "started_at": time.time()}, indent=1))
             files.write_text(config_path, config_file.to_toml(config))
             return
         stored = config_file.load(config_path)
         faults = config_file.differing_keys(stored, config, ignore=FREE_TO_CHANGE)
-        faults += _differing_inputs(self._inputs(), inputs)
+        faults += _differing_inputs(self._inputs(), given)
         if faults:
             lines = "\n".join(f"  {line}" for line in faults)
             raise ConfigError(
@@ -251,13 +296,13 @@ class Run:
 
     def _checkpoint_folders(self) -> list[Path]:
         folders = (self.folder / "checkpoints").glob("step-*")
-        return sorted((f for f in folders if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
+        return sorted((f for f in folders if CHECKPOINT_NAME.fullmatch(f.name)), key=_step_of_folder)
 
     def _prune(self, keep_last: int) -> None:
         folders = self._checkpoint_folders()
         best = self.best_step()
         for folder in folders[:-keep_last]:
-            if int(folder.name[5:]) != best:
+            if _step_of_folder(folder) != best:
                 files.remove_folder(folder)
 
 
@@ -303,25 +348,16 @@ def _locked(folder: Path) -> FileLock:
 def _owner_of(folder: Path) -> dict[str, Any]:
     """What the holder of `folder` wrote; None for what cannot be known."""
     try:
-        owner = json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        owner = None
-    return {key: owner.get(key) if isinstance(owner, dict) else None for key in ("pid", "host", "started", "id")}
+        owner = inputs.read_object(folder / OWNER_FILE, "", DiskError)
+    except DiskError:
+        owner = {}
+    known = ((key, owner.get(key)) for key in ("pid", "host", "started", "id"))
+    return {key: value if isinstance(value, str | int) else None for key, value in known}
 
 
 def _told(owner: dict[str, Any]) -> str:
-    return f"process {owner['pid'] or '?'} on {owner['host'] or '?'} since {owner['started'] or '?'}"
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a file of the run. Raises DiskError with `remedy` when it cannot be read."""
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(loaded, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise DiskError(f"{path} is damaged ({error}); {remedy}.") from error
-    return loaded
+    pid, host, started = (inputs.shown(owner[key] or "?") for key in ("pid", "host", "started"))
+    return f"process {pid} on {host} since {started}"
 
 
 def _differing_inputs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -338,8 +374,14 @@ def _differing_inputs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int | None:
+    """The step of a line of metrics.jsonl; None for one that is torn, as the last of a killed process, or damaged."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # the torn last line of a killed process
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if inputs.is_kind(step, int) and step > 0 else None
+
+
+def _step_of_folder(folder: Path) -> int:
+    return int(folder.name[5:])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -28,30 +27,12 @@ from lora_booth.flat import Flat
 from lora_booth.interrupts import stop_requests
 from lora_booth.objectives import objective_for
 from lora_booth.report import Report, Silent
-from lora_booth.run import Run, require_free_space
+from lora_booth.run import Run, Summary, require_free_space
 
 PATIENCE = timedelta(hours=12)
 """How long a process waits for another that is alive: the first draws all class images while the others wait."""
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the adapter and two moments, float32."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run made. `peak_gib`: most device memory of tensors; on a CPU, most memory of the process.
-
-    `seconds`, and `seconds_of` its parts, are those of the process that finished it.
-    """
-
-    folder: str
-    files: dict[str, str]
-    before_and_after: str | None
-    steps: int
-    seconds: float
-    peak_gib: float
-    num_parameters: int
-    validation_loss: float
-    seconds_of: dict[str, float] = field(default_factory=dict)
 
 
 class Stopwatch:
@@ -90,8 +71,8 @@ def train(
         finished = run.summary()
         if finished is not None:
             report.event("finished", f"{run.folder} is finished already; name another run.folder to train again")
-            return Summary(**finished)
-        if accelerator.is_main_process and not run.sheet_path.exists():
+            return finished
+        if accelerator.is_main_process and not run.has_picture(run.sheet_path):
             run.write_picture(run.sheet_path, prepare.sheet(config, inputs.pictures))
         dtype = dtype_for(config.model.precision, device)
         family = _load(config, inputs.facts, device, dtype, report)
@@ -261,7 +242,7 @@ def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
         seconds_of=stopwatch.seconds_of,
     )
     if s.accelerator.is_main_process:
-        s.run.finish(asdict(summary))
+        s.run.finish(summary)
     s.accelerator.end_training()
     return summary
 

@@ -21,7 +21,7 @@ from lora_booth import checkpoints, config_file, files
 from lora_booth.checkpoints import Checkpoint
 from lora_booth.config import Config
 from lora_booth.errors import ConfigError, DiskError
-from lora_booth.run import Run, _locked, require_free_space
+from lora_booth.run import Run, Summary, _locked, require_free_space
 
 INPUTS = {"base": "abc", "pictures": {"a.jpg": "1", "b.jpg": "2"}}
 
@@ -152,13 +152,114 @@ def test_a_checkpoint_whose_manifest_names_fewer_files_is_damaged(run: Run) -> N
     assert len(told) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"[" * 100_000, b"\xff", b"null", b"9" * 5000])
 @pytest.mark.parametrize("name", ["inputs.json", "summary.json"])
 def test_a_damaged_file_of_the_run_is_named_with_what_to_do(name: str, content: bytes, run: Run) -> None:
     run.close()
     (run.folder / name).write_bytes(content)
-    with pytest.raises(DiskError, match=rf"{name} is damaged .*; (put it back|remove it)"):
+    with pytest.raises(DiskError, match=rf"{name} (is not|cannot be read).*; (put it back|remove it)"):
         Run.open(run.folder, config(), INPUTS).summary()
+
+
+SUMMARY = Summary("run", {"kohya": "a.safetensors"}, None, 4, 1.5, 2.0, 8, 0.25, {"loading": 1})
+
+
+def test_a_summary_is_what_was_written_or_damaged(run: Run) -> None:
+    assert run.summary() is None
+    run.finish(SUMMARY)
+    assert run.summary() == SUMMARY
+    sound = json.loads(run.summary_path.read_text())
+    run.summary_path.write_text(json.dumps(sound | {"of a later version": 1}))
+    assert run.summary() == SUMMARY
+    for key, value in (
+        ("steps", "4"), ("steps", 1.5), ("steps", True), ("seconds", float("nan")), ("seconds", 10**400),
+        ("files", None), ("files", {"kohya": 1}), ("seconds_of", {"loading": None}), ("folder", []),
+        ("before_and_after", 3), ("validation_loss", None),
+    ):  # fmt: skip
+        run.summary_path.write_text(json.dumps(sound | {key: value}))
+        with pytest.raises(DiskError, match=f'summary.json is damaged: "{key}" .*; remove it, and the same command'):
+            run.summary()
+    run.summary_path.unlink()
+    run.summary_path.symlink_to("gone")
+    with pytest.raises(DiskError, match="it is a link to gone, which is missing"):
+        run.summary()
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"validation_loss": "low"}', '{"validation_loss": [1]}', "{"])
+def test_the_best_is_chosen_among_checkpoints_that_can_be_read(content: str, run: Run) -> None:
+    run.save(checkpoint(1, 0.9), keep_last=9)
+    path = run.save(checkpoint(2, 0.1), keep_last=9)
+    (path / "state.json").write_text(content)
+    assert run.best_step() == 1
+
+
+def test_folders_with_names_of_others_among_the_checkpoints_are_left_alone(run: Run) -> None:
+    run.save(checkpoint(1), keep_last=1)
+    for name in ("step-²", "step-٣", "step-", "step-1e3", "step-" + "9" * 200):
+        (run.folder / "checkpoints" / name).mkdir()
+    run.save(checkpoint(2), keep_last=1)
+    assert run.best_step() == 1
+    assert len(list((run.folder / "checkpoints").glob("step-*"))) == 7
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"id": [1], "pid": {}}', '"x"', "[" * 100_000, "9" * 5000, "\0"])
+def test_an_owner_file_of_any_shape_says_nothing(content: str, run: Run) -> None:
+    (run.folder / ".owner.json").write_text(content)
+    run.require_taken()
+    (run.folder / ".owner.json").unlink()
+    os.mkfifo(run.folder / ".owner.json")  # opening it would wait for ever
+    run.require_taken()
+
+
+def test_metrics_are_written_into_the_folder_or_not_at_all(run: Run, tmp_path: Path) -> None:
+    def link(path: Path, target: Path) -> None:
+        path.symlink_to(target)
+
+    (tmp_path / "foreign").write_text("mine")
+    for make, why in (
+        (lambda path: link(path, tmp_path / "elsewhere"), "a link"),
+        (lambda path: link(path, tmp_path / "foreign"), "a link"),
+        (os.mkfifo, "a named pipe"),
+        (Path.mkdir, "a folder"),
+    ):
+        make(run.metrics_path)
+        for use in (lambda: run.append_metrics({"step": 1}), lambda: run.forget_metrics_after(1)):
+            with pytest.raises(DiskError, match=f"metrics.jsonl cannot be written: it is {why}; remove it"):
+                use()
+        (run.metrics_path.rmdir if why == "a folder" else run.metrics_path.unlink)()
+    assert (tmp_path / "foreign").read_text() == "mine" and not (tmp_path / "elsewhere").exists()
+
+
+def test_lost_lines_of_the_metrics_are_counted(run: Run) -> None:
+    assert run.forget_metrics_after(0) == 0
+    assert run.forget_metrics_after(3) == 3
+    for step in range(1, 6):
+        run.append_metrics({"step": step})
+    assert run.forget_metrics_after(4) == 0
+    lines = run.metrics_path.read_text().splitlines()
+    lines[1] = lines[1][:5]
+    run.metrics_path.write_text("\n".join([*lines, "null", '{"step": "x"}', '{"step": 1e400}', "[" * 9999, ""]))
+    assert run.forget_metrics_after(4) == 1
+    assert [json.loads(line)["step"] for line in run.metrics_path.read_text().splitlines()] == [1, 3, 4]
+
+
+def test_a_picture_of_the_run_counts_only_while_it_is_whole(run: Run, tmp_path: Path) -> None:
+    path = run.sheet_path
+    assert not run.has_picture(path)
+    Image.effect_noise((64, 64), 50).save(path)
+    assert run.has_picture(path)
+    data = path.read_bytes()
+    for damaged in (data[: len(data) // 2], b"", data[:200] + bytes(50) + data[250:], b"no picture"):
+        path.write_bytes(damaged)
+        assert not run.has_picture(path)
+    path.unlink()
+    os.mkfifo(path)
+    assert not run.has_picture(path)
+    path.unlink()
+    path.symlink_to(tmp_path / "gone")
+    assert not run.has_picture(path)
+    run.write_picture(path, Image.new("RGB", (8, 8)))
+    assert run.has_picture(path) and not path.is_symlink() and not (tmp_path / "gone").exists()
 
 
 def test_a_folder_that_another_process_took_is_not_saved_into(run: Run) -> None:

@@ -123,6 +123,24 @@ def test_a_finished_run_is_shown_and_left_as_it_is(make_config: MakeConfig, tmp_
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_what_a_run_lost_of_its_pictures_and_metrics_is_made_again_or_told(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config, folder = make_config(train={"steps": 2}), tmp_path / "run"
+    summary = train.train(config)
+    (folder / "summary.json").unlink()
+    sheet = folder / "contact_sheet.png"
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    before = sheet.read_bytes()
+    sheet.write_bytes(before[:100])
+    (folder / "metrics.jsonl").write_text(f"{lines[0][:9]}\n{lines[1]}\n")
+    recorder = Recorder()
+    again = train.train(config, report=recorder)
+    assert sheet.read_bytes() == before
+    assert any("metrics.jsonl lacks 1 of the 2 lines so far" in warning for warning in recorder.warnings)
+    assert again.validation_loss == summary.validation_loss
+
+
 def test_both_files_hold_the_same_update(make_config: MakeConfig, tmp_path: Path) -> None:
     train.train(make_config(export={"dtype": "fp32"}))
     kohya = export.read(tmp_path / "run" / "sks_dog.safetensors")["unet"]
