@@ -102,6 +102,8 @@ BARE_NAMES |= {
 }
 BARE_NAMES |= {"rescue workers helmet": "helmet", "cheese wedge": "cheese", "sun with face": "sun"}
 MEDIA = ("icon", "picture", "emoji")
+KINDS: dict[str, float] = {"scene": 0.28, "hat": 0.2, "next to": 0.16, "two": 0.1, "on top": 0.1, "small": 0.16}
+"""Compositions and the share of each."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,18 @@ class Composer:
                 self.by_label.setdefault(name.label, []).append(index)
 
     def draw(
-        self, icon: int, rng: np.random.Generator, variety: Variety = FULL, *, colour: str | None = None
+        self,
+        icon: int,
+        rng: np.random.Generator,
+        variety: Variety = FULL,
+        *,
+        colour: str | None = None,
+        kind: str | None = None,
     ) -> Picture:
-        """One picture of `icon`, on `colour` or any; the same generator state gives the same picture."""
-        kinds = {"scene": 0.28, "hat": 0.2, "next to": 0.16, "two": 0.1, "on top": 0.1, "small": 0.16}
-        kind = "plain"
-        if rng.random() < variety.composite_share:
-            kind = str(rng.choice(list(kinds), p=list(kinds.values())))
+        """One picture of `icon`, on `colour` or any, of a kind of KINDS or any; by the generator's state alone."""
+        if kind is None:
+            is_composed = rng.random() < variety.composite_share
+            kind = str(rng.choice(list(KINDS), p=list(KINDS.values()))) if is_composed else "plain"
         words, master = self._main_icon(icon, rng, variety.hue_share)
         canvas, place = self._background(kind, rng, colour)
         noun = article(words)

@@ -1,9 +1,8 @@
-"""Measures the shipped model and writes figures.json and a contact sheet (`python -m
-tools.booth_mini.measure`).
+"""Measures the shipped model and writes figures.json and a contact sheet (`python -m tools.booth_mini.measure`).
 
-Figures: PSNR of the autoencoder on art that no training step saw, contrastive retrieval among 200 pairs of
-such art, prompt adherence of guided samples by the mini-CLIP's own choice among 50 nouns, pictures per
-second, file sizes.
+Figures: PSNR of the autoencoder on art that no training step saw, and how much of its edges is kept; contrastive
+retrieval among 200 pairs of such art; prompt adherence of guided samples by the mini-CLIP's own choice among 50 nouns
+and among all that the denoiser is to know; contexts; pictures per second; file sizes.
 """
 
 import argparse
@@ -22,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from tools.booth_mini.compose import COLOURS, PLAIN, Composer, article
+from tools.booth_mini.compose import COLOURS, KINDS, PLAIN, Composer, article
+from tools.booth_mini.contexts import context_shares, context_shares_of_drawings
 from tools.booth_mini.data import load_icons
 from tools.booth_mini.export import load_parts
-from tools.booth_mini.nouns import SET_WEIGHTS
+from tools.booth_mini.nouns import SET_WEIGHTS, WIDER
 from tools.booth_mini.pool import encode_prompts
 from tools.booth_mini.train_clip import embed_captions, retrieval, retrieval_pairs
 from tools.booth_mini.train_unet import sample
@@ -85,12 +85,20 @@ def measure(model: Path, data: Path, sheet: Path) -> dict[str, Any]:
     context_pictures = draw_prompts(unet, vae, clip, tokenizer, list(CONTEXTS))
     write_sheet(sheet, torch.cat([pictures, context_pictures]), columns=10)
     is_right = adherence(clip, tokenizer, pictures, NOUNS)
+    wider = [article(label) for label in WIDER]
+    is_right_of_all = adherence(clip, tokenizer, draw_prompts(unet, vae, clip, tokenizer, wider), wider, wider)
+    decoded = reconstruct(vae, art)
+
+    def draw(prompts: list[str]) -> Tensor:
+        return draw_prompts(unet, vae, clip, tokenizer, prompts)
+
     border, border_is_right = background_accuracy(context_pictures[: 2 * len(COLOURS)])
     return {
         "date": date.today().isoformat(),
         "machine": f"CPU only, {torch.get_num_threads()} thread(s), {platform.machine()}, torch {torch.__version__}",
         "autoencoder_psnr_db": {
-            "held_out_art": round(psnr_db(reconstruct(vae, art), art), 2),
+            "held_out_art": round(psnr_db(decoded, art), 2),
+            "edges_kept": round(edges(decoded) / edges(art), 3),
             "pictures": len(art),
         },
         "retrieval_held_out": {"top1": round(top1, 3), "top5": round(top5, 3), "pairs": len(pairs)},
@@ -100,6 +108,12 @@ def measure(model: Path, data: Path, sheet: Path) -> dict[str, Any]:
             "guidance_scale": 3.0,
             "steps": 20,
             "of_real_drawings": round(adherence_of_drawings(composer, clip, tokenizer), 3),
+            "top1_of_all_nouns": round(sum(is_right_of_all) / len(is_right_of_all), 3),
+            "all_nouns": len(wider),
+        },
+        "contexts": {
+            "drawn": context_shares(clip, tokenizer, draw, tuple(KINDS)),
+            "of_real_compositions": context_shares_of_drawings(composer, clip, tokenizer, tuple(KINDS)),
         },
         "background_colours": {"right": round(border_is_right, 3), "wrong": border},
         "pictures_per_second": round(len(prompts) / seconds, 2),
@@ -123,12 +137,25 @@ def draw_prompts(
 
 
 @torch.no_grad()
-def adherence(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, nouns: Sequence[str]) -> list[bool]:
-    """For each picture: whether the mini-CLIP finds its own noun nearest among all NOUNS."""
-    texts = embed_captions(clip, tokenizer, [article(noun) for noun in NOUNS], pictures.device)
+def adherence(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    pictures: Tensor,
+    nouns: Sequence[str],
+    among: Sequence[str] | None = None,
+) -> list[bool]:
+    """For each picture: whether the mini-CLIP finds its own noun nearest `among` prompts, by default those of NOUNS."""
+    prompts = [article(noun) for noun in NOUNS] if among is None else list(among)
+    own = [article(noun) for noun in nouns] if among is None else nouns
+    texts = embed_captions(clip, tokenizer, prompts, pictures.device)
     images = F.normalize(clip.visual_projection(clip.vision_model(pixel_values=pictures).pooler_output), dim=-1)
     best = (images @ texts.T).argmax(dim=1)
-    return [NOUNS[int(choice)] == noun for noun, choice in zip(nouns, best, strict=True)]
+    return [prompts[int(choice)] == prompt for prompt, choice in zip(own, best, strict=True)]
+
+
+def edges(pictures: Tensor) -> float:
+    """Mean energy of the differences between neighbouring pixels: blur lowers it."""
+    return float(sum(pictures.diff(dim=side).square().mean() for side in (-1, -2)))
 
 
 def adherence_of_drawings(composer: Composer, clip: CLIPModel, tokenizer: CLIPTokenizer) -> float:

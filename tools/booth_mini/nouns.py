@@ -1,7 +1,7 @@
 """Which icons each training step sees, and how often.
 
-The autoencoder and the contrastive pair train on everything (the pair on COMMON labels more); the denoiser, on a
-CPU, on the few nouns of DENOISER. Give it COMMON, or everything, where a GPU is at hand.
+The autoencoder and the contrastive pair train on everything (the pair on COMMON labels more); the denoiser begins with
+the few nouns of DENOISER and is widened to all of COMMON (pool.STAGES).
 """
 
 import hashlib
@@ -48,7 +48,9 @@ DENOISER: dict[str, float] = dict.fromkeys(DENOISER_NOUNS.split("|"), 1.0) | {
     "automobile": 2.0,
     "red heart": 1.5,
 }
-"""Label -> how often the denoiser sees it: few things that it can learn in CPU hours, dogs (the demo's) most."""
+"""Label -> how often the denoiser sees it at first: few things, whose shapes come soon; dogs (the demo's) most."""
+WIDER: dict[str, float] = dict.fromkeys(COMMON, 1.0) | DENOISER
+"""The same at last: 152 labels."""
 
 SET_WEIGHTS: dict[str, float] = {"noto": 1.5, "3d": 1.0, "flat": 1.0, "twemoji": 1.0}
 """How often the denoiser sees a set; the other four sets only train the autoencoder and the contrastive pair."""
