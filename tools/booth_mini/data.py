@@ -1,9 +1,8 @@
-"""Builds the training data: fetch, name and render every icon once (`python -m tools.booth_mini.data --out
-DIR`).
+"""Builds the training data: fetch, name and render every icon once (`python -m tools.booth_mini.data --out DIR`).
 
-DIR receives masters.npy (uint8 [N, 128, 128, 4], RGBA), icons.json (N names, in the same order, with the
-sha256 of each master), tokenizer/ and subjects/. Pictures and captions are made from these on the fly by
-compose.py.
+DIR receives masters.npy (uint8 [N, 128, 128, 4], RGBA), icons.json (N names, in the same order, with the sha256 of each
+master), tokenizer/, subjects/ and the network of the perceptual loss. Pictures and captions are made from these on the
+fly by compose.py.
 """
 
 import argparse
@@ -19,17 +18,18 @@ import resvg_py
 from numpy.typing import NDArray
 from PIL import Image
 
-from tools.booth_mini.fetch import fetch_merges, fetch_npm, read_members, read_packages
+from tools.booth_mini.fetch import fetch_member, fetch_npm, read_members, read_packages
 from tools.booth_mini.names import IconName, NameTable, name_icon
 from tools.booth_mini.subjects import write_subjects
 from tools.booth_mini.tokenizer import write_tokenizer
 
 MASTER_PX = 128
+PERCEPTUAL_FILE = "perceptual.pth"
 Master = NDArray[np.uint8]
 
 
 def build_data(out: Path, downloads: Path) -> None:
-    """Writes all of the training data under `out`; `downloads` keeps the packages (32 MB)."""
+    """Writes all of the training data under `out`; `downloads` keeps the packages (50 MB)."""
     packages = read_packages()
     table = NameTable(read_members(fetch_npm(packages["names"], downloads)))
     out.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,8 @@ def build_data(out: Path, downloads: Path) -> None:
             masters.append(master)
         print(f"{entry['name']:10s} {len(names) - before:5d} icons", flush=True)
     _write_icons(out, names, masters)
-    write_tokenizer(fetch_merges(packages["tokenizer"], downloads), out / "tokenizer")
+    write_tokenizer(fetch_member(packages["tokenizer"], downloads), out / "tokenizer")
+    (out / PERCEPTUAL_FILE).write_bytes(fetch_member(packages["perceptual"], downloads))
     write_subjects(out, names, np.stack(masters))
 
 

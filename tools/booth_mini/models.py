@@ -11,17 +11,19 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from tools.booth_mini.tokenizer import MAX_TOKENS, VOCAB_SIZE
 
 TEXT_WIDTH = 192
+VAE_WIDTHS = (48, 96, 192)
+"""Channels at 64, 32 and 16 px; an AutoencoderKL's two halves have the same."""
 
 
-def make_vae() -> AutoencoderKL:
+def make_vae(widths: tuple[int, int, int] = VAE_WIDTHS) -> AutoencoderKL:
     """The autoencoder, factor 4; no attention in its middle, so that it may train on pictures of any size."""
     return AutoencoderKL(
-        block_out_channels=(32, 64, 128),
+        block_out_channels=widths,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=16,
+        norm_num_groups=widths[0] // 2,
         sample_size=64,
         mid_block_add_attention=False,
         scaling_factor=1.0,

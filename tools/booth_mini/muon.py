@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tools.booth_mini.state import has_fast_bfloat16
+
 MOMENTUM = 0.95
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.02
@@ -23,9 +25,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, learning_rate: float) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        is_end = ("conv_in", "conv_out")
-        matrices = [p for name, p in named if p.ndim > 1 and not name.startswith(is_end)]
-        others = [p for name, p in named if p.ndim <= 1 or name.startswith(is_end)]
+        matrices = [p for name, p in named if p.ndim > 1 and not _is_end(name)]
+        others = [p for name, p in named if p.ndim <= 1 or _is_end(name)]
         groups: list[dict[str, Any]] = [
             {"params": matrices, "is_matrix": True, "lr_scale": 1.0},
             {"params": others, "is_matrix": False, "lr_scale": ADAM_SCALE},
@@ -55,23 +56,26 @@ class MuonAdamW(torch.optim.Optimizer):
     def _adam(self, parameter: Tensor, gradient: Tensor, learning_rate: float) -> None:
         state = self.state[parameter]
         if "count" not in state:
-            state["count"] = torch.zeros(())
             state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state["count"] += 1
-        count = int(state["count"])
+        count = state["count"] = int(state.get("count", 0)) + 1
         mean = state["mean"].lerp_(gradient, 1 - BETAS[0]) / (1 - BETAS[0] ** count)
         square = state["square"].lerp_(gradient.square(), 1 - BETAS[1]) / (1 - BETAS[1] ** count)
         parameter.sub_(mean / (square.sqrt() + 1e-8), alpha=learning_rate)
 
 
+def _is_end(name: str) -> bool:
+    """Whether a parameter meets pictures or latents themselves; those kernels are AdamW's."""
+    return not {"conv_in", "conv_out"}.isdisjoint(name.split("."))
+
+
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """Roughly U V^T of a matrix [m, n] = U S V^T: singular values come out between about 0.7 and 1.2.
 
-    Newton-Schulz with Jordan's quintic (3.4445, -4.7750, 2.0315), in bfloat16.
+    Newton-Schulz with Jordan's quintic (3.4445, -4.7750, 2.0315), in bfloat16 where that is fast.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if is_tall else matrix).bfloat16()
+    x = (matrix.T if is_tall else matrix).to(torch.bfloat16 if has_fast_bfloat16(matrix.device) else torch.float32)
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
         gram = x @ x.T

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,8 +57,13 @@ class Training:
             self.step = saved["step"]
             print(f"continuing {path.name} at step {self.step}", flush=True)
 
+    @property
+    def steps_left(self) -> range:
+        """The steps that `run` would take now."""
+        return range(self.step, self.schedule.steps)
+
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Begins at given weights (the shipped ones) when there is no saved state to continue."""
+        """Begins at given weights (the shipped ones, widened) when there is no saved state to continue."""
         if self.step == 0:
             self.model.load_state_dict(weights)
             self.ema.module.load_state_dict(weights)
@@ -68,28 +74,35 @@ class Training:
         on_save: Callable[[nn.Module, int], None],
         *,
         save_every_s: float = 300.0,
+        until: int | None = None,
     ) -> None:
-        """Trains until the schedule ends; `loss_at(step)` must depend on the step only, so that a resumed
-        run agrees.
+        """Trains until step `until`, by default the schedule's end; ends early, but saved, on a SIGTERM.
 
-        `on_save` gets the EMA model and the step after each save. Raises FloatingPointError on a loss that is not
-        finite.
+        `loss_at(step)` must depend on the step only, so that a resumed run agrees. `on_save` gets the EMA model and the
+        step after each save. Raises FloatingPointError on a loss that is not finite.
         """
         begun = saved = time.time()
         first_step, total, count = self.step, 0.0, 0
-        while self.step < self.schedule.steps:
+        end = self.schedule.steps if until is None else until
+        asked_to_end: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, frame: asked_to_end.append(number))
+        while self.step < end:
             self._update(loss := loss_at(self.step))
             total, count = total + float(loss.detach()), count + 1
-            is_last = self.step == self.schedule.steps
+            is_last = self.step == end
             if self.step % 50 == 0 or is_last:
                 rate = (self.step - first_step) / (time.time() - begun)
-                left_min = (self.schedule.steps - self.step) / rate / 60
+                left_min = (end - self.step) / rate / 60
                 print(f"step {self.step} loss {total / count:.4f} {rate:.2f}/s, {left_min:.0f} min", flush=True)
                 total, count = 0.0, 0
             if time.time() - saved > save_every_s or is_last:
                 self.save()
                 on_save(self.ema.module, self.step)
                 saved = time.time()
+            elif asked_to_end:
+                self.save()
+                raise SystemExit(f"{self.path.name} saved at step {self.step}")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _update(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
@@ -113,6 +126,20 @@ class Training:
         }
         with replacing(self.path) as part:
             torch.save(state, part)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 pay: on GPUs, and on CPUs with instructions for them.
+
+    Without these a step of the autoencoder took ten times as long in bfloat16 as in float32 (AMD EPYC (Zen 3), one
+    thread, 2026-11-28).
+    """
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 for the matrix products of a training step, where that is faster."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(device))
 
 
 def ema_update(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
+from tools.booth_mini.ahead import drawn_ahead
 from tools.booth_mini.compose import COLOURS, PLAIN, Composer, Picture
 from tools.booth_mini.nouns import COMMON, is_training, is_validation
-from tools.booth_mini.state import Training
+from tools.booth_mini.state import Training, autocast
 from tools.booth_mini.train_vae import to_tensor
 
 NOUN_BATCH_EVERY = 2
@@ -29,6 +30,7 @@ def train_clip(
     *,
     batch_size: int,
     seed: int,
+    workers: int = 0,
     text_frozen: bool,
 ) -> None:
     """Runs `training` (of `make_clip()`) to its end; prints top-5 retrieval among 200 held-out pairs.
@@ -45,10 +47,14 @@ def train_clip(
     weights = _icon_weights(composer)
     held_out = retrieval_pairs(composer, 200)
 
-    def loss_at(step: int) -> Tensor:
+    def draw(step: int) -> list[Picture]:
         rng = np.random.default_rng([seed, 2, step])
-        pictures = draw_batch(composer, rng, weights, batch_size, is_noun_batch=step % NOUN_BATCH_EVERY == 0)
-        return contrastive_loss(model, tokenizer, pictures, device)
+        return draw_batch(composer, rng, weights, batch_size, is_noun_batch=step % NOUN_BATCH_EVERY == 0)
+
+    pictures = drawn_ahead(draw, training.steps_left, workers)
+
+    def loss_at(step: int) -> Tensor:
+        return contrastive_loss(model, tokenizer, next(pictures), device)
 
     def on_save(ema: nn.Module, step: int) -> None:
         assert isinstance(ema, CLIPModel)
@@ -84,7 +90,7 @@ def contrastive_loss(
     model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Sequence[Picture], device: torch.device
 ) -> Tensor:
     """Symmetric InfoNCE of a batch of pictures with their captions."""
-    with torch.autocast(device.type, dtype=torch.bfloat16):
+    with autocast(device):
         images = embed_pictures(model, pictures, device)
         texts = embed_captions(model, tokenizer, [picture.caption for picture in pictures], device)
     scale = model.logit_scale.exp().clamp(max=100.0)

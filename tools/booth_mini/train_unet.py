@@ -1,4 +1,4 @@
-"""Training step 3: the denoiser, on a pool of latents and conditioning made once.
+"""Training step 3: the denoiser, stage by stage, each on a pool of latents and conditioning made once.
 
 v-prediction (Salimans & Ho 2022, arXiv 2202.00512) with zero terminal SNR (Lin et al. 2023). The weight of
 the v-loss is min(SNR + 1, 5) / (SNR + 1): min-SNR-5 (Hang et al. 2023, arXiv 2303.09556) with the + 1 kept
@@ -17,16 +17,18 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from tools.booth_mini.models import make_scheduler, make_vae
-from tools.booth_mini.pool import SHEET_PROMPTS, load_or_make_pool
-from tools.booth_mini.state import Training, load_ema
+from tools.booth_mini.pool import SHEET_PROMPTS, STAGES, Pool, load_or_make_pool
+from tools.booth_mini.state import Training, autocast, load_ema
 from tools.booth_mini.train_vae import write_sheet
 
 PROMPT_DROPOUT = 0.1
 MAX_WEIGHT = 5.0
 
 
-def train_unet(training: Training, data: Path, out: Path, *, batch_size: int, seed: int, pool_size: int) -> None:
-    """Runs `training` (of `make_unet()`) to its end; writes a sheet of samples at each save."""
+def train_unet(
+    training: Training, data: Path, out: Path, *, batch_size: int, seed: int, workers: int = 0, pool_size: int
+) -> None:
+    """Runs `training` (of `make_unet()`) to its end, through STAGES; writes a sheet of samples at each save."""
     model = training.model
     assert isinstance(model, UNet2DConditionModel), "the third step trains a UNet2DConditionModel"
     device = next(model.parameters()).device
@@ -35,10 +37,28 @@ def train_unet(training: Training, data: Path, out: Path, *, batch_size: int, se
         # backward is slow there (AMD EPYC (Zen 4), one thread, bf16, 2026-11-21). Same weights, same
         # function.
         model.set_attn_processor(AttnProcessor())
-    pool = load_or_make_pool(data, out, size=pool_size, seed=seed)
+    vae = make_vae()
+    vae.load_state_dict(load_ema(out / "vae.pt"))
+    vae.to(device)  # type: ignore[arg-type]
+    for number, stage in enumerate(STAGES):
+        until = round(stage.until * training.schedule.steps)
+        if training.step >= until:
+            continue
+        pool = load_or_make_pool(data, out, number, size=pool_size, seed=seed, device=device, workers=workers)
+        print(f"stage {number}: {len(pool.latents)} latents, {len(pool.captions)} captions", flush=True)
+
+        def on_save(ema: nn.Module, step: int, pool: Pool = pool) -> None:
+            assert isinstance(ema, UNet2DConditionModel)
+            write_samples(ema, vae, pool, out / f"unet_{step:06d}.png")
+
+        training.run(denoising_loss(model, pool, batch_size=batch_size, seed=seed), on_save, until=until)
+
+
+def denoising_loss(model: UNet2DConditionModel, pool: Pool, *, batch_size: int, seed: int) -> Callable[[int], Tensor]:
+    """A function (step) -> the loss of that step's batch from the pool."""
+    device = next(model.parameters()).device
     alphas_cumprod = make_scheduler().alphas_cumprod
     draw_timesteps = timestep_sampler(alphas_cumprod)
-    print(f"{len(pool.latents)} latents, {len(pool.captions)} captions", flush=True)
 
     def loss_at(step: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + step)
@@ -51,23 +71,19 @@ def train_unet(training: Training, data: Path, out: Path, *, batch_size: int, se
         alpha = alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
         sigma = (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
         noisy, v = alpha * x0 + sigma * eps, alpha * eps - sigma * x0
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with autocast(device):
             predicted = model(noisy.to(device), t.to(device), pool.conditioning[captions].float().to(device)).sample
         return (predicted.float() - v.to(device)).square().mean()
 
-    vae = make_vae()
-    vae.load_state_dict(load_ema(out / "vae.pt"))
-    vae.to(device)  # type: ignore[arg-type]
+    return loss_at
 
-    def on_save(ema: nn.Module, step: int) -> None:
-        assert isinstance(ema, UNet2DConditionModel)
-        begun = time.time()
-        empty, text = pool.conditioning[: 1 + len(SHEET_PROMPTS)].float().split([1, len(SHEET_PROMPTS)])
-        pictures = sample(ema, vae, text.to(device), empty.to(device), scaling_factor=pool.scaling_factor)
-        write_sheet(out / f"unet_{step:06d}.png", pictures, columns=8)
-        print(f"step {step} sheet written in {time.time() - begun:.0f} s", flush=True)
 
-    training.run(loss_at, on_save)
+def write_samples(unet: UNet2DConditionModel, vae: AutoencoderKL, pool: Pool, path: Path) -> None:
+    """A sheet of SHEET_PROMPTS."""
+    begun = time.time()
+    empty, text = pool.conditioning[: 1 + len(SHEET_PROMPTS)].float().to(vae.device).split([1, len(SHEET_PROMPTS)])
+    write_sheet(path, sample(unet, vae, text, empty, scaling_factor=pool.scaling_factor), columns=8)
+    print(f"{path.name} written in {time.time() - begun:.0f} s", flush=True)
 
 
 def timestep_sampler(alphas_cumprod: Tensor) -> Callable[[int, torch.Generator], Tensor]:
@@ -102,7 +118,7 @@ def sample(
     conditioning = torch.cat([empty.expand(count, -1, -1), text])
     x = torch.randn((count, 4, 16, 16), generator=torch.Generator("cpu").manual_seed(7)).to(text.device)
     for t in scheduler.timesteps:
-        with torch.autocast(text.device.type, dtype=torch.bfloat16):
+        with autocast(text.device):
             both = unet(torch.cat([x, x]), t.to(text.device), conditioning).sample.float()
         plain, guided = both.chunk(2)
         x = scheduler.step(plain + guidance_scale * (guided - plain), t, x).prev_sample

@@ -1,4 +1,6 @@
-"""Training step 1: the autoencoder. Loss = L1 + 2 MSE + gradient L1 + KL, on composed pictures of all icons.
+"""Training step 1: the autoencoder, on composed pictures of all icons.
+
+Loss = L1 + 2 MSE + half the gradients' L1 + 0.05 of a perceptual difference + 0.001 KL.
 
 A third of the batches halve the latents and ask for the halved picture (equivariance regularisation after
 EQ-VAE, Kouzelis et al. 2025, arXiv 2502.09509): smoother latents, which the denoiser learns sooner.
@@ -13,32 +15,51 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tools.booth_mini.ahead import drawn_ahead
 from tools.booth_mini.compose import PLAIN, Composer, Pixels
 from tools.booth_mini.nouns import is_training, is_validation
-from tools.booth_mini.state import Training
+from tools.booth_mini.perceptual import Perceptual
+from tools.booth_mini.state import Training, autocast
 
 KL_WEIGHT = 1e-3
+PERCEPTUAL_WEIGHT = 0.05
+HALVED_SHARE = 0.33
 
 
-def train_vae(training: Training, composer: Composer, *, batch_size: int, seed: int, encoder_frozen: bool) -> None:
-    """Runs `training` (of `make_vae()`) to its end; with a frozen encoder only the decoder moves, latents stay."""
+def train_vae(
+    training: Training,
+    composer: Composer,
+    perceptual: Perceptual,
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    frozen: AutoencoderKL | None = None,
+) -> None:
+    """Runs `training` (of `make_vae()`) to its end.
+
+    With a `frozen` autoencoder only the decoder moves, and learns to draw its latents: a denoiser trained on them fits.
+    """
     model = training.model
     assert isinstance(model, AutoencoderKL), "the first step trains an AutoencoderKL"
-    if encoder_frozen:
-        # The pool's latents come from the EMA's encoder: make it the one that stays.
-        model.load_state_dict(training.ema.module.state_dict())
-        model.encoder.requires_grad_(False)
-        model.quant_conv.requires_grad_(False)
     device = next(model.parameters()).device
+    perceptual.to(device)
     icons = [index for index, name in enumerate(composer.names) if is_training(name)]
     held_out = to_tensor(held_out_pictures(composer, 64)).to(device)
+    encoder = model if frozen is None else frozen.requires_grad_(False).to(device)  # type: ignore[arg-type]
+
+    def draw(step: int) -> Pixels:
+        rng = np.random.default_rng([seed, 1, step])
+        return np.stack([composer.draw(int(rng.choice(icons)), rng).pixels for _ in range(batch_size)])
+
+    pictures = drawn_ahead(draw, training.steps_left, workers)
 
     def loss_at(step: int) -> Tensor:
-        rng = np.random.default_rng([seed, 1, step])
-        drawn = [composer.draw(int(rng.choice(icons)), rng).pixels for _ in range(batch_size)]
-        noise = torch.Generator("cpu").manual_seed(seed * 1_000_003 + step)
-        pictures = to_tensor(np.stack(drawn)).to(device)
-        return vae_loss(model, pictures, is_halved=not encoder_frozen and rng.random() < 0.33, generator=noise)
+        generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + step)
+        x = to_tensor(next(pictures)).to(device)
+        z, kl = draw_latents(encoder, x, generator)
+        is_halved = frozen is None and float(torch.rand((), generator=generator)) < HALVED_SHARE
+        return drawing_loss(model, perceptual, z, x, is_halved=is_halved) + KL_WEIGHT * kl
 
     def on_save(ema: nn.Module, step: int) -> None:
         assert isinstance(ema, AutoencoderKL)
@@ -50,19 +71,25 @@ def train_vae(training: Training, composer: Composer, *, batch_size: int, seed: 
     training.run(loss_at, on_save)
 
 
-def vae_loss(model: AutoencoderKL, x: Tensor, *, is_halved: bool, generator: torch.Generator) -> Tensor:
-    """Scalar loss of pictures [B, 3, H, W] in -1..1; the KL is the mean over latent entries."""
-    with torch.autocast(x.device.type, dtype=torch.bfloat16):
-        moments = model.encode(x).latent_dist
-        mean, logvar = moments.mean.float(), moments.logvar.float()
-        noise = torch.randn(mean.shape, generator=generator).to(x.device)
-        z = mean + torch.exp(0.5 * logvar) * noise
-        target = F.avg_pool2d(x, 2) if is_halved else x
+def draw_latents(encoder: AutoencoderKL, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sampled latents of pictures [B, 3, H, W] in -1..1, and the mean KL of a latent entry."""
+    with autocast(x.device):
+        moments = encoder.encode(x).latent_dist
+    mean, logvar = moments.mean.float(), moments.logvar.float()
+    noise = torch.randn(mean.shape, generator=generator).to(x.device)
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return mean + torch.exp(0.5 * logvar) * noise, kl
+
+
+def drawing_loss(model: AutoencoderKL, perceptual: Perceptual, z: Tensor, x: Tensor, *, is_halved: bool) -> Tensor:
+    """How far the decoder's drawings of latents are from the pictures they stand for, or from these at half size."""
+    target = F.avg_pool2d(x, 2) if is_halved else x
+    with autocast(x.device):
         y = model.decode(F.avg_pool2d(z, 2) if is_halved else z).sample.float()
     error = y - target
-    slope = (error.diff(dim=-1)).abs().mean() + (error.diff(dim=-2)).abs().mean()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return error.abs().mean() + 2 * error.square().mean() + 0.5 * slope + KL_WEIGHT * kl
+    slope = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    pixels = error.abs().mean() + 2 * error.square().mean() + 0.5 * slope
+    return pixels + PERCEPTUAL_WEIGHT * perceptual(y, target)
 
 
 def held_out_pictures(composer: Composer, count: int) -> Pixels:
