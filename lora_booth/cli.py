@@ -190,6 +190,18 @@ def generate(
 
 
 @app.command()
+def doctor(as_json: Json = False) -> None:
+    """Tell what of this machine would keep lora_booth from working, and the line that mends it; a bug report's start.
+
+    Ends with 0 where runs can work, else with 2. Never asks the network. Where even this fails to start:
+    python -m lora_booth.doctor
+    """
+    from lora_booth import doctor as verb
+
+    sys.exit(verb.main(["--json"] if as_json else []))
+
+
+@app.command()
 def config(
     settings: Settings = None,
     schema: Annotated[

@@ -46,7 +46,7 @@ FLOORS = {
     3: ("prepare", "preview", "plan", "generate", "inspect", "deliver", "merge", "resize", "extract"),
     4: ("loop", "compiling"),
     5: ("train",),
-    6: ("demo", "console", "cli", "cli_adapters", "__init__", "__main__"),
+    6: ("demo", "console", "cli", "cli_adapters", "doctor", "__init__", "__main__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 THIRD_PARTY = {
@@ -146,7 +146,8 @@ def test_files_and_functions_stay_short() -> None:
 def test_nothing_can_run_code_from_a_file() -> None:
     modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
     calls = {"eval", "exec", "torch.load", "os.system", "os.popen", "yaml.load", "subprocess.run", "subprocess.Popen"}
-    allowed = {"data.worker": {"subprocess.Popen"}}  # this very Python, with a fixed program and no shell
+    # this very Python, with a fixed program and no shell
+    allowed = {"data.worker": {"subprocess.Popen"}, "doctor": {"subprocess.run"}}
     words = {"shell", "trust_remote_code", "allow_pickle"}
     checked = 0
     for name, (path, tree) in sources().items():
