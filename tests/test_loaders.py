@@ -22,7 +22,7 @@ from lora_booth.config import TARGET_PRESETS
 from lora_booth.errors import ModelError
 from lora_booth.export import ldm
 from lora_booth.export.keys import SPELLINGS
-from lora_booth.export.layers import module_paths
+from lora_booth.export.layers import module_paths, norm_paths
 from lora_booth.export.loader_table import LOADERS
 from lora_booth.export.loaders import Verdict, verdicts, verdicts_of_file
 from lora_booth.families.sources import ARCHITECTURES
@@ -67,9 +67,14 @@ class File:
                 "up": (8, rank),
                 "B": (8, rank),
                 "mid": (rank, rank, 3, 3),
+                "w_norm": (320,),
+                "b_norm": (320,),
+                "diff_b": (320,),
+                "diff": (8, fan_in),
+                "oft_blocks": (2, 4, 4),
             }
             for leaf in leaves:
-                part = re.search(r"down|up|mid|_A|_B", leaf)
+                part = re.search(r"down|up|mid|_A|_B|[wb]_norm|diff_b|diff|oft_blocks", leaf)
                 key = f"{name}.{leaf}" if leaf[0] != "_" else f"{name}{leaf}"
                 self.shapes[key] = sides[part[0].strip("_")] if part else ()
                 if leaf == "alpha":
@@ -442,6 +447,139 @@ def test_kinds_that_a_program_does_not_read_are_lost_in_it() -> None:
     file = File("sd1").add(paths).add(unet("sd1", "attn1"), leaves=(*loha, "alpha"))
     assert file.matched() == dict.fromkeys(ALL, 128) | {SD_SCRIPTS: 64, DIFFUSERS: 0}
     assert "being LoHa, which kohya sd-scripts does not read" in text_of(file.verdicts()[SD_SCRIPTS])
+
+
+def norms(family: str, pattern: str = ".", component: str = "unet") -> list[tuple[str, str]]:
+    return [(c, p) for c, p in sorted(norm_paths(family)) if c == component and re.search(pattern, p)]
+
+
+@pytest.mark.parametrize(("architecture", "family", "counts"), [
+    ("sd1", "sd1", {"unet": 109, "text_encoder": 25}),
+    ("sd2_base", "sd2", {"unet": 109, "text_encoder": 47}),
+    ("sdxl", "sdxl", {"unet": 256, "text_encoder": 25, "text_encoder_2": 65}),
+])  # fmt: skip
+def test_norm_paths_are_the_normalisations_of_the_real_models(
+    architecture: str, family: str, counts: dict[str, int]
+) -> None:
+    real = {
+        (component, plain_path(name))
+        for component, module in real_modules(architecture).items()
+        for name, child in module.named_modules()
+        if isinstance(child, nn.GroupNorm | nn.LayerNorm)
+    }
+    assert real == norm_paths(family)
+    assert {name: sum(c == name for c, _ in real) for name in counts} == counts
+
+
+def test_normalisations_load_where_the_programs_look_for_them() -> None:
+    """LyCORIS' train_norm changes those of resnets and transformers: read in the programs' code, and 570 of 570 keys of
+    such a file were loaded by Forge itself."""
+    leaves = ("w_norm", "b_norm")
+    blocks = File("sd1").add(plain()).add(norms("sd1", "norm[123]?$"), leaves=leaves)
+    lost = {SD_SCRIPTS: 264, SD_CPP: 264, DIFFUSERS: 0}
+    assert blocks.matched() == dict.fromkeys(ALL, 372) | lost
+    assert "108 of 372 layers" in text_of(blocks.verdicts()[SD_CPP]) and "being norm" in text_of(
+        blocks.verdicts()[SD_CPP]
+    )
+    texts_too = File("sd1").add(plain()).add(norms("sd1", component="text_encoder"), leaves=leaves)
+    assert texts_too.matched() == dict.fromkeys(ALL, 289) | lost | {A1111: 288, FORGE: 0, COMFYUI: 264}
+    assert "has no names for the normalisations" in text_of(texts_too.verdicts()[COMFYUI])
+    half = File("sd1").add(plain()).add(norms("sd1", "norm1"), leaves=leaves[:1]).verdicts()
+    assert half[A1111].matched == 0 and "is norm without bias" in text_of(half[A1111])
+    assert half[COMFYUI].matched == half[FORGE].matched == half[INVOKEAI].matched == 264 + 38
+
+
+def test_biases_load_where_the_programs_look_for_them() -> None:
+    beside = File("sd1").add(unet("sd1", "attn2"), leaves=(*KOHYA, "diff_b")).verdicts()
+    assert {name for name in ALL if beside[name].is_exact} == {COMFYUI, FORGE, SD_CPP, SDNEXT}
+    assert "also change biases, which InvokeAI leaves" in text_of(beside[INVOKEAI])
+    whole = File("sd1").add(unet("sd1", "attn2"), leaves=("diff", "diff_b")).verdicts()
+    assert {name for name in ALL if whole[name].is_exact} == {A1111, COMFYUI, FORGE, SD_CPP, SDNEXT, INVOKEAI}
+    alone = File("sd1").add(unet("sd1", "attn2")).add(unet("sd1", "conv1"), leaves=("diff_b",)).verdicts()
+    assert {name: alone[name].matched for name in ALL} == {
+        A1111: 0, FORGE: 86, COMFYUI: 86, INVOKEAI: 0, SDNEXT: 64, SD_SCRIPTS: 64, SD_CPP: 86, DIFFUSERS: 0,
+    }  # fmt: skip
+
+
+def of_shapes(shapes: Mapping[str, tuple[int, ...]], alpha: float = 0.0) -> dict[str, Verdict]:
+    """One cross-attention value of plain LoRA and one layer with these leaves."""
+    file = File("sd1").add(unet("sd1", "attn2.to_v"))
+    file.shapes |= {f"lora_unet_mid_block_attentions_0_proj_in.{leaf}": shape for leaf, shape in shapes.items()}
+    file.alphas |= {key: alpha for key in file.shapes if key.endswith("proj_in.alpha")}
+    return file.verdicts()
+
+
+def test_glora_and_oft_load_in_the_programs_that_compute_them() -> None:
+    new = {"a1.weight": (4, 2), "a2.weight": (2, 4), "b1.weight": (8, 2), "b2.weight": (2, 4), "alpha": ()}
+    old = {"a1.weight": (2, 4), "a2.weight": (4, 2), "b1.weight": (2, 4), "b2.weight": (8, 2), "alpha": ()}
+    oft = {"oft_blocks": (2, 4, 4), "alpha": ()}
+
+    def takers(shapes: Mapping[str, tuple[int, ...]], alpha: float = 0.0) -> set[str]:
+        found = of_shapes(shapes, alpha)
+        return {name for name in ALL if found[name].matched == 17}
+
+    assert takers(new) == {COMFYUI, FORGE} and takers(old) == {COMFYUI, FORGE, A1111, SDNEXT}
+    assert takers(oft) == {COMFYUI} and takers(oft, alpha=0.1) == {COMFYUI, A1111, SDNEXT}
+    assert of_shapes(oft)[COMFYUI].is_exact and not of_shapes(oft, alpha=0.1)[COMFYUI].is_exact
+    assert "being OFT, which Forge does not read: nothing converts them" in text_of(of_shapes(oft)[FORGE])
+    assert "InvokeAI stops with an error" in text_of(of_shapes(new)[INVOKEAI])
+    many = File("sd1").add(unet("sd1", "attn2")).add(unet("sd1", "attn1"), leaves=("oft_blocks", "alpha"), alpha=0.0)
+    assert many.matched()[FORGE] == 0 and "64 keys" in text_of(many.verdicts()[FORGE]), "alphas find their place"
+
+
+def test_lokr_with_a_tucker_core_loads_where_it_is_multiplied_out_in_order() -> None:
+    core = {"lokr_w1": (2, 2), "lokr_t2": (2, 2, 3, 3), "lokr_w2_a": (2, 4), "lokr_w2_b": (2, 4), "alpha": ()}
+    found = of_shapes(core, 2.0)
+    assert {name: found[name].matched for name in ALL} == {
+        A1111: 17, FORGE: 0, COMFYUI: 16, INVOKEAI: 17, SDNEXT: 17, SD_SCRIPTS: 16, SD_CPP: 16, DIFFUSERS: 0,
+    }  # fmt: skip
+    assert "LoKr with Tucker core; `lora-booth resize` makes plain LoRA of it" in text_of(found[FORGE])
+
+
+def test_lycoris_kinds_with_dora_stop_invokeai() -> None:
+    loha = {f"hada_{part}": (2, 2) for part in ("w1_a", "w1_b", "w2_a", "w2_b")}
+    found = of_shapes(loha | {"dora_scale": (1, 2)})
+    assert found[INVOKEAI].matched == 0 and "stops with an error" in text_of(found[INVOKEAI])
+    assert {name for name in ALL if found[name].matched == 17 and found[name].is_exact} == {
+        A1111,
+        FORGE,
+        COMFYUI,
+        SDNEXT,
+    }
+    assert all("being LoHa" in text_of(found[name]) for name in (SD_SCRIPTS,))
+
+
+def test_names_of_2023_need_no_alpha_and_bare_ones_find_their_place() -> None:
+    for start, exact in (("unet.", {COMFYUI, FORGE, SD_CPP, DIFFUSERS}), ("", {COMFYUI, FORGE, SD_CPP})):
+        found = (
+            File("sd1")
+            .add(
+                unet("sd1", "attn"),
+                lambda _, path, start=start: start + path.replace(".to_", ".processor.to_").removesuffix(".0"),  # type: ignore[misc]
+                leaves=("_lora.down.weight", "_lora.up.weight"),
+            )
+            .verdicts()
+        )
+        assert {name for name in ALL if found[name].matched == 128 and found[name].is_exact} == exact
+        assert all(not found[name].notes for name in exact)
+
+
+def test_comfyui_knows_its_generic_names_in_original_blocks_only() -> None:
+    found = File("sd1").add(unet("sd1", "attn"), lambda _, path: f"diffusion_model.{path}", leaves=PEFT).verdicts()
+    assert found[COMFYUI].matched == 0
+
+
+def test_a_file_for_another_model_is_called_by_its_name() -> None:
+    with pytest.raises(ModelError, match="It is an adapter for Flux"):
+        verdicts({"lora_unet_double_blocks_0_img_mlp_0.lora_down.weight": (4, 4), "lora_te1_x.alpha": ()})
+
+
+def test_our_diffusers_file_does_not_warn_against_itself(tmp_path: Path) -> None:
+    low = LowRank(torch.ones(2, 768), torch.ones(8, 2), 0.5)
+    weights = {"unet": {path: low for _, path in unet("sd1", "attn2.to_k")}}
+    export.FORMATS["diffusers"].write(tmp_path / "a.safetensors", weights, "sd1", torch.float16, {})
+    found = {verdict.loader: verdict for verdict in verdicts_of_file(tmp_path / "a.safetensors")}
+    assert found[DIFFUSERS].is_exact and found[DIFFUSERS].notes == ()
 
 
 def test_headers_and_alphas_that_are_broken_do_not_mislead() -> None:

@@ -218,6 +218,7 @@ def require_matrices(name: str, weights: AnyWeights) -> None:
             if isinstance(update, Dense) and update.kind in VECTORS:
                 found.setdefault(update.kind, []).append(f"{component}.{path}")
     if found:
+        found = {kind: found[kind] for kind in VECTORS if kind in found}
         told = " and ".join(f"{len(names)} {LEAVABLE[kind]}, first {names[0]}" for kind, names in found.items())
         raise ModelError(
             f"{name} also changes {told}, which no LoRA can hold. To go on without them, export, merge and resize take "
@@ -251,8 +252,8 @@ def _type_faults(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> list[str]:
         if dtype not in (REAL if prod(shape) == 1 else STORED):
             strange.setdefault(dtype, []).append(key)
     return [
-        f"{len(keys)} tensors, first {keys[0]}, are stored as {dtype}, which holds no numbers of an adapter that can "
-        "be read; ask its author for a file in fp16, bf16 or fp32."
+        f"{keys[0]} is stored as {dtype}, and so are {len(keys) - 1} others, which cannot be read as an adapter's "
+        "numbers; ask its author for a file in fp16, bf16 or fp32."
         for dtype, keys in strange.items()
     ]
 

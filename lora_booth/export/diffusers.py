@@ -129,7 +129,8 @@ def _scale(name: str, rank: int | None, settings: Mapping[str, Any]) -> float:
             raise ValueError(f"the scale is {scale}")
         return scale
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ModelError(f"The file's {_METADATA} gives no alpha for {name}: {error!r}; save it again.") from error
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ModelError(f"The file's {_METADATA} gives no alpha for {name}: {why}; save it again.") from error
 
 
 def _resolved(path: str, default: Any, patterns: Any) -> float:
