@@ -23,6 +23,7 @@ FLOORS = {
         "inputs",
         "patterns",
         "systems",
+        "headers",
         "versions",
         "crash",
         "streams",

@@ -525,7 +525,7 @@ def test_rewriting_streams_and_changes_only_what_is_named(tmp_path: Path) -> Non
 @pytest.mark.parametrize("content", [b"", b"\xff" * 20, (20).to_bytes(8, "little") + b'{"a": {"dtype": "F3'])
 def test_a_broken_header_is_a_model_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match="no whole safetensors file"):
+    with pytest.raises(ModelError, match="safetensors file"):
         read_layout(tmp_path / "x.safetensors")
 
 

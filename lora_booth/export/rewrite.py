@@ -16,21 +16,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lora_booth import headers
 from lora_booth.errors import ModelError
+from lora_booth.headers import Entry
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of tensors that can be changed."""
 _PIECE_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file. `start` and `end`: bytes from the beginning of the data section."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -45,17 +37,13 @@ class Layout:
 
 def read_layout(path: Path) -> Layout:
     """The header of a safetensors file. Raises ModelError when it has none or an entry's bytes do not fit its shape."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size - 8:
-                raise ValueError(f"it names a header of {length} bytes")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        entries = {key: _entry(value) for key, value in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is no whole safetensors file ({error}); copy or download it again.") from error
-    return Layout(path, entries, metadata, 8 + length)
+    header = headers.read(path)
+    for entry in header.entries.values():
+        count = entry.end - entry.start
+        if entry.dtype in FLOATS and count != prod(entry.shape) * FLOATS[entry.dtype].itemsize:
+            told = f"a tensor {entry.dtype} {list(entry.shape)} has {count} bytes"
+            raise ModelError(f"{path} is no whole safetensors file ({told}); {headers.AGAIN}.")
+    return Layout(path, header.entries, header.metadata, header.data_start)
 
 
 def rewrite(
@@ -89,14 +77,6 @@ def rewrite(
             copied(entry.end - entry.start)
             position = entry.end
         _copy(reader, writer, None, copied)
-
-
-def _entry(value: Any) -> Entry:
-    start, end = value["data_offsets"]
-    entry = Entry(str(value["dtype"]), tuple(int(side) for side in value["shape"]), int(start), int(end))
-    if entry.dtype in FLOATS and end - start != prod(entry.shape) * FLOATS[entry.dtype].itemsize:
-        raise ValueError(f"a tensor {entry.dtype} {list(entry.shape)} has {end - start} bytes")
-    return entry
 
 
 def _header(source: Layout, metadata: Mapping[str, str]) -> bytes:

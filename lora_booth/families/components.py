@@ -110,7 +110,8 @@ def without_weights(facts: BaseFacts, dtype: torch.dtype) -> Components:
                     module = getattr(diffusers, class_name).from_config(facts.config(name))
             module = module.to(torch.float32 if name == "vae" else dtype)
             modules[name] = module.requires_grad_(False).eval()
-    vae = Vae(modules["vae"])
+    with readable(facts.configs / "vae"):
+        vae = Vae(modules["vae"])
     encoders = {name: modules[name] for name in _encoders(facts)}
     tokens = {name: _tokens(facts, name) for name in encoders}
     return Components(modules["unet"], vae, encoders, tokens, torch.device("meta"))

@@ -8,6 +8,8 @@ Only classes on the lists below are ever loaded; a config that names another cla
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import reprlib
 from collections.abc import Iterable
@@ -16,7 +18,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_booth.errors import ModelError
-from lora_booth.families.sources import ARCHITECTURES, component_weights, read_header, read_json
+from lora_booth.families import limits
+from lora_booth.families.sources import (
+    AGAIN,
+    ARCHITECTURES,
+    WEIGHT_STEMS,
+    component_weights,
+    read_header,
+    read_json,
+    require_small_files,
+)
+from lora_booth.inputs import read_text
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -53,16 +65,13 @@ CODE_KEYS = frozenset(
     {"auto_map", "custom_pipelines", "trust_remote_code", "quantization_config", "attn_implementation"}
 )
 """Config keys that could bring code, or weights of a kind that LoRA is not put on here."""
-MAX_NUMBER = 10_000_000
-"""Of a count or size in a config; the largest real one is a vocabulary of 49,408."""
 WHAT_WORKS = "lora_booth trains Stable Diffusion 1.x, 2.x and SDXL base models"
-MAX_LEVELS = 8
-MAX_LAYERS = 100
-"""Of one kind, one after the other; the deepest real stack is SDXL's second text encoder with 32."""
-LAYER_COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
-"""Config keys by which a library builds modules one by one, until there is no memory left."""
 RESOLUTIONS = {"sd1": 512, "sd2": 512, "sdxl": 1024}
 """Native side in pixels where the UNet's config does not say it; 768 for SD 2 with v-prediction."""
+SIDES_PX = (16, 4096)
+"""Smallest and largest native side, as `data.resolution` allows them."""
+STEPS_PX = (8, 256)
+"""Smallest and largest step between the sides of crops; 64 for all published bases."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class BaseFacts:
     def number(self, component: str, key: str, default: int) -> int:
         """A count or size in the config of `component`. Raises ModelError when it is none."""
         value = self.config(component).get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_NUMBER:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limits.MAX_NUMBER:
             path = self.configs / component / "config.json"
             raise ModelError(f"{path} has {key} = {reprlib.repr(value)}, which is no size; download the base again.")
         return value
@@ -101,10 +110,12 @@ def identify(base: Path, *, has_weights: bool = True) -> BaseFacts:
     `has_weights`: False for a folder of its configs alone.
     """
     if base.is_file():
-        configs, changes = _architecture_of_file(base)
+        (configs, changes), held = _architecture_of_file(base), None
     else:
         _check_folder(base, has_weights=has_weights)
-        configs, changes = base, {}
+        configs, changes, held = base, {}, _weights_held(base) if has_weights else None
+    components = [name for name in CLASSES if not name.startswith("tokenizer") and (configs / name).is_dir()]
+    limits.require(configs, components, held)
     unet, vae = read_json(configs / "unet" / "config.json"), read_json(configs / "vae" / "config.json")
     scheduler = read_json(configs / "scheduler" / "scheduler_config.json") | changes
     is_sdxl = unet.get("addition_embed_type") == "text_time"
@@ -118,23 +129,26 @@ def identify(base: Path, *, has_weights: bool = True) -> BaseFacts:
         )
     vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
     native = _native_resolution(unet, vae_factor, family, prediction_type)
+    step = _bucket_step(unet, vae_factor, native)
+    for what, side, (least, most) in (("pictures", native, SIDES_PX), ("steps", step, STEPS_PX)):
+        if not least <= side <= most:
+            told = f"{configs / 'unet' / 'config.json'}, with its VAE, asks for {what} of {side} px"
+            raise ModelError(f"{told}, and {least} to {most} can be trained; {AGAIN}.")
     return BaseFacts(
         path=base,
         configs=configs,
         family=family,
         prediction_type=prediction_type,
         native_resolution=native,
-        bucket_step=_bucket_step(unet, vae_factor, native),
+        bucket_step=step,
         scheduler_changes=changes,
     )
 
 
 def _native_resolution(unet: dict[str, Any], vae_factor: int, family: str, prediction_type: str) -> int:
     sample_size = unet.get("sample_size")
-    if isinstance(sample_size, list):
-        sample_size = max((side for side in sample_size if isinstance(side, int)), default=None)
-    if isinstance(sample_size, int) and 1 <= sample_size <= MAX_NUMBER:
-        return sample_size * vae_factor
+    if sample_size:
+        return vae_factor * (max(sample_size) if isinstance(sample_size, list) else sample_size)
     return 768 if family == "sd2" and prediction_type == "v_prediction" else RESOLUTIONS[family]
 
 
@@ -145,13 +159,14 @@ def _bucket_step(unet: dict[str, Any], vae_factor: int, native_resolution: int) 
     gives 64 for SD 1, 2 and SDXL (the step of SDXL's own buckets, arXiv 2307.01952, appendix I), 16 for booth-mini.
     """
     step = vae_factor * 2 ** (len(unet["block_out_channels"]) - 1)
-    while step * 16 < native_resolution:
+    while step * 16 < native_resolution or step < STEPS_PX[0]:
         step *= 2
     return step
 
 
 def _check_folder(base: Path, *, has_weights: bool) -> None:
     """Refuse a diffusers folder that is not one of ours, is incomplete, or names other classes or code."""
+    require_small_files(base)
     index = read_json(base / "model_index.json")
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
@@ -200,11 +215,16 @@ def _check_component(base: Path, name: str, *, has_weights: bool) -> None:
         _check_class(path, name, class_name, classes)
     if bad := CODE_KEYS & config.keys():
         raise ModelError(f"{path} has {sorted(bad)[0]}, which is not supported; use the plain base model.")
-    if name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        for key in LAYER_COUNTS:
-            _check_layer_count(path, key, config.get(key, 1))
-        for file in component_weights(folder).files if has_weights else ():
-            read_header(file)
+
+
+def _weights_held(base: Path) -> dict[str, int]:
+    """Component to the count of numbers in its weight files, by their headers."""
+    held = {}
+    for name in WEIGHT_STEMS:
+        if (base / name).is_dir():
+            shapes = [shape for file in component_weights(base / name).files for shape in read_header(file)[0].values()]
+            held[name] = sum(math.prod(shape) for shape in shapes)
+    return held
 
 
 def _check_class(path: Path, component: str, class_name: Any, allowed: Iterable[str]) -> None:
@@ -213,20 +233,11 @@ def _check_class(path: Path, component: str, class_name: Any, allowed: Iterable[
         raise ModelError(f"{path}: {component} is a {named}; {WHAT_WORKS}, whose {component} is never that.")
 
 
-def _check_layer_count(path: Path, key: str, value: Any) -> None:
-    if isinstance(value, list):
-        for item in value:
-            _check_layer_count(path, key, item)
-    elif isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_LAYERS:
-        told = f"{path} has {key} = {reprlib.repr(value)}, which is no number of layers up to {MAX_LAYERS}"
-        raise ModelError(f"{told}; download the base again.")
-
-
 def _check_denoiser(base: Path, unet: dict[str, Any], vae: dict[str, Any], *, is_sdxl: bool) -> None:
     """Refuse UNets that want inputs which training from pictures and prompts does not have."""
     for name, config in (("unet", unet), ("vae", vae)):
         channels = config.get("block_out_channels")
-        if not isinstance(channels, list) or not 1 <= len(channels) <= MAX_LEVELS:
+        if not isinstance(channels, list) or not 1 <= len(channels) <= limits.MAX_LEVELS:
             raise ModelError(f"{base}/{name}/config.json lacks block_out_channels; copy or download the base again.")
     taken, made = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if taken != made:
@@ -257,7 +268,7 @@ def _architecture_of_file(path: Path) -> tuple[Path, dict[str, Any]]:
     """Config folder for a single-file checkpoint, and what the file itself says about its schedule."""
     shapes, metadata = read_header(path)
     first = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
-    if first is None:
+    if first is None or len(first) != 4:
         raise ModelError(f"{path} is {_foreign(shapes)}; {WHAT_WORKS}.")
     if first[1] != 4:
         raise ModelError(f"{path} takes {first[1]} input channels{_why_channels(first[1])}; {WHAT_WORKS}.")
@@ -311,8 +322,9 @@ def _declared_prediction(path: Path, shapes: Shapes, metadata: dict[str, str]) -
     if "v_pred" in shapes:
         return "v_prediction"
     sidecar = path.with_suffix(".yaml")
-    if sidecar.is_file():
-        found = re.search(r"^\s*parameterization:\s*[\"']?(\w+)", sidecar.read_text(encoding="utf-8"), re.MULTILINE)
+    if os.path.lexists(sidecar):
+        text = read_text(sidecar, "correct or remove it", ModelError)
+        found = re.search(r"^[ \t]*parameterization:[ \t]*[\"']?(\w+)", text, re.MULTILINE)
         return {"v": "v_prediction", "eps": "epsilon"}.get(found.group(1)) if found else "epsilon"  # CompVis' default
     return None
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lora_booth.errors import ConfigError, ModelError
+from lora_booth.families.limits import MAX_TIMESTEPS
 from lora_booth.objectives import NoiseSchedule
 
-MAX_TIMESTEPS = 100_000
 SPACINGS = ("linspace", "leading", "trailing")
 """How a solver chooses its timesteps (arXiv 2305.08891, table 2), as diffusers names them."""
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {

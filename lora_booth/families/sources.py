@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_booth import headers, inputs
 from lora_booth.config import BASE_ALIASES, ModelConfig
 from lora_booth.errors import ConfigError, DiskError, ModelError
 
@@ -37,10 +38,10 @@ WEIGHT_STEMS = {
 }
 """Component to the name of its weight file without ending, as diffusers writes it."""
 CONFIG_FOLDERS = (*WEIGHT_STEMS, "tokenizer", "tokenizer_2", "scheduler")
+SMALL_SUFFIXES = (".json", ".txt")
+AGAIN = "copy or download the base again"
 BLOCK_BYTES = 64 * 1024
 BLOCKS = 64
-MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library's own limit."""
 WHY_NO_PICKLE = (
     "a pickle file can run any program when it is opened, so lora_booth never opens one; get the .safetensors version, "
     "or convert it once in a place you trust (diffusers: from_pretrained / from_single_file, then "
@@ -87,16 +88,18 @@ def resolve(config: ModelConfig, *, needs_weights: bool = True) -> Path:
 
 def component_weights(folder: Path) -> Weights:
     """The safetensors files of the component in `folder`, full precision first, then fp16."""
-    stem = WEIGHT_STEMS[folder.name]
+    stem, odd = WEIGHT_STEMS[folder.name], []
     for variant in (None, "fp16"):
         dotted = "" if variant is None else f".{variant}"
-        single = folder / f"{stem}{dotted}.safetensors"
-        if single.is_file():
+        single, index = folder / f"{stem}{dotted}.safetensors", folder / f"{stem}.safetensors.index{dotted}.json"
+        if inputs.is_plain_file(single):
             return Weights(variant, (single,))
-        index = folder / f"{stem}.safetensors.index{dotted}.json"
-        if index.is_file():
+        if inputs.is_plain_file(index):
             return Weights(variant, _shards(index))
-    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+        odd += [path for path in (single, index) if os.path.lexists(path)]
+    for path in odd:  # a link into a cleaned cache, say, and nothing beside it
+        inputs.require_plain_file(path, AGAIN, ModelError)
+    pickles = [path.name for path in _listed(folder) if path.suffix in PICKLES]
     if pickles:
         raise ModelError(f"{folder} holds only {pickles[0]}: {WHY_NO_PICKLE}.")
     raise ModelError(f"{folder} has no {stem}.safetensors; the base is incomplete, copy or download it again.")
@@ -121,47 +124,52 @@ def fingerprint(base: Path) -> str:
         digest.update(b"weights" if base.is_file() else path.relative_to(base).as_posix().encode())
         _digest_samples(path, digest)
     if base.is_dir():
-        configs = [base / "model_index.json"]
-        for name in CONFIG_FOLDERS:
-            configs += [p for p in (base / name).glob("*") if p.suffix in (".json", ".txt") and ".index" not in p.name]
-        for path in sorted(configs):
+        for path in small_files(base):
             digest.update(path.relative_to(base).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
+def small_files(base: Path) -> list[Path]:
+    """The configs and vocabularies in a folder, sorted: all that counts besides weights. Nothing is opened."""
+    found = [base / "model_index.json"]
+    for name in CONFIG_FOLDERS:
+        found += [p for p in _listed(base / name) if p.suffix in SMALL_SUFFIXES and ".index" not in p.name]
+    return sorted(found)
+
+
+def require_small_files(base: Path) -> None:
+    """Raises ModelError for a config or vocabulary that is no plain file, is too large to be one, or may not be read.
+
+    The libraries that load a base open whatever lies in its folders: a named pipe would have them wait for ever.
+    """
+    for path in small_files(base):
+        inputs.require_plain_file(path, AGAIN, ModelError)
+        size = path.stat().st_size
+        if size > inputs.MAX_BYTES:
+            raise ModelError(f"{path} has {size} bytes, and no real one more than {inputs.MAX_BYTES}; {AGAIN}.")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read ({inputs.reason(error)}); {AGAIN}.") from error
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What lies in `folder`, sorted; nothing where it cannot be listed."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
 def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Tensor names with their shapes, and the metadata, of a safetensors file; a cut-off file is an error."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if start.startswith(b"version "):
-            raise ModelError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository.")
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise ModelError(f"{path} is not a safetensors file, or it is cut off; download it again.")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{path} has a broken safetensors header ({error}); download it again.") from None
-    if 8 + length + end != size:
-        raise ModelError(f"{path} has {size} bytes where its header says {8 + length + end}; download it again.")
-    return shapes, metadata
+    header = headers.read(path)
+    return {name: entry.shape for name, entry in header.entries.items()}, header.metadata
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of the base; a missing or broken file is an error that names it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing; the base is incomplete, copy or download it again.") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); copy or download the base again.") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object; copy or download the base again.")
-    return value
+    return inputs.read_object(path, "the base is incomplete or damaged, copy or download it again", ModelError)
 
 
 def _refuse_revision(config: ModelConfig) -> None:
@@ -217,9 +225,13 @@ def _shards(index: Path) -> tuple[Path, ...]:
     for name in sorted(set(mapping.values())):
         path = index.parent / name
         if Path(name).name != name or "\\" in name or path.suffix != ".safetensors":
-            raise ModelError(f"{index} names the file {name!r}; only .safetensors files beside it are read.")
-        if not path.is_file():
-            raise ModelError(f"{path} is missing though {index.name} names it; copy or download the base again.")
+            raise ModelError(
+                f"{index} names the file {inputs.shown(name)}; only .safetensors files beside it are read."
+            )
+        why = inputs.why_unreadable(path)
+        if why is not None:
+            shard = inputs.shown(name)
+            raise ModelError(f"{index} names {shard}, which cannot be read: {why}; {AGAIN}.")
         if not path.resolve().is_relative_to(_root(index.parent.parent)):
             raise ModelError(f"{path} is a link that leads out of the base; put the file itself there.")
         files.append(path)
@@ -238,7 +250,7 @@ def _digest_samples(path: Path, digest: Any) -> None:
         if size <= BLOCKS * BLOCK_BYTES:
             digest.update(file.read())
             return
-        digest.update(file.read(min(8 + int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)))
+        digest.update(file.read(min(8 + int.from_bytes(file.read(8), "little"), headers.MAX_HEADER_BYTES)))
         for i in range(BLOCKS):
             file.seek(i * (size - BLOCK_BYTES) // (BLOCKS - 1))
             digest.update(file.read(BLOCK_BYTES))
