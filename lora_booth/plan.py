@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_booth import cards
+from lora_booth import cards, families, files, identity
 from lora_booth.cards import Card
 from lora_booth.config import Config
 from lora_booth.data.buckets import Bucket, Crop
-from lora_booth.errors import ConfigError, LoraBoothError
+from lora_booth.errors import ConfigError, LoraBoothError, ModelError
 from lora_booth.families import sources
-from lora_booth.families.identify import BaseFacts, identify
-from lora_booth.families.sources import fingerprint
+from lora_booth.families.identify import BaseFacts
+from lora_booth.inputs import is_plain_file, why_unreadable
 from lora_booth.report import Report
 from lora_booth.subject import Pictures, crops_of, find_pictures
 
@@ -43,10 +43,22 @@ class Inputs:
 
     pictures: Pictures
     facts: BaseFacts
+    pinned: Mapping[str, Any] = field(default_factory=dict)
+    """Of a run that is continued: what it found when it began (`identity.py`)."""
 
-    def identity(self) -> dict[str, Any]:
-        """Fingerprint of the base and hashes of the pictures: what a result depends on besides its config."""
-        return {"base": fingerprint(self.facts.path), **self.pictures.hashes()}
+    def identity(self, config: Config) -> dict[str, dict[str, str]]:
+        """What the result of `config` depends on besides its settings: digests of all that is read, by group and name.
+
+        Raises ModelError when the adapter that is continued cannot be read.
+        """
+        files_of_base = {"files": sources.fingerprint(self.facts.path)}
+        return {"base": files_of_base, **self.pictures.hashes(), "continued_adapter": _continued(config)}
+
+    def to_pin(self) -> dict[str, Any]:
+        """What a run that begins now keeps, because it may mean something else later."""
+        base = self.facts
+        found = {"repository": base.repository, "revision": base.revision}
+        return {**found, "family": base.family, "prediction_type": base.prediction_type, **self.pinned}
 
 
 def look(config: Config, report: Report, *, needs_weights: bool = True) -> Inputs:
@@ -56,14 +68,28 @@ def look(config: Config, report: Report, *, needs_weights: bool = True) -> Input
     ModelError.
     """
     pictures = find_pictures(config, report)
-    path = sources.resolve(config.model, needs_weights=needs_weights)
-    facts = identify(path, has_weights=needs_weights or sources.is_local(config.model))
+    stored = identity.read(run_folder(config))
+    pinned = {} if stored is None else stored["pinned"]
+    home = sources.Found(Path(), pinned.get("repository"), pinned.get("revision"))
+    facts = families.facts(config.model, needs_weights=needs_weights, pinned=home)
     if config.objective.zero_terminal_snr and facts.prediction_type == "epsilon":
         raise ConfigError(
             f"objective.zero_terminal_snr is true, but {facts.path.name} predicts epsilon, which says nothing at pure "
             "noise; set it to false, or choose a v-prediction base."
         )
-    return Inputs(pictures, facts)
+    return Inputs(pictures, facts, pinned)
+
+
+def _continued(config: Config) -> dict[str, str]:
+    """SHA-256 by name of the adapter that `adapter.continue_from` names, and of PEFT's config beside it."""
+    path = config.adapter.continue_from
+    if path is None:
+        return {}
+    why = why_unreadable(path)
+    if why is not None:
+        raise ModelError(f"adapter.continue_from {path} cannot be read: {why}; correct it.")
+    beside = path.with_name("adapter_config.json")
+    return {p.name: files.sha256(p) for p in (path, beside) if p == path or is_plain_file(p)}
 
 
 def resolve(config: Config, inputs: Inputs, report: Report, *, free_gib: float | None) -> Config:
@@ -95,7 +121,6 @@ def filled(config: Config, inputs: Inputs) -> Config:
             },
             "train": {"steps": steps, "save_every_steps": train.save_every_steps or max(1, steps // 5)},
             "optimizer": {"warmup_steps": min(MAX_WARMUP_STEPS, steps // 20) if warmup is None else warmup},
-            "adapter": {"alpha": config.adapter.alpha or float(config.adapter.rank)},
         }
     )
 
@@ -175,7 +200,7 @@ def show(config: Config, report: Report, card: Card | None = None) -> None:
     lines = {
         "subject": f'"{config.fill("{token} {class}")}", {len(crops)} pictures in {_buckets(crops)}',
         "base": described(config, inputs.facts),
-        "adapter": f"{adapter.targets}, rank {adapter.rank}, alpha {adapter.alpha:g}",
+        "adapter": f"{adapter.targets}, rank {adapter.rank}, alpha {adapter.alpha or adapter.rank:g}",
         "prior": _prior(config, pictures),
         "steps": f"{train.steps} of {train.images_per_step} instance images: each picture is seen {seen:.0f} times",
         "writes": f"{_state(config)} {run_folder(config)}",
@@ -263,6 +288,8 @@ def _largest_bucket(config: Config, pictures: Pictures) -> Bucket:
 def described(config: Config, facts: BaseFacts) -> str:
     """A base in one line."""
     name = facts.path.name if sources.is_local(config.model) else config.model.base
+    if facts.repository is not None:
+        name += f" ({facts.repository} at {(facts.revision or '?')[:8]})"
     return f"{name}: {facts.family}, {facts.prediction_type}, {facts.native_resolution} px"
 
 

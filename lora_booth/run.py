@@ -2,7 +2,7 @@
 
 ```
 config.toml            the resolved config
-inputs.json            fingerprint of the base and hashes of the pictures
+inputs.json            digests of all that was read, and what was found when the run began (`identity.py`)
 metrics.jsonl          one line per step
 checkpoints/step-000400/   adapter.safetensors, optimizer.safetensors, state.json, manifest.json (written last)
 previews/step-000400.png
@@ -21,7 +21,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,39 +30,16 @@ from typing import Any, get_type_hints
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from lora_booth import checkpoints, config_file, files, inputs
+from lora_booth import checkpoints, config_file, files, identity, inputs
 from lora_booth.checkpoints import Checkpoint
 from lora_booth.config import Config
 from lora_booth.errors import ConfigError, DiskError
+from lora_booth.identity import Inputs
 
 OWNER_FILE = ".owner.json"
 OWN_BEFORE_CONFIG = re.compile(r"\.lock|(\.owner|inputs)\.json|\.(\.owner\.json|inputs\.json|config\.toml)\..+\.tmp")
 """What a run killed in its first moment may leave before its config is written."""
 CHECKPOINT_NAME = re.compile("step-[0-9]{1,18}")
-FREE_TO_CHANGE = (
-    "train.batch_size",
-    "train.gradient_checkpointing",
-    "train.compile",
-    "train.save_every_steps",
-    "train.keep_last",
-    "memory.device",
-    "memory.budget_gib",
-    "memory.pictures_at_once",
-    "memory.tiled_decoding",
-    "memory.offload_activations",
-    "memory.denoiser_aside",
-    "run.folder",
-    "run.cache",
-    "run.trackers",
-    "subject.images",
-    "export.formats",
-    "export.dtype",
-    "export.name",
-    "export.cover",
-    "export.author",
-    "export.license",
-)
-"""Settings that may differ when a run is continued: they change how it is computed or kept, not what it computes."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +72,10 @@ class Run:
         self._owner: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, folder: Path, config: Config, given: dict[str, Any]) -> Run:
+    def open(cls, folder: Path, config: Config, given: Inputs, pinned: Mapping[str, Any] | None = None) -> Run:
         """Create `folder`, or continue in it if it holds a run of the same config that was `given` the same.
 
+        `pinned`: what a new run keeps of what it found; words in `identity.py`.
         Raises ConfigError naming what differs, DiskError when another process holds the folder.
         """
         _require_own(folder)
@@ -106,7 +84,7 @@ class Run:
         run = cls(folder, _locked(folder))
         try:
             run._take()
-            run._match_or_write(config, given)
+            run._match_or_write(config, given, pinned or {})
         except BaseException:
             run.close()
             raise
@@ -145,7 +123,21 @@ class Run:
 
     def started_at(self) -> float:
         """When the run was begun, in seconds since 1970."""
-        return float(self._inputs()["started_at"])
+        return float(self.stored()["started_at"])
+
+    def stored(self) -> dict[str, Any]:
+        """What inputs.json keeps: "inputs", "pinned" and "started_at"."""
+        found = identity.read(self.folder)
+        assert found is not None, "the run is open"
+        return found
+
+    def pin(self, name: str, value: Any) -> None:
+        """Keep what has only now been found. Raises DiskError as `append_metrics`."""
+        stored = self.stored()
+        if stored["pinned"].get(name) != value:
+            self.require_taken()
+            stored["pinned"][name] = value
+            files.write_text(self.folder / "inputs.json", json.dumps(stored, indent=1))
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl. Raises DiskError when the folder vanished or was taken, or it is no file."""
@@ -272,19 +264,15 @@ class Run:
         for unfinished in (self.folder / "checkpoints").glob(".saving-*"):
             files.remove_folder(unfinished)
 
-    def _inputs(self) -> dict[str, Any]:
-        remedy = "put it back from a copy, or train in a new run.folder"
-        return inputs.read_object(self.folder / "inputs.json", remedy, DiskError)
-
-    def _match_or_write(self, config: Config, given: dict[str, Any]) -> None:
+    def _match_or_write(self, config: Config, given: Inputs, pinned: Mapping[str, Any]) -> None:
         config_path, inputs_path = self.folder / "config.toml", self.folder / "inputs.json"
         if not config_path.exists():
-            files.write_text(inputs_path, json.dumps({**given, "started_at": time.time()}, indent=1))
+            stored = {"schema": identity.SCHEMA, "started_at": time.time(), "inputs": given, "pinned": pinned}
+            files.write_text(inputs_path, json.dumps(stored, indent=1))
             files.write_text(config_path, config_file.to_toml(config))
             return
-        stored = config_file.load(config_path)
-        faults = config_file.differing_keys(stored, config, ignore=FREE_TO_CHANGE)
-        faults += _differing_inputs(self._inputs(), given)
+        faults = config_file.differing_keys(config_file.load(config_path), config, ignore=identity.free(config))
+        faults += identity.differences(self.stored()["inputs"], given)
         if faults:
             lines = "\n".join(f"  {line}" for line in faults)
             raise ConfigError(
@@ -358,20 +346,6 @@ def _owner_of(folder: Path) -> dict[str, Any]:
 def _told(owner: dict[str, Any]) -> str:
     pid, host, started = (inputs.shown(owner[key] or "?") for key in ("pid", "host", "started"))
     return f"process {pid} on {host} since {started}"
-
-
-def _differing_inputs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    lines = []
-    if old["base"] != new["base"]:
-        lines.append("model.base: the files of the base have changed since the run began")
-    for key in ("pictures", "class_pictures", "held_out"):
-        before, now = old.get(key, {}), new.get(key, {})
-        changes = [f"{name} is new" for name in now if name not in before]
-        changes += [f"{name} is gone" for name in before if name not in now]
-        changes += [f"{name} has changed" for name in now if name in before and now[name] != before[name]]
-        if changes:
-            lines.append(f"{key.replace('_', ' ')}: " + ", ".join(changes[:5]) + (", …" if len(changes) > 5 else ""))
-    return lines
 
 
 def _step_of(line: str) -> int | None:

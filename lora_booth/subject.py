@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,15 @@ class Pictures:
         return [found for found in (self.instances, self.classes, self.held_out) if found is not None]
 
     def hashes(self) -> dict[str, dict[str, str]]:
-        """SHA-256 by file name of all that a run's result depends on."""
-        found = {"pictures": self.instances, "class_pictures": self.classes, "held_out": self.held_out}
-        return {k: {p.path.name: p.sha256 for p in f.pictures} for k, f in found.items() if f is not None}
+        """SHA-256 of pictures and of their captions, each by file name: what a run's result depends on."""
+        found = {"": self.instances, "class_": self.classes, "held_out_": self.held_out}
+        groups: dict[str, dict[str, str]] = {}
+        for kind, of in found.items():
+            pictures = of.pictures if of is not None else ()
+            groups[f"{kind}pictures"] = {p.path.name: p.sha256 for p in pictures}
+            captions = {p.path.with_suffix(".txt").name: p.caption for p in pictures if p.caption}
+            groups[f"{kind}captions"] = {k: hashlib.sha256(v.encode()).hexdigest() for k, v in captions.items()}
+        return groups
 
 
 def find_pictures(config: Config, report: Report) -> Pictures:

@@ -119,17 +119,32 @@ def _accelerator(config: Config) -> Accelerator:
 
 
 def _resolved(config: Config, inputs: plan.Inputs, report: Report, device: torch.device) -> Config:
-    """`config` with every open choice made; for a finished run nothing is computed, so its memory is not predicted."""
+    """`config` with every open choice made; for a finished run nothing is computed, so its memory is not predicted, and
+    what depends on the device stays open."""
     if plan.is_finished(config):
         return plan.filled(config, inputs)
-    return plan.resolve(config, inputs, report, free_gib=devices.free_gib(device))
+    return plan.resolve(settled(config, device), inputs, report, free_gib=devices.free_gib(device))
+
+
+def settled(config: Config, device: torch.device) -> Config:
+    """`config` with each "auto" as what it means on `device`, so that a run stays what it is on another one."""
+    dtype = devices.dtype_for(config.model.precision, device)
+    name, compile = config.optimizer.name, config.train.compile
+    never_compiled = compile == "auto" and (device.type == "cpu" or config.adapter.dropout > 0)
+    return config.with_values(
+        {
+            "model": {"precision": next(word for word, known in devices.DTYPES.items() if known == dtype)},
+            "optimizer": {"name": optim.default_name(device.type) if name == "auto" else name},
+            "train": {"compile": False if never_compiled else compile},
+        }
+    )
 
 
 def _load(config: Config, facts: BaseFacts, device: torch.device, dtype: torch.dtype, report: Report) -> Family:
     kind = plan.described(config, facts)
     report.event("base", f"base {kind}, in {dtype} on {device}".replace("torch.", ""))
     is_aside = bool(config.memory.denoiser_aside)
-    family = families.load(config.model, device=device, dtype=dtype, is_denoiser_aside=is_aside)
+    family = families.load(config.model, device=device, dtype=dtype, base=facts, is_denoiser_aside=is_aside)
     if config.objective.zero_terminal_snr:
         family.schedule = family.schedule.rescaled_to_zero_terminal_snr()
     return family
@@ -139,7 +154,8 @@ def _load(config: Config, facts: BaseFacts, device: torch.device, dtype: torch.d
 def _opened(config: Config, inputs: plan.Inputs, accelerator: Accelerator) -> Iterator[Run]:
     """The run folder, locked by the main process; what goes wrong while it is open is told plainly."""
     folder = plan.run_folder(config)
-    run = Run.open(folder, config, inputs.identity()) if accelerator.is_main_process else Run(folder)
+    given = inputs.identity(config)
+    run = Run.open(folder, config, given, inputs.to_pin()) if accelerator.is_main_process else Run(folder)
     try:
         with _told_plainly(config, inputs, accelerator):
             yield run

@@ -21,6 +21,7 @@ FLOORS = {
         "report",
         "interrupts",
         "inputs",
+        "identity",
         "patterns",
         "systems",
         "headers",

@@ -41,10 +41,10 @@ def test_steps_follow_the_number_of_pictures_within_limits(family: str, count: i
     assert resolved(family, count).train.steps == steps
 
 
-def test_size_warm_up_saving_and_alpha_are_chosen() -> None:
+def test_size_warm_up_and_saving_are_chosen() -> None:
     config = resolved("sdxl", 5)
     assert (config.data.resolution, config.data.bucket_step) == (1024, 64)
-    assert (config.optimizer.warmup_steps, config.train.save_every_steps, config.adapter.alpha) == (25, 100, 16.0)
+    assert (config.optimizer.warmup_steps, config.train.save_every_steps) == (25, 100)
     assert resolved(count=40).optimizer.warmup_steps == 60
     assert resolved(train={"steps": 9000}).optimizer.warmup_steps == 100
 

@@ -23,7 +23,7 @@ from lora_booth.config import Config
 from lora_booth.errors import ConfigError, DiskError
 from lora_booth.run import Run, Summary, _locked, require_free_space
 
-INPUTS = {"base": "abc", "pictures": {"a.jpg": "1", "b.jpg": "2"}}
+INPUTS = {"base": {"files": "abc"}, "pictures": {"a.jpg": "1", "b.jpg": "2"}}
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -317,10 +317,10 @@ def test_settings_that_do_not_change_the_result_may_differ(run: Run) -> None:
 @pytest.mark.parametrize(
     ("inputs", "expected"),
     [
-        ({"base": "other", "pictures": INPUTS["pictures"]}, "files of the base have changed"),
-        ({"base": "abc", "pictures": {"a.jpg": "1"}}, r"b\.jpg is gone"),
-        ({"base": "abc", "pictures": {"a.jpg": "9", "b.jpg": "2"}}, r"a\.jpg has changed"),
-        ({"base": "abc", "pictures": {"a.jpg": "1", "b.jpg": "2", "c.jpg": "3"}}, r"c\.jpg is new"),
+        ({"base": {"files": "other"}, "pictures": INPUTS["pictures"]}, "files of the base have changed"),
+        ({"base": {"files": "abc"}, "pictures": {"a.jpg": "1"}}, r"b\.jpg is gone"),
+        ({"base": {"files": "abc"}, "pictures": {"a.jpg": "9", "b.jpg": "2"}}, r"a\.jpg has changed"),
+        ({"base": {"files": "abc"}, "pictures": {"a.jpg": "1", "b.jpg": "2", "c.jpg": "3"}}, r"c\.jpg is new"),
     ],
 )
 def test_changed_inputs_are_refused_by_name(inputs: dict[str, Any], expected: str, run: Run) -> None:

@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def resolve(base: object, **settings: object) -> Path:
-    return sources.resolve(ModelConfig(base=str(base), **settings))
+    return sources.resolve(ModelConfig(base=str(base), **settings)).path
 
 
 def test_a_folder_and_a_file_are_found_where_they_are(folder: Path) -> None:
@@ -277,12 +277,12 @@ def test_only_safe_and_needed_files_are_downloaded(hub: Hub) -> None:
 
 def test_without_weights_only_the_small_files_are_downloaded_and_of_an_alias_nothing(hub: Hub) -> None:
     config = ModelConfig(base="owner/name")
-    assert sources.resolve(config, needs_weights=False) == hub.folder
+    assert sources.resolve(config, needs_weights=False).path == hub.folder
     ((_, settings),) = hub.asked
     assert "unet/config.json" in settings["allow_patterns"]
     assert not any(name.endswith(".safetensors") for name in settings["allow_patterns"])
     for alias, architecture in sources.SHIPPED.items():
-        path = sources.resolve(ModelConfig(base=alias), needs_weights=False)
+        path = sources.resolve(ModelConfig(base=alias), needs_weights=False).path
         assert path == sources.ARCHITECTURES / architecture
         assert identify(path, has_weights=False).family == architecture.partition("_")[0]
     assert len(hub.asked) == 1
@@ -325,10 +325,46 @@ def test_without_a_network_the_downloaded_copy_is_used(hub: Hub) -> None:
     hub.error, hub.is_cached = http_client.ConnectError("no route"), True
     assert resolve("sdxl") == hub.folder
     repository, settings = hub.asked[-1]
-    assert repository == BASE_ALIASES["sdxl"]
+    assert (repository,) == BASE_ALIASES["sdxl"]
     assert settings["local_files_only"]
 
 
 def test_facts_about_a_base_need_no_torch() -> None:
     code = "import sys, lora_booth.families; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0
+
+
+def test_an_alias_is_looked_for_in_each_of_its_homes_in_turn(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = BASE_ALIASES["sd21"]
+    honest, gone = hub.model_info, http(hub_errors.RepositoryNotFoundError, 404)
+
+    def model_info(repository: str, *, revision: str | None) -> SimpleNamespace:
+        hub.error = gone if repository == first else None
+        return honest(repository, revision=revision)
+
+    monkeypatch.setattr(hub, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    found = sources.resolve(ModelConfig(base="sd21"))
+    assert (found.repository, found.revision) == (second, "c0ffee")
+    hub.is_cached = True  # who has downloaded the first home before it was deleted keeps it
+    assert sources.resolve(ModelConfig(base="sd21")).repository == first
+
+
+def test_what_no_home_has_is_told_for_each(hub: Hub) -> None:
+    hub.error = http(hub_errors.RepositoryNotFoundError, 404)
+    with pytest.raises(ModelError) as caught:
+        resolve("sd21")
+    assert all(home in str(caught.value) for home in BASE_ALIASES["sd21"])
+
+
+def test_a_pinned_commit_is_taken_from_the_home_that_served_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    honest = hub.model_info
+    monkeypatch.setattr(
+        hub, "model_info", lambda name, revision: asked.append((name, revision)) or honest(name, revision=revision)
+    )
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    _, second = BASE_ALIASES["sd21"]
+    sources.resolve(ModelConfig(base="sd21"), pinned=sources.Found(Path(), second, "abc"))
+    sources.resolve(ModelConfig(base="owner/other"), pinned=sources.Found(Path(), second, "abc"))  # of another base
+    assert asked == [(second, "abc"), ("owner/other", None)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,17 @@ FAMILIES = {
 """Family name to module and class; imported when loaded, so that facts about a base cost no torch."""
 
 
-def facts(config: ModelConfig) -> identify.BaseFacts:
+def facts(
+    config: ModelConfig, *, needs_weights: bool = True, pinned: sources.Found | None = None
+) -> identify.BaseFacts:
     """What `model.base` is, without reading weights and without torch. A hub id is downloaded.
 
-    Raises ModelError for a base that is missing, unsafe, incomplete or of another kind.
+    Settings as in `sources.resolve`. Raises ModelError for a base that is missing, unsafe, incomplete or of another
+    kind.
     """
-    return identify.identify(sources.resolve(config))
+    found = sources.resolve(config, needs_weights=needs_weights, pinned=pinned)
+    base = identify.identify(found.path, has_weights=needs_weights or sources.is_local(config))
+    return replace(base, repository=found.repository, revision=found.revision)
 
 
 def load(
@@ -38,11 +44,13 @@ def load(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    base: identify.BaseFacts | None = None,
     needs_vae: bool = True,
     needs_text_encoders: bool = True,
     is_denoiser_aside: bool = False,
 ) -> Family:
-    """The base of `config`, frozen, on `device`: VAE in float32, the rest in `dtype`.
+    """The base of `config`, frozen, on `device`: VAE in float32, the rest in `dtype`. `base`: its facts, if known: a
+    name on the hub may mean another commit when it is asked for again.
 
     Parts that are not needed are not read; calling for them then is an assertion error. A base with all its parts has
     computed one tiny sample before it is returned, so that a damaged one is told here and not in the middle of a run.
@@ -52,7 +60,7 @@ def load(
 
     from lora_booth.families.components import Wanted, load_components, readable
 
-    base = facts(config)
+    base = base or facts(config)
     quantization = None if config.quantize == "none" else config.quantize
     parts = (needs_vae, needs_text_encoders)
     wanted = Wanted(torch.device(device), dtype, *parts, quantization, is_denoiser_aside)

@@ -88,6 +88,10 @@ class BaseFacts:
     bucket_step: int
     scheduler_changes: dict[str, Any]
     """What a single file says about its noise schedule, over the architecture's scheduler config."""
+    repository: str | None = None
+    """Of a base of the hub: which one served it."""
+    revision: str | None = None
+    """Of a base of the hub: its commit."""
 
     def config(self, component: str) -> dict[str, Any]:
         """The config of "unet", "vae", "text_encoder", "scheduler" …"""

@@ -50,6 +50,19 @@ WHY_NO_PICKLE = (
 
 
 @dataclass(frozen=True)
+class Found:
+    """Where a base was found: a folder or file here, and of a base of the hub its repository and commit."""
+
+    path: Path
+    repository: str | None = None
+    revision: str | None = None
+
+
+class _NotThere(ModelError):
+    """A home that does not have the base; another one may."""
+
+
+@dataclass(frozen=True)
 class Weights:
     """The weight files of one component: its variant (None or "fp16") and the file, or the shards in order."""
 
@@ -62,28 +75,36 @@ def is_local(config: ModelConfig) -> bool:
     return config.base == "booth-mini" or (config.base not in BASE_ALIASES and Path(config.base).expanduser().exists())
 
 
-def resolve(config: ModelConfig, *, needs_weights: bool = True) -> Path:
+def resolve(config: ModelConfig, *, needs_weights: bool = True, pinned: Found | None = None) -> Found:
     """The folder or `.safetensors` file that `model.base` means; a hub id is downloaded, nothing else uses the network.
 
     Order: alias, existing path, hub id. A folder that has the name of an alias is reached as `./name`. Without weights,
     a base that is not local is a folder of its configs: of an alias those that ship with lora_booth, of a hub id those
-    few files of it.
+    few files of it. `pinned`: what a run that is continued began with; of a base of the hub the same commit is taken.
     """
     base = config.base
     if base == "booth-mini":
         _refuse_revision(config)
         if not (EMBEDDED / "model_index.json").is_file():
             raise ModelError(f"model.base is booth-mini, but {EMBEDDED} is missing; install lora-booth again.")
-        return EMBEDDED
+        return Found(EMBEDDED)
     if is_local(config):
         _refuse_revision(config)
-        return _checked_local(Path(base).expanduser())
+        return Found(_checked_local(Path(base).expanduser()))
     if not needs_weights and base in SHIPPED and config.revision is None:
-        return ARCHITECTURES / SHIPPED[base]
-    repository = BASE_ALIASES.get(base, base)
-    if not _is_hub_id(repository):
+        return Found(ARCHITECTURES / SHIPPED[base])
+    homes, revision = BASE_ALIASES.get(base, (base,)), config.revision
+    if not all(map(_is_hub_id, homes)):
         raise ModelError(f"model.base {base!r} is no file or folder here{_nearby(base)}.")
-    return _download(repository, config, needs_weights=needs_weights, hint=_nearby(base))
+    if pinned is not None and pinned.repository in homes:
+        homes, revision = (pinned.repository,), pinned.revision
+    faults = []
+    for repository in homes:
+        try:
+            return _download(repository, revision, config, needs_weights=needs_weights)
+        except _NotThere as fault:
+            faults.append(str(fault))
+    raise ModelError("\n".join(faults))
 
 
 def component_weights(folder: Path) -> Weights:
@@ -256,40 +277,48 @@ def _digest_samples(path: Path, digest: Any) -> None:
             digest.update(file.read(BLOCK_BYTES))
 
 
-def _download(repository: str, config: ModelConfig, *, needs_weights: bool, hint: str) -> Path:
+def _download(repository: str, revision: str | None, config: ModelConfig, *, needs_weights: bool) -> Found:
     """The snapshot of `repository` in the hub's cache, fetched if need be; fp16 weights unless fp32 is asked for."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    where = repository if config.revision is None else f"{repository} (revision {config.revision})"
+    where = repository if revision is None else f"{repository} (revision {revision})"
     http_error = errors.HfHubHTTPError.__mro__[1]  # the HTTP client's own base, whose name differs between versions
     try:
-        facts = huggingface_hub.HfApi().model_info(repository, revision=config.revision)
+        facts = huggingface_hub.HfApi().model_info(repository, revision=revision)
         names = [sibling.rfilename for sibling in facts.siblings or ()]
         small, weights = _wanted(names, where, prefer_fp16=config.precision != "fp32")
         wanted = [*small, *weights] if needs_weights else small
-        return Path(huggingface_hub.snapshot_download(repository, revision=facts.sha, allow_patterns=wanted))
+        folder = huggingface_hub.snapshot_download(repository, revision=facts.sha, allow_patterns=wanted)
+        return Found(Path(folder), repository, facts.sha)
     except errors.GatedRepoError:
-        raise ModelError(
+        raise _NotThere(
             f"{where} is gated: accept its licence on https://huggingface.co/{repository}, then `hf auth login`."
         ) from None
     except errors.RepositoryNotFoundError:
-        raise ModelError(
-            f"model.base {where}: there is no such file or folder here, and no such public model on the hub{hint}; "
-            "check the spelling, or run `hf auth login` if it is private."
-        ) from None
+        return _from_cache(
+            repository,
+            revision,
+            f"model.base {where}: there is no such file or folder here, and no such public model on the hub"
+            f"{_nearby(config.base)}; check the spelling, or run `hf auth login` if it is private.",
+        )
     except errors.RevisionNotFoundError:
-        raise ModelError(f"model.revision {config.revision!r} does not exist in {repository}; correct it.") from None
+        raise _NotThere(f"model.revision {revision!r} does not exist in {repository}; correct it.") from None
     except (ConnectionError, TimeoutError, http_error, errors.LocalEntryNotFoundError) as error:
-        return _from_cache(repository, config.revision, where, error)
+        return _from_cache(
+            repository,
+            revision,
+            f"model.base {where} is not on this machine and the hub cannot be reached ({type(error).__name__}); go "
+            "online once (unset HF_HUB_OFFLINE), or give a local folder or .safetensors file.",
+        )
     except OSError as error:
         raise DiskError(
             f"{where} could not be stored ({error}); free some space, or point HF_HOME elsewhere."
         ) from None
 
 
-def _from_cache(repository: str, revision: str | None, where: str, error: Exception) -> Path:
-    """What was downloaded before, when the hub cannot be reached."""
+def _from_cache(repository: str, revision: str | None, fault: str) -> Found:
+    """What was downloaded before, when the hub cannot be reached or has it no longer; else raises `fault`."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -299,12 +328,9 @@ def _from_cache(repository: str, revision: str | None, where: str, error: Except
             repository, revision=revision, allow_patterns=small, local_files_only=True
         )
     except errors.LocalEntryNotFoundError:
-        raise ModelError(
-            f"model.base {where} is not on this machine and the hub cannot be reached ({type(error).__name__}); go "
-            "online once (unset HF_HUB_OFFLINE), or give a local folder or .safetensors file."
-        ) from None
-    log.warning("The hub cannot be reached; using the copy of %s that was downloaded before.", where)
-    return Path(folder)
+        raise _NotThere(fault) from None
+    log.warning("The hub does not answer for %s; using the copy that was downloaded before.", repository)
+    return Found(Path(folder), repository, Path(folder).name)
 
 
 def _wanted(names: list[str], where: str, *, prefer_fp16: bool) -> tuple[list[str], list[str]]:
