@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_booth import export, families
+from lora_booth import export, families, names
 from lora_booth.adapter.decompose import approximate, tell_errors
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, find_module, uses_dora, weight_change
 from lora_booth.config import ModelConfig
@@ -110,16 +110,16 @@ def convert(
 ) -> dict[str, Path]:
     """Write the adapter in `file` in other formats or another type, with its header, and tell what programs will do.
 
-    `out`: folder, default that of `file`; existing files are not replaced. `base`: needed for the portable form of
+    `out` and `name`: default those of `file`; existing files are not replaced. `base`: needed for the portable form of
     DoRA, and where the file does not tell its family. `leave_out`: as in export.contents.
     Raises ConfigError, ModelError and DiskError.
     """
     report = report or Silent()
     export.require_choices(formats, dtype)
+    name = file.stem.removesuffix(SUFFIX["diffusers"]) if name is None else names.require(name, "--name")
     read, header = export.read_all([file], leave_out, report)[0], export.read_metadata(file)
     weights, family = export.low_rank(file.name, read), _family(file, read, header, base)
     trigger = header.get("modelspec.trigger_phrase", "") if trigger is None else trigger
-    name = name or file.stem.removesuffix(SUFFIX["diffusers"])
     fields = base_fields(family, _prediction_type(header), name) | carried(header)
     fields |= {"modelspec.title": name, "ss_output_name": name}
     fields |= {"modelspec.trigger_phrase": trigger} if trigger else {}

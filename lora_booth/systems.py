@@ -94,3 +94,14 @@ def settle_streams() -> None:
         if reconfigure is not None:  # None under pythonw, and where a program has put its own stream
             is_settled = stream.isatty() or "PYTHONIOENCODING" in os.environ
             reconfigure(encoding=None if is_settled else "utf-8", errors=errors)
+
+
+def lost_processes() -> bool:
+    """Whether `accelerate launch` was asked for several processes and began this one alone.
+
+    So it does without several cards (accelerate 1.15, commands/launch.py, `simple_launcher`). It has then named a place
+    to meet, and no rank, which torchrun and MPI give each process.
+    """
+    names = os.environ.keys()
+    ranks = {"RANK", "LOCAL_RANK", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+    return {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= names and not ranks & names

@@ -63,7 +63,7 @@ def train(
     """
     report, stopwatch = report or Silent(), Stopwatch()
     inputs = inputs or plan.look(config, report)
-    accelerator = _accelerator(config)
+    accelerator = _accelerator(config, report)
     device = accelerator.device
     devices.require(config, device)
     config = _resolved(devices.settled(config, device), inputs, report, device)
@@ -109,7 +109,12 @@ def train(
         return _finish(session, stopwatch)
 
 
-def _accelerator(config: Config) -> Accelerator:
+def _accelerator(config: Config, report: Report) -> Accelerator:
+    if systems.lost_processes():
+        report.warn(
+            "accelerate has begun one process of several, as it does without several cards; the result is the same, "
+            "only later. `torchrun --nproc-per-node 2 -m lora_booth train …` begins two."
+        )
     return Accelerator(
         cpu=config.memory.device == "cpu",
         log_with=list(config.run.trackers) or None,

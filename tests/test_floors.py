@@ -23,6 +23,7 @@ FLOORS = {
         "inputs",
         "identity",
         "patterns",
+        "names",
         "systems",
         "headers",
         "versions",

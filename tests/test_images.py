@@ -215,6 +215,20 @@ def test_unusual_names_work_with_their_captions(tmp_path: Path) -> None:
     assert shown(Path("a\nb.jpg")) == r"'a\nb.jpg'"
 
 
+@pytest.mark.parametrize(("picture", "caption"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_caption_from_another_system_finds_its_picture(tmp_path: Path, picture: str, caption: str) -> None:
+    names = {"NFC": "caf\u00e9", "NFD": "cafe\u0301"}
+    Image.new("RGB", (48, 48)).save(tmp_path / f"{names[picture]}.png")
+    (tmp_path / f"{names[caption]}.txt").write_text("on a table")
+    found = find(tmp_path, max_megapixels=64)
+    assert [p.caption for p in found.pictures] == ["on a table"]
+    assert not found.left_out
+    (tmp_path / f"{names[picture]}.txt").write_text("its own")
+    found = images.find(tmp_path, max_megapixels=64)
+    assert [p.caption for p in found.pictures] == ["its own"]
+    assert len(found.left_out) == 1
+
+
 def test_captions_are_read_as_one_line(tmp_path: Path) -> None:
     put(tmp_path / "dog.jpg")
     (tmp_path / "dog.txt").write_bytes(b"\xef\xbb\xbf a photo of {token} {class},\r\n on grass \xc3\xa9 \n")

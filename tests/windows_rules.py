@@ -100,7 +100,7 @@ def _judge(event: str, words: tuple[Any, ...]) -> None:
     elif event == "os.rename":
         _judge_rename(path, os.path.abspath(os.fsdecode(words[1])))
     elif event == "os.mkdir":
-        _judge_new(path)
+        judge_new(path)
     elif event == "os.symlink":
         _refuse(NO_PRIVILEGE, path)
     elif not _is_lock():
@@ -119,7 +119,7 @@ def _judge_open(path: str, flags: int) -> None:
     if os.path.isdir(path):
         _refuse(DENIED, path)
     if flags & os.O_CREAT:
-        _judge_new(path)
+        judge_new(path)
     is_written = flags & (os.O_WRONLY | os.O_RDWR)
     if is_written and os.path.exists(path):
         if not os.stat(path).st_mode & 0o200:
@@ -129,7 +129,7 @@ def _judge_open(path: str, flags: int) -> None:
 
 
 def _judge_rename(source: str, target: str) -> None:
-    _judge_new(target)
+    judge_new(target)
     is_folder = os.path.isdir(source)
     if is_held(source):
         _refuse(DENIED if is_folder else SHARED, source)
@@ -147,7 +147,7 @@ def _judge_removal(path: str) -> None:
             _refuse(DENIED, path)
 
 
-def _judge_new(path: str) -> None:
+def judge_new(path: str) -> None:
     """Names that Windows refuses, and those that it would change or take for another file's, which no test may want."""
     folder, name = os.path.split(path)
     if re.search(r'[<>:"|?*\\\x00-\x1f]', name) or name.endswith((" ", ".")) or DEVICE.fullmatch(name):

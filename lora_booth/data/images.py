@@ -10,6 +10,7 @@ Words: a picture's *size* is that of the upright picture, after its EXIF orienta
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,7 @@ def shown(path: Path) -> str:
 def _list(folder: Path) -> _Listing:
     """What lies in `folder`, hidden files and junk of file managers aside."""
     try:
-        entries = sorted(Path(entry.path) for entry in os.scandir(folder))
+        entries = sorted((Path(entry.path) for entry in os.scandir(folder)), key=lambda path: path.name)
     except FileNotFoundError:
         raise DataError(f"there is no folder {folder}; check its spelling, or copy your pictures there.") from None
     except NotADirectoryError:
@@ -154,6 +155,7 @@ def _list(folder: Path) -> _Listing:
     entries = [path for path in entries if not path.name.startswith(".") and path.name.lower() not in _JUNK]
     listing = _Listing()
     stems = {path.stem for path in entries if path.suffix.lower() in ENDINGS}
+    written_otherwise = {_composed(stem): stem for stem in stems if folder / f"{stem}.txt" not in entries}
     for path in entries:
         ending = path.suffix.lower()
         if os.path.isdir(path):  # Unlike Path.is_dir, False when the answer is refused.
@@ -162,6 +164,8 @@ def _list(folder: Path) -> _Listing:
             listing.candidates.append(path)
         elif ending == ".txt" and path.stem in stems:
             listing.captions[path.stem] = path
+        elif ending == ".txt" and _composed(path.stem) in written_otherwise:
+            listing.captions[written_otherwise[_composed(path.stem)]] = path
         elif ending == ".txt":
             reason = "is the caption of no picture; give it the name of its picture with .txt as ending, or remove it."
             listing.strangers.append(Fault(path, reason))
@@ -170,6 +174,11 @@ def _list(folder: Path) -> _Listing:
                 Fault(path, f"is not a picture that is read ({TAKEN}); save it as PNG or remove it.")
             )
     return listing
+
+
+def _composed(name: str) -> str:
+    """The one spelling of `name` in Unicode: macOS writes é as two signs, other systems as one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _sub_folder(path: Path) -> list[Fault]:

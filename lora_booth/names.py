@@ -1,0 +1,57 @@
+"""Names that every system takes: what is written on one can be copied to another.
+
+What lives here: why Windows, macOS or Linux would refuse or change a name of a file or folder. What does not: whether
+something of that name is there. Source: "Naming Files, Paths, and Namespaces", learn.microsoft.com.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+from lora_booth.errors import ConfigError
+from lora_booth.inputs import shown
+
+MAX_UNITS = 255
+"""Of one name: bytes of UTF-8 on Linux, units of UTF-16 on Windows, and on macOS of its decomposed form."""
+MAX_ENDING = 55
+"""Of them kept free for what is put behind a name: `_diffusers.safetensors`, a number."""
+FORBIDDEN = '<>:"/\\|?*'
+_NUMBERS = "0123456789\u00b9\u00b2\u00b3"
+RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {f"{d}{n}" for d in ("com", "lpt") for n in _NUMBERS}
+"""Devices of Windows; `con.safetensors` is one too."""
+
+
+def fault(name: str, *, room: int = MAX_ENDING) -> str | None:
+    """Why some system refuses or changes `name`, in one clause; None when all take it as it is.
+
+    `room`: how many bytes are to be put behind it.
+    """
+    strange = [letter for letter in name if letter in FORBIDDEN or ord(letter) < 32]
+    if strange:
+        return f"holds {strange[0]!r}, which some system refuses in names"
+    if name.strip(" .") == "":
+        return "has no letter"
+    if name.endswith((" ", ".")):
+        return f"ends with {name[-1]!r}, which Windows drops"
+    if name.split(".")[0].rstrip(" ").casefold() in RESERVED:
+        return f"is the device {name.split('.')[0].rstrip(' ').upper()} on Windows"
+    length = max(len(name.encode("utf-8", "surrogatepass")), _utf16_units(unicodedata.normalize("NFD", name)))
+    return None if length <= MAX_UNITS - room else f"is {length} long, and {MAX_UNITS - room} is the most a name takes"
+
+
+def require(name: str, key: str) -> str:
+    """`name` itself. Raises ConfigError, naming the setting `key`, when some system would refuse or change it."""
+    why = fault(name)
+    if why is not None:
+        raise ConfigError(f'{key} "{shown(name)}" {why}; choose another name.')
+    return name
+
+
+def folder_fault(folder: Path) -> str | None:
+    """`fault` of a folder's own name; None for `.` and `..`, and for a root."""
+    return None if folder.name in ("", ".", "..") else fault(folder.name, room=0)
+
+
+def _utf16_units(name: str) -> int:
+    return len(name.encode("utf-16-le", "surrogatepass")) // 2
