@@ -5,7 +5,9 @@ from __future__ import annotations
 import string
 from pathlib import Path
 
+from lora_booth import names
 from lora_booth.config import TARGET_PRESETS, AdapterConfig, Config
+from lora_booth.inputs import shown
 from lora_booth.patterns import why_no_pattern
 
 
@@ -43,6 +45,7 @@ def contradictions(config: Config) -> list[str]:
         )
     if "{class}" not in config.subject.prompt:
         faults.append(f'subject.prompt "{config.subject.prompt}" lacks the slot {{class}}; add it.')
+    faults += _place_faults(config)
     templates = [("subject.prompt", config.subject.prompt, {"token", "class"})]
     templates += [("prior.prompts", p, {"class"}) for p in prior.prompts]
     templates += [("preview.prompts", p, {"token", "class"}) for p in config.preview.prompts]
@@ -56,6 +59,19 @@ def _pattern_faults(adapter: AdapterConfig) -> list[str]:
     patterns = {"targets": targets, "rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
     found = ((key, why_no_pattern(text)) for key, texts in patterns.items() for text in texts)
     return [f"adapter.{key} {fault}" for key, fault in found if fault is not None]
+
+
+def _place_faults(config: Config) -> list[str]:
+    """Why the run folder and the files in it cannot have the names that they would have, on this system or another."""
+    faults, name, folder = [], config.name, config.run.folder
+    why = None if folder is None else names.folder_fault(folder)
+    if folder is not None and why is not None:
+        faults.append(f'run.folder "{shown(folder.name)}" {why}; choose another name.')
+    if name.casefold() in names.OF_A_RUN:
+        faults.append(f'the result would be called "{name}", as another file of a run is; set export.name to another.')
+    elif name.endswith((" ", ".")):
+        faults.append(f'export.name "{name}" ends with {name[-1]!r}, which Windows drops; leave it out.')
+    return faults
 
 
 def _unwritable_paths(config: Config) -> list[str]:

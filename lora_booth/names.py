@@ -21,6 +21,9 @@ _NUMBERS = "0123456789\u00b9\u00b2\u00b3"
 RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {f"{d}{n}" for d in ("com", "lpt") for n in _NUMBERS}
 """Devices of Windows; `con.safetensors` is one too."""
 
+OF_A_RUN = {"before_after", "contact_sheet", "inputs", "summary"}
+"""Names that other files of a run folder have, with the endings of an adapter's sidecar and cover."""
+
 
 def fault(name: str, *, room: int = MAX_ENDING) -> str | None:
     """Why some system refuses or changes `name`, in one clause; None when all take it as it is.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from lora_booth import deliver, names
+from lora_booth.config import Config
 from lora_booth.errors import ConfigError
 from tests import windows_rules
 from tests.soak.names import NAMES
@@ -62,3 +64,26 @@ def test_an_export_is_not_written_under_such_a_name_nor_outside_of_its_folder(na
     with pytest.raises(ConfigError, match="--name"):
         deliver.convert(file=tmp_path / "a.safetensors", out=tmp_path / "out", name=name)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "told"),
+    [
+        ("run", "folder", "runs/a:b", """run.folder "a:b" holds ':'"""),
+        ("run", "folder", "runs/aux", 'run.folder "aux" is the device AUX'),
+        ("run", "folder", "runs/a\nb", 'run.folder "a'),
+        ("run", "folder", "runs/dog. ", """run.folder "dog. " ends with ' '"""),
+        ("export", "name", "summary", 'the result would be called "summary", as another file of a run is'),
+        ("export", "name", "Before_After", 'would be called "Before_After"'),
+        ("export", "name", "dog.", """export.name "dog." ends with '.'"""),
+    ],
+)
+def test_a_run_is_not_written_under_such_a_name(section: str, key: str, value: str, told: str) -> None:
+    values: dict[str, dict[str, str]] = {
+        "model": {"base": "sd15"},
+        "subject": {"images": "a:b", "class_noun": "dog"},  # of what is only read, every name is right
+    }
+    with pytest.raises(ValidationError) as refused:
+        Config.model_validate({**values, section: {key: value}})
+    assert told in str(refused.value)
+    Config.model_validate(values)

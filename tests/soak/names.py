@@ -18,6 +18,7 @@ from unittest.mock import patch
 from safetensors import safe_open
 
 from lora_booth import cli, config_file, train
+from lora_booth import names as odd
 from lora_booth.config import Config
 from lora_booth.console import PlainReport
 from lora_booth.errors import Interrupted
@@ -65,6 +66,8 @@ def names(count: int, folder: Path, seed: int = 0) -> Result:
 def _trained(where: Path, base: Path, stems: tuple[str, ...], name: str) -> Path:
     """The adapter file of a run in which everything is called `name`, stopped after two steps, then continued."""
     places = {kind: where / kind / name for kind in ("pictures", "held out", "run", "cache", "base")}
+    if odd.fault(name, room=0) is not None:
+        places["run"] = where / "run" / "plain"  # the name of a run folder is one that every system takes
     drawn = tiny.tiny_pictures(where / "drawn", 4)
     for kind in ("pictures", "held out"):
         places[kind].mkdir(parents=True)
