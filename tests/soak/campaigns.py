@@ -37,7 +37,7 @@ CAMPAIGNS = {
     "resume_matrix": Campaign(kills.resume_matrix, 24, 96),
     "lost_processes": Campaign(kills.lost_processes, 5, 25),
     "leaks": Campaign(kills.leaks, 400, 20_000),
-    "adapters": Campaign(adapters.adapters, 2_500, 200_000),
+    "adapters": Campaign(adapters.adapters, 150, 100_000),
     "configs": Campaign(hostile.configs, 2_000, 50_000),
     "pictures": Campaign(hostile.pictures, 500, 20_000),
     "bases": Campaign(hostile.bases, 40, 2_000),
