@@ -82,7 +82,7 @@ def merge_into_base(
     """
     report = report or Silent()
     _check_strengths(adapters)
-    path = resolve(ModelConfig(base=base, precision="fp32"))
+    path = resolve(ModelConfig(base=base, precision="fp32")).path
     _require_new(out, suffix=".safetensors" if path.is_file() else "")
     _refuse_quantised_config(path)
     facts = identify(path)
