@@ -11,6 +11,7 @@ recomputed activations. kohya adapts every linear layer of the transformer block
 attention alone; kohya keeps its latents, and for SDXL its embeddings too. All run alternately, each with few and with
 many steps: the difference gives the time for a step, the rest is start-up, caching and saving. Seconds are the
 processor's time (of all cores) and the clock's; memory is the process's, and on a GPU that of its tensors.
+For Linux and macOS (`os.wait4`).
 """
 
 from __future__ import annotations

@@ -227,10 +227,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         if not said.exists():
             root.mkdir()
             adapter = found.straight / "emo_dog.safetensors"
-            output = _under_rules([_train(found.straight), *_verbs(root / "made", adapter)])
             _killed_after(12, _train(found.killed))
-            output += _under_rules([_train(found.killed)])
-            said.write_text(output, encoding="utf-8")
+            words = [_train(found.killed), _train(found.straight), *_verbs(root / "made", adapter)]
+            said.write_text(_under_rules(words), encoding="utf-8")
     return Job(found.straight, found.killed, said.read_text(encoding="utf-8"))
 
 
