@@ -6,18 +6,20 @@ nothing goes through the VAE twice.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from lora_booth import files
 from lora_booth.config import Config, PriorConfig
 from lora_booth.data.buckets import Bucket
-from lora_booth.data.cache import TensorCache, key
+from lora_booth.data.cache import TensorCache, key, writing
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.families.sampling import PICTURES_AT_ONCE, Sampling, decode, sample
 from lora_booth.interrupts import StopRequest
@@ -47,17 +49,27 @@ class ClassImage:
 
     def latents(self) -> Tensor | None:
         """float32 `[C, h, w]` on the CPU, scaled; None unless picture and latents are there and whole."""
-        stored = self.cache.get(self.path.stem) if self.path.exists() else None
+        # Unlike Path.exists, this says no where another user's folder does not let us look.
+        stored = self.cache.get(self.path.stem) if os.path.exists(self.path) else None
         return None if stored is None else stored["latents"]
 
-    def save(self, picture: Image.Image, latents: Tensor) -> None:
-        """Write both, the picture last."""
-        self.cache.put(self.path.stem, {"latents": latents.float()})
-        files.write_png(self.path, picture)
+    def save(self, picture: Image.Image, latents: Tensor) -> Tensor:
+        """Write both, the picture last; the latents as they would be read."""
+        stored = latents.to("cpu", torch.float32, copy=True).contiguous()
+        self.cache.put(self.path.stem, {"latents": stored})
+        with writing(self.path):
+            files.write_png(self.path, picture)
+        return stored
 
 
 def wanted(
-    prior: PriorConfig, prompts: Sequence[str], sizes: Sequence[Bucket], *, fingerprint: str, root: Path
+    prior: PriorConfig,
+    prompts: Sequence[str],
+    sizes: Sequence[Bucket],
+    *,
+    fingerprint: str,
+    root: Path,
+    about: Mapping[str, str] | None = None,
 ) -> list[ClassImage]:
     """The `prior.num_images` class images of a run: `prompts` in turn, at the instance images' `sizes` in turn.
 
@@ -72,7 +84,7 @@ def wanted(
         settings = (prior.sampler, prior.sampler_steps, prior.guidance_scale)
         group = key("class image", fingerprint, prompt, bucket.width_px, bucket.height_px, *settings)[:24]
         if group not in caches:
-            caches[group] = TensorCache(root / group)
+            caches[group] = TensorCache(root / group, about)
         images.append(ClassImage(caches[group], counts[group], prompt, bucket))
         counts[group] += 1
     return images
@@ -86,15 +98,18 @@ def draw_missing(
     *,
     report: Report,
     stop: StopRequest,
-) -> int:
-    """Draw those of `images` that are not there yet, each written whole; returns how many were drawn.
+) -> tuple[dict[str, Tensor], int]:
+    """Draw those of `images` that are not there yet, each written whole; the latents of all by name, and how many were
+    drawn. Nothing is read again, so a cache that is cleared meanwhile loses nothing.
 
     `prompts` holds the conditioning of every image's prompt and of "". Images of one prompt and size are drawn in
     the same company whether they are drawn for the first time or again after a kill, because a device may round by it.
     Raises Interrupted between two steps of the solver; what was being drawn then is drawn again.
     """
     at_once, done = config.memory.pictures_at_once or PICTURES_AT_ONCE, 0
-    missing = {image.name for image in images if image.latents() is None}
+    found = {image.name: image.latents() for image in images}
+    latents_of = {name: latents for name, latents in found.items() if latents is not None}
+    missing = found.keys() - latents_of.keys()
     for path in (path for cache in {id(i.cache): i.cache for i in images}.values() for path in cache.damaged):
         report.warn(f"{path} was damaged; its class image is drawn again.")
     for company in _companies(images, at_once):
@@ -109,10 +124,10 @@ def draw_missing(
             pictures = decode(family, latents, sampling, seeds=[image.name for image in together])
             for image, row, picture in zip(together, latents, pictures, strict=True):
                 if image.name in missing:
-                    image.save(picture, row)
+                    latents_of[image.name] = image.save(picture, row)
                     done += 1
                     report.progress("draw class images", done, len(missing))
-    return done
+    return latents_of, done
 
 
 def _companies(images: Sequence[ClassImage], at_once: int) -> list[list[ClassImage]]:

@@ -220,6 +220,24 @@ def config(
         print(config_file.to_toml(_config(settings)), end="")
 
 
+@app.command()
+def cache(
+    folder: Annotated[Path | None, typer.Option(help="The cache (run.cache). Default: the user's.")] = None,
+    base: Annotated[str | None, typer.Option(help="Only what was made with this base.")] = None,
+    older_than: Annotated[str | None, typer.Option(help="Only what was not used for 12h, 30d or 4w.")] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove it, but for what a live run uses.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what the cache holds (latents of your pictures, embeddings, class images), or clear it.
+
+    lora-booth cache --clear --older-than 30d
+    """
+    from lora_booth.cache import cache as verb
+
+    with _listening(as_json, False) as report:
+        verb(folder, report, clear=clear, older_than=older_than, base=base)
+
+
 for _command in (
     cli_adapters.inspect,
     cli_adapters.export,

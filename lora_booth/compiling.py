@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from lora_booth import devices, files, loop
+from lora_booth.data.cached import TRIALS, folder_of
+from lora_booth.errors import DiskError
 from lora_booth.families.components import has_compiler
 from lora_booth.loop import MicroStep, Session
-from lora_booth.prepare import cache_folder
 
 STEPS_LOOKED_AT = 50
 """From which a micro-step of each shape is taken."""
@@ -76,7 +77,7 @@ def pays(s: Session, start: int) -> bool:
     train = s.config.train
     assert train.steps is not None, "config is not resolved"
     left, passes, scale = train.steps - start, *_passes(s, start)
-    path, key = cache_folder(s.config) / "compiling.json", _key(s, passes)
+    path, key = folder_of(s.config) / TRIALS, _key(s, passes)
     known = _known(path)
     if left < 1 or (key in known and known[key].steps_to_pay >= left):
         return False
@@ -97,7 +98,10 @@ def pays(s: Session, start: int) -> bool:
             parameter.grad = None
     trial = Trial(eager_s * scale, compiled_s * scale, compiling_s)
     if s.accelerator.is_main_process:
-        _keep(path, known | {key: trial})
+        try:
+            _keep(path, known | {key: trial})
+        except DiskError as error:  # of another user, say: it is measured again next time, and no run ends for it
+            s.report.warn(f"what the trial has measured is not kept: {error}")
     if compiling_s:
         s.report.event("compiled", _told(trial, left), **asdict(trial))
     return trial.compiled_s < trial.eager_s

@@ -325,6 +325,13 @@ class RunConfig(Section):
     cache: FilePath | None = Field(
         None, description="Shared latents, embeddings, class images. Default: the user's cache folder."
     )
+    cache_limit_gib: float = Field(
+        20.0,
+        gt=0,
+        le=1_000_000,
+        description="What the cache may hold; beyond it, what was not used for the longest goes when a run has "
+        "prepared. 20: about fifty sets of 200 class images of SDXL, so that nobody has to think of it.",
+    )
     trackers: Annotated[tuple[Literal["tensorboard"], ...], Field(strict=False)] = Field(
         (), description="Besides metrics.jsonl. tensorboard needs lora-booth[tracking]."
     )

@@ -37,6 +37,7 @@ FREE_TO_CHANGE = (
     "memory.denoiser_aside",
     "run.folder",
     "run.cache",
+    "run.cache_limit_gib",
     "run.trackers",
     "subject.images",
     "export.formats",

@@ -13,21 +13,20 @@ from typing import Any
 
 import torch
 from PIL import Image
-from platformdirs import user_cache_path
 from torch import Tensor
 
 from lora_booth import class_images
 from lora_booth.class_images import ClassImage
 from lora_booth.config import Config
-from lora_booth.data import images
+from lora_booth.data import cached, images
 from lora_booth.data.batches import Item, Order, Role
 from lora_booth.data.buckets import Crop, assign
 from lora_booth.data.cache import TensorCache, latent_key, prompt_key, require_finite
 from lora_booth.data.images import Picture
 from lora_booth.data.sheet import contact_sheet
-from lora_booth.errors import DiskError
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.families.sampling import denoiser_aside
+from lora_booth.families.sources import is_local
 from lora_booth.interrupts import StopRequest
 from lora_booth.report import Report
 from lora_booth.subject import Pictures, crops_of, prompts_of
@@ -70,11 +69,6 @@ class _Image:
         return self.source.path.name + (" (mirrored)" if self.is_flipped else "")
 
 
-def cache_folder(config: Config) -> Path:
-    """Where latents, embeddings and class images are kept between runs."""
-    return config.run.cache or user_cache_path("lora_booth")
-
-
 def sheet(config: Config, pictures: Pictures) -> Image.Image:
     """The contact sheet: each instance image as the model will see it, with its prompt. `config` is resolved."""
     instances = _instances(config, pictures.instances.pictures, is_flipped=False)
@@ -89,6 +83,14 @@ def prepare(config: Config, family: Family, pictures: Pictures, *, report: Repor
     training does not need the VAE either. Raises Interrupted between two images, NumericError naming a picture whose
     latents are not finite.
     """
+    root, run_folder = cached.folder_of(config), config.run.folder or Path("runs") / config.name
+    with cached.in_use(root, run_folder=run_folder, base=_about(config, family)["base"]):
+        prepared = _prepare(config, family, pictures, report=report, stop=stop)
+    cached.trim(root, config.run.cache_limit_gib * 2**30, lambda text: report.event("cache", text))
+    return prepared
+
+
+def _prepare(config: Config, family: Family, pictures: Pictures, *, report: Report, stop: StopRequest) -> Prepared:
     is_aside = bool(config.memory.denoiser_aside)
     with denoiser_aside(family, is_wanted=is_aside):
         prompts = encode_prompts(config, family, prompts_of(config, pictures), report)
@@ -97,13 +99,14 @@ def prepare(config: Config, family: Family, pictures: Pictures, *, report: Repor
     instances = _instances(config, pictures.instances.pictures, is_flipped=False)
     mirrored = _instances(config, pictures.instances.pictures, is_flipped=True) if config.data.flip else []
     held_out = _instances(config, pictures.held_out.pictures if pictures.held_out else (), is_flipped=False)
+    _touch(config, family, [*instances, *mirrored, *held_out])  # nobody clears it while class images are drawn
     began = time.perf_counter()
-    classes = _classes(config, family, pictures, instances, prompts, report=report, stop=stop)
+    classes, drawn = _classes(config, family, pictures, instances, prompts, report=report, stop=stop)
     drawing_seconds = time.perf_counter() - began
 
     everything = [*instances, *mirrored, *classes, *held_out]
     with denoiser_aside(family, is_wanted=is_aside):
-        encoded = _encode(config, family, everything, report=report, stop=stop)
+        encoded = _encode(config, family, everything, drawn, report=report, stop=stop)
     latents: dict[str, Moments] = {}
     items = []
     for image, (key, moments) in zip(everything, encoded, strict=True):
@@ -128,7 +131,7 @@ def prepare(config: Config, family: Family, pictures: Pictures, *, report: Repor
 @torch.no_grad()
 def encode_prompts(config: Config, family: Family, texts: Sequence[str], report: Report) -> dict[str, Conditioning]:
     """Conditioning of every prompt by the untrained base, one row each, on the CPU, through the cache."""
-    cache = TensorCache(cache_folder(config) / "prompts")
+    cache = TensorCache(cached.folder_of(config) / "prompts", _about(config, family))
     dtype = next(family.denoiser.parameters()).dtype
     encoded: dict[str, Conditioning] = {}
     for done, text in enumerate(texts, start=1):
@@ -156,38 +159,44 @@ def _classes(
     instances: Sequence[_Image],
     prompts: Mapping[str, Conditioning],
     **listeners: Any,
-) -> list[_Image]:
-    """Class images: none without a prior, the user's own in the instance buckets, or drawn by the base."""
+) -> tuple[list[_Image], dict[str, Tensor]]:
+    """Class images: none without a prior, the user's own in the instance buckets, or drawn by the base, whose latents
+    come with them by name."""
     if not config.has_prior:
-        return []
+        return [], {}
     templates = [config.fill(template) for template in config.prior.prompts]
     sizes = [image.crop.bucket for image in instances]
     if pictures.classes is not None:
         own = pictures.classes.pictures
         texts = [config.fill(p.caption) if p.caption else templates[i % len(templates)] for i, p in enumerate(own)]
         crops = [assign(p.width_px, p.height_px, sorted(set(sizes))) for p in own]
-        return [_Image("class", *row) for row in zip(own, crops, texts, strict=True)]
-    root = cache_folder(config) / "class_images"
-    wanted = class_images.wanted(config.prior, templates, sizes, fingerprint=family.fingerprint, root=root)
-    drawn = class_images.draw_missing(wanted, family, config, prompts, **listeners)
-    text = f"{len(wanted)} class images, {drawn} of them new, in {root}"
-    listeners["report"].event("class_images", text, drawn=drawn)
-    return [
-        _Image("class", image, assign(image.bucket.width_px, image.bucket.height_px, [image.bucket]), image.prompt)
-        for image in wanted
-    ]
+        return [_Image("class", *row) for row in zip(own, crops, texts, strict=True)], {}
+    root, about = cached.folder_of(config) / "class_images", _about(config, family)
+    wanted = class_images.wanted(config.prior, templates, sizes, fingerprint=family.fingerprint, root=root, about=about)
+    latents, count = class_images.draw_missing(wanted, family, config, prompts, **listeners)
+    text = f"{len(wanted)} class images, {count} of them new, in {root}"
+    listeners["report"].event("class_images", text, drawn=count)
+    crops = [assign(image.bucket.width_px, image.bucket.height_px, [image.bucket]) for image in wanted]
+    return [_Image("class", image, crop, image.prompt) for image, crop in zip(wanted, crops, strict=True)], latents
 
 
 def _encode(
-    config: Config, family: Family, everything: Sequence[_Image], *, report: Report, stop: StopRequest
+    config: Config,
+    family: Family,
+    everything: Sequence[_Image],
+    drawn: Mapping[str, Tensor],
+    *,
+    report: Report,
+    stop: StopRequest,
 ) -> list[tuple[str, Moments]]:
-    """Key and moments of each image. Raises Interrupted between two."""
-    cache = TensorCache(cache_folder(config) / "latents")
+    """Key and moments of each image; `drawn`: latents of class images by name. Raises Interrupted between two."""
+    cache = TensorCache(cached.folder_of(config) / "latents", _about(config, family))
     encoded = []
     for done, image in enumerate(everything, start=1):
         stop.check(class_images.STOPPED)
         if isinstance(image.source, ClassImage):
-            encoded.append((image.source.name, _as_drawn(image.source)))
+            latents = drawn[image.source.name]  # as the solver left them: a distribution without width
+            encoded.append((image.source.name, Moments(latents, torch.zeros_like(latents))))
         else:
             encoded.append(_encode_image(config, family, cache, image, image.source))
         report.progress("encode images", done, len(everything))
@@ -196,20 +205,12 @@ def _encode(
     return encoded
 
 
-def _as_drawn(image: ClassImage) -> Moments:
-    """The latents that the solver left: a distribution without width."""
-    latents = image.latents()
-    if latents is None:
-        raise DiskError(f"class image {image.path} is gone or damaged again; look at that disk and start again.")
-    return Moments(latents, torch.zeros_like(latents))
-
-
 @torch.no_grad()
 def _encode_image(
     config: Config, family: Family, cache: TensorCache, image: _Image, picture: Picture
 ) -> tuple[str, Moments]:
     """Key and moments of one picture, through the cache."""
-    key = latent_key(family.fingerprint, picture.sha256, image.crop, dtype=torch.float32, is_flipped=image.is_flipped)
+    key = _key(family, image, picture)
     stored = cache.get(key)
     if stored is None:
         array = _cut(picture, image.crop, is_flipped=image.is_flipped)
@@ -218,6 +219,25 @@ def _encode_image(
         require_finite(stored, f"latents of {picture.path.name}")
         cache.put(key, stored)
     return key, Moments(stored["mean"], stored["std"])
+
+
+def _key(family: Family, image: _Image, picture: Picture) -> str:
+    flipped = image.is_flipped
+    return latent_key(family.fingerprint, picture.sha256, image.crop, dtype=torch.float32, is_flipped=flipped)
+
+
+def _touch(config: Config, family: Family, wanted: Sequence[_Image]) -> None:
+    """Note that the latents of pictures are used now, where they are there."""
+    cache = TensorCache(cached.folder_of(config) / "latents")
+    for image in wanted:
+        if isinstance(image.source, Picture):
+            cache.touch(_key(family, image, image.source))
+
+
+def _about(config: Config, family: Family) -> dict[str, str]:
+    """What `lora-booth cache` tells of what is made here: the base, by name and by its weights."""
+    base = config.model.base
+    return {"base": Path(base).name if is_local(config.model) else base, "fingerprint": family.fingerprint}
 
 
 def _cut(picture: Picture, crop: Crop, *, is_flipped: bool = False) -> Any:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from lora_booth.data import cache
 from lora_booth.data.buckets import Bucket, Crop
 from lora_booth.data.cache import TensorCache, key, latent_key, prompt_key, require_finite
+from lora_booth.data.cached import digest_and_words
 from lora_booth.errors import DiskError, NumericError
 
 CROP = Crop(Bucket(512, 448), 1000, 900, 512, 461, 1, 6)
@@ -88,13 +89,17 @@ def test_every_ingredient_of_conditioning_is_in_its_key(monkeypatch: pytest.Monk
 
 
 def test_what_is_put_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    store = TensorCache(tmp_path / "not" / "there yet")
+    store = TensorCache(tmp_path / "not" / "there yet", {"base": "sd15", "picture": "dög.jpg"})
     assert store.get("k") is None
-    store.put("k", TENSORS, {"picture": "dög.jpg"})
+    store.put("k", TENSORS)
     assert same(store.get("k"), TENSORS)
     assert store.damaged == []
     with safe_open(store.path("k"), framework="pt") as file:
-        assert file.metadata()["picture"] == "dög.jpg"
+        assert digest_and_words(file.metadata())[1] == {"base": "sd15", "picture": "dög.jpg"}
+    before = store.path("k").read_bytes()
+    for _ in range(5):
+        store.put("k", TENSORS)
+        assert store.path("k").read_bytes() == before
 
 
 def test_a_strided_tensor_with_gradients_is_stored_by_value(tmp_path: Path) -> None:
@@ -112,8 +117,8 @@ def test_putting_again_replaces_and_leaves_no_other_file(tmp_path: Path) -> None
 
 
 def test_every_flipped_bit_and_every_cut_is_detected_named_and_mended(tmp_path: Path) -> None:
-    store = TensorCache(tmp_path)
-    store.put("k", {"mean": torch.arange(4.0)}, {"from": "a"})
+    store = TensorCache(tmp_path, {"from": "a"})
+    store.put("k", {"mean": torch.arange(4.0)})
     whole = store.path("k").read_bytes()
     damaged = [whole[:n] for n in range(0, len(whole), 3)] + [whole + b"\0"]
     damaged += [whole[:i] + bytes([whole[i] ^ (1 << (i % 8))]) + whole[i + 1 :] for i in range(len(whole))]
@@ -218,3 +223,8 @@ def test_finite_tensors_pass_and_others_name_their_picture() -> None:
     bad = {"mean": torch.zeros(4), "std": torch.tensor([1.0, float("nan"), float("inf"), -float("inf")])}
     with pytest.raises(NumericError, match=r"latents of dog1\.jpg: 3 of 4 values of std are NaN or infinite"):
         require_finite(bad, "latents of dog1.jpg")
+
+
+def test_what_an_older_version_stored_without_words_is_good_still(tmp_path: Path) -> None:
+    TensorCache(tmp_path).put("k", TENSORS)
+    assert same(TensorCache(tmp_path, {"base": "sd15"}).get("k"), TENSORS)

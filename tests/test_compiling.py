@@ -56,7 +56,7 @@ Bench = tuple[loop.Session, Heard, list[str]]
 @pytest.fixture(autouse=True)
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where trials are kept: other than the cache, for each test its own."""
-    monkeypatch.setattr(compiling, "cache_folder", lambda _: tmp_path)
+    monkeypatch.setattr(compiling, "folder_of", lambda _: tmp_path)
     return tmp_path / "compiling.json"
 
 

@@ -46,7 +46,7 @@ FLOORS = {
         "export",
     ),
     2: ("families", "class_images", "batch", "trial", "memory", "budget", "duration"),
-    3: ("prepare", "preview", "plan", "generate", "inspect", "deliver", "merge", "resize", "extract"),
+    3: ("prepare", "preview", "plan", "generate", "inspect", "deliver", "merge", "resize", "extract", "cache"),
     4: ("loop", "compiling"),
     5: ("train",),
     6: ("demo", "console", "cli", "cli_adapters", "doctor", "__init__", "__main__"),

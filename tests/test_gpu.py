@@ -98,7 +98,7 @@ def test_a_trial_of_the_compiler_is_kept_and_changes_nearly_nothing(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(compiling, "ASSUMED_S", 0.0)
-    monkeypatch.setattr(compiling, "cache_folder", lambda _: tmp_path)
+    monkeypatch.setattr(compiling, "folder_of", lambda _: tmp_path)
     plain = trained(make_config(name="plain", train={"compile": False}))
     assert_near(plain, trained(make_config(name="tried", train={"compile": "auto"})), 1e-2)
     (trial,) = json.loads((tmp_path / "compiling.json").read_text()).values()

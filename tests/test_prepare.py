@@ -63,7 +63,7 @@ def test_an_interrupted_drawing_goes_on_where_it_was_and_gives_the_same_bytes(
     config = make_config(memory={"pictures_at_once": 2})
     straight, interrupted = wanted(8, tmp_path / "a"), wanted(8, tmp_path / "b")
     everything = {"report": Silent(), "stop": StopRequest()}
-    assert class_images.draw_missing(straight, family, config, prompts, **everything) == 8
+    assert class_images.draw_missing(straight, family, config, prompts, **everything)[1] == 8
 
     class Killed(Silent):
         def progress(self, task: str, done: int, total: int, **values: object) -> None:
@@ -75,7 +75,7 @@ def test_an_interrupted_drawing_goes_on_where_it_was_and_gives_the_same_bytes(
     assert sum(image.path.exists() for image in interrupted) == 4
     rows: list[int] = []
     family.denoiser.register_forward_pre_hook(lambda _, words: rows.append(len(words[0])))
-    assert class_images.draw_missing(interrupted, family, config, prompts, **everything) == 4
+    assert class_images.draw_missing(interrupted, family, config, prompts, **everything)[1] == 4
     assert [i.path.read_bytes() for i in straight] == [i.path.read_bytes() for i in interrupted]
     assert all(torch.equal(a.latents(), b.latents()) for a, b in zip(straight, interrupted, strict=True))
     assert len({image.path.read_bytes() for image in straight}) == 8
@@ -98,14 +98,14 @@ def test_a_picture_without_its_latents_or_with_damaged_ones_is_drawn_again(
 ) -> None:
     recorder, config = Recorder(), make_config()
     listeners = {"report": recorder, "stop": StopRequest()}
-    assert class_images.draw_missing(wanted(4, tmp_path), family, config, prompts, **listeners) == 4
+    assert class_images.draw_missing(wanted(4, tmp_path), family, config, prompts, **listeners)[1] == 4
     first, second, third, _ = wanted(4, tmp_path)
     files = [image.path.with_suffix(".safetensors") for image in (first, second)]
     before = [path.read_bytes() for path in files]
     files[0].unlink()
     files[1].write_bytes(before[1][:-1] + bytes([before[1][-1] ^ 1]))
     third.path.unlink()
-    assert class_images.draw_missing(wanted(4, tmp_path), family, config, prompts, **listeners) == 3
+    assert class_images.draw_missing(wanted(4, tmp_path), family, config, prompts, **listeners)[1] == 3
     assert [path.read_bytes() for path in files] == before
     assert [text for text in recorder.warnings if str(files[1]) in text]
 

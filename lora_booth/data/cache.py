@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from lora_booth import files
 from lora_booth.data.buckets import Crop
+from lora_booth.data.cached import DIGEST, digest_and_words, with_words
 from lora_booth.errors import DiskError, NumericError
 
 LATENTS_VERSION = 1
@@ -27,7 +30,6 @@ PROMPT_VERSION = 1
 
 ABANDONED_SECONDS = 24 * 3600.0
 """Age of a temporary file in a shared cache from which on nobody is thought to be writing it."""
-_DIGEST = "digest"
 
 
 def key(*parts: str | int | float | bool) -> str:
@@ -61,11 +63,13 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 class TensorCache:
     """A folder of safetensors files, one for each key. Any number of processes may use the same folder at once.
 
-    `damaged` lists the files that `get` refused, for the caller to report; the next `put` replaces them.
+    `damaged` lists the files that `get` refused, for the caller to report; the next `put` replaces them. `about`: words
+    that are written into each new file, for whoever asks what the cache holds. Files of other users that may not be
+    read are as good as absent, and those that may not be replaced serve if they are whole.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, about: Mapping[str, str] | None = None) -> None:
+        self.folder, self.about = folder, dict(about or {})
         self.damaged: list[Path] = []
         files.remove_abandoned(folder, older_than_seconds=ABANDONED_SECONDS)
 
@@ -78,29 +82,50 @@ class TensorCache:
         path = self.path(key)
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             return None
         except OSError as error:
             raise DiskError(
-                f"cannot read the cache file {path} ({error.strerror}); delete it and start again."
+                f"cannot read the cache file {path} ({error.strerror}); delete it, or set run.cache to another folder."
             ) from error
         tensors = _checked(data, key)
         if tensors is None:
             self.damaged.append(path)
+        else:
+            self.touch(key)
         return tensors
 
-    def put(self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    def touch(self, key: str) -> None:
+        """Note that the tensors of `key` are used now, by their file's time, where the file is there and ours."""
+        with suppress(OSError):
+            os.utime(self.path(key))
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Store `tensors` under `key`, all or nothing: a reader sees the old file or the whole new one."""
         plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        words = dict(metadata or {})
-        assert _DIGEST not in words, f"the metadata word {_DIGEST} is ours"
-        words[_DIGEST] = _digest(key, plain, words)
-        files.write_bytes(self.path(key), safetensors.torch.save(plain, words))
+        path, digest = self.path(key), _digest(key, plain, self.about)
+        data = safetensors.torch.save(plain, {DIGEST: with_words(digest, self.about)})
+        with writing(path):
+            try:
+                files.write_bytes(path, data)
+            except DiskError as error:
+                is_anothers = isinstance(error.__cause__, PermissionError)
+                if not is_anothers or self.get(key) is None:  # else another user was faster, and it may not be replaced
+                    raise
 
 
-def _digest(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over the key, the metadata, and name, type, shape and bytes of every tensor."""
-    digest = hashlib.sha256(json.dumps([key, sorted(metadata.items())]).encode())
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Adds to a DiskError about a file of the cache which setting says where the cache is."""
+    try:
+        yield
+    except DiskError as error:
+        raise DiskError(f"{str(error).rstrip('.')}. It is a file of the cache, whose folder run.cache sets.") from error
+
+
+def _digest(key: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """SHA-256 over the key, the words, and name, type, shape and bytes of every tensor."""
+    digest = hashlib.sha256(json.dumps([key, sorted(about.items())]).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
@@ -114,8 +139,7 @@ def _checked(data: bytes, key: str) -> dict[str, Tensor] | None:
         # Copies, because views into the file's bytes are not aligned, and CPU kernels round by alignment.
         tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        words = dict(header.get("__metadata__", {}))
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
+        stored, words = digest_and_words(header.get("__metadata__", {}))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         return None
-    stored = words.pop(_DIGEST, None)
     return tensors if stored == _digest(key, tensors, words) else None
