@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_booth import export
 from tests import adapted
@@ -99,6 +99,23 @@ def test_bad_input_gets_one_message_and_its_exit_code_and_writes_nothing(
     assert (found, "Traceback" in message) == (code, False), message
     assert message.startswith("lora-booth: ") and expected in message
     assert [path.name for path in tmp_path.iterdir()] == ["dog.safetensors"]
+
+
+def test_what_cannot_be_held_is_left_out_by_name(dog: str, run: Run, tmp_path: Path, bases: dict[str, Path]) -> None:
+    more = {"bundle_emb.x.string_to_param": torch.ones(2, 32), "lora_unet_conv_norm_out.w_norm": torch.ones(16)}
+    save_file(load_file(dog) | more, tmp_path / "more.safetensors", HEADER)
+    rank = ["resize", "more.safetensors", "--rank", "2", "--out", "r.safetensors"]
+    merge = ["merge", "more.safetensors", "--base", str(bases["sd1"]), "--out", "merged"]
+    for words, needed in ((rank, "embedding"), ([*rank, "--leave-out", "embedding"], "norm"), (merge, "embedding")):
+        code, _, message = in_process(words, *run)
+        assert code == 4 and f"--leave-out {needed}" in message
+    code, text, _ = in_process([*rank, "--leave-out", "embedding, norm"], *run)
+    assert code == 0 and text.count("is used without 1 keys") == 2
+    assert in_process([*merge, "--leave-out", "embedding"], *run)[0] == 0
+    export_words = ["export", "more.safetensors", "--out", "out", "--leave-out", "embedding,norm"]
+    assert in_process(export_words, *run)[0] == 0
+    code, _, message = in_process([*rank[:-1], "x.safetensors", "--leave-out", "nrom,embedding,norm"], *run)
+    assert code == 2 and '"nrom" names nothing' in message
 
 
 def test_a_file_that_is_no_adapter_is_told_apart(dog: str, run: Run, tmp_path: Path) -> None:

@@ -195,6 +195,17 @@ def test_pefts_magnitudes_run_along_the_outputs_in_whatever_shape() -> None:
     assert torch.allclose(merged_weight(weight, update), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("layer", "side"), [("conv1", 3), ("conv_shortcut", 1)])
+@pytest.mark.parametrize("kind", FACTORS)
+def test_a_convolution_that_is_stored_flat_is_one_again(kind: str, layer: str, side: int) -> None:
+    leaves, change = FACTORS[kind]((6, 4, side, side))
+    flat = {leaf: tensor.flatten(1) if leaf.startswith("lora") else tensor for leaf, tensor in leaves.items()}
+    update = update_of(f"unet.mid_block.resnets.0.{layer}", flat)
+    assert weight_shape(update) == (6, 4, side, side) and torch.allclose(delta(update), change, atol=1e-5)
+    other = update_of("unet.mid_block.attentions.0.proj_in", flat)
+    assert weight_shape(other) == (6, 4 * side * side), "which may be linear"
+
+
 def test_a_row_that_the_update_makes_zero_stays_zero_in_dora() -> None:
     update = LowRank(torch.eye(2), -torch.eye(2), 1.0, torch.ones(2))
     assert torch.equal(merged_weight(torch.eye(2), update), torch.zeros(2, 2))

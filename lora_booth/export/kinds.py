@@ -29,6 +29,8 @@ from lora_booth.export.keys import BIASES, is_norm
 
 MAX_LAYER_NUMBERS = 1 << 26
 """A layer that multiplies out to more is refused; the largest of SDXL has 2^24.8."""
+KERNELS = {"conv1": 3, "conv2": 3, "conv": 3, "conv_in": 3, "conv_out": 3, "conv_shortcut": 1}
+"""Last part of a module path to the side of the convolution's kernel, in every Stable Diffusion UNet."""
 _SCALES = {"alpha", "scale"}
 _DORA = {"dora_scale", "magnitude"}
 
@@ -55,6 +57,7 @@ def update_of(
         update = _lokr(name, plain, scale)
     else:
         update = _lora(name, plain, scale)
+    update = _unflattened(update, KERNELS.get(name.rpartition(".")[2], 0))
     return update if plain.keys() == parts.keys() else _decomposed(name, update, parts, flat_axis)
 
 
@@ -94,6 +97,20 @@ def _whole(name: str, parts: Mapping[str, Tensor]) -> Dense:
         _bound(name, change.numel())
         return Dense("diff", change)
     return Dense("norm" if is_norm(name) else "bias", change)
+
+
+def _unflattened(update: LowRank | Dense, side: int) -> LowRank | Dense:
+    """`update` in the shape of a convolution with a square kernel; LoHa and LoKr store it as `[out, in * side * side]`.
+
+    `side`: 0 where the layer is none. What cannot be one is left as it is.
+    """
+    shape = weight_shape(update)
+    if not side or len(shape) != 2 or shape[1] % side**2:
+        return update
+    tail = (shape[1] // side**2, side, side)
+    if isinstance(update, LowRank):
+        return replace(update, down=update.down.reshape(-1, *tail), up=update.up[..., None, None])
+    return replace(update, change=lambda: update.delta.reshape(shape[0], *tail), shape=(shape[0], *tail))
 
 
 def _decomposed(

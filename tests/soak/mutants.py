@@ -164,9 +164,9 @@ def _metadata(header: dict[str, Any], name: str, rng: random.Random) -> None:
 
 
 def _extra_layer(header: dict[str, Any], name: str, rng: random.Random) -> None:
-    header[
-        name.partition(".")[0] + "." + rng.choice(("dora_scale", "hada_w1_a", "lora_mid.weight", "diff", "oft_diag"))
-    ] = dict(header[name])
+    layer = name.partition(".")[0]
+    leaves = ("dora_scale", "hada_w1_a", "lora_mid.weight", "diff", "oft_diag")
+    header[rng.choice([key for leaf in leaves if (key := f"{layer}.{leaf}") not in header])] = dict(header[name])
 
 
 def _of_tensors(edit: Callable[[dict[str, Tensor], str, random.Random], object]) -> Callable[..., bytes]:
