@@ -102,6 +102,12 @@ def choose(config: Config, facts: BaseFacts, budget_gib: float, *, bucket: Bucke
     return Plan(changes, (*reasons, *of_pictures), modules.phases(chosen, bucket), budget_gib, modules)
 
 
+def choose_for_pictures(config: Config, facts: BaseFacts, budget_gib: float, bucket: Bucket) -> Config:
+    """`config` with the fastest way to draw its class images in the size of `bucket` within `budget_gib`; where none
+    is, the smallest. Raises as `choose`."""
+    return _with_drawing(Modules.of(config, facts), config, budget_gib, bucket)[0]
+
+
 def levers(config: Config) -> tuple[Lever, ...]:
     """What is left to change for a smaller training step, what costs least first. `config` is resolved."""
     resolution, bucket_step = config.data.resolution, config.data.bucket_step

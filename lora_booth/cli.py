@@ -170,6 +170,18 @@ def generate(
     steps: Annotated[int, typer.Option(help="Denoiser calls per picture.")] = 25,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.0,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; default: the base's own.")] = "",
+    vram: Annotated[
+        float | None, typer.Option(help="GiB of device memory to stay within. Default: what is free.")
+    ] = None,
+    at_once: Annotated[
+        int | None, typer.Option(help="Pictures that are drawn together. Default: as many as fit.")
+    ] = None,
+    tiled: Annotated[
+        bool | None, typer.Option(help="Decode in tiles: less memory, tones may differ a little. Default: if needed.")
+    ] = None,
+    aside: Annotated[
+        bool | None, typer.Option(help="The denoiser waits in main memory for other parts. Default: if needed.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and grid.png.")] = Path("pictures"),
     as_json: Json = False,
     quiet: Quiet = False,
@@ -183,7 +195,9 @@ def generate(
             prompts=prompt,
             adapters=[verb.parse_adapter(text) for text in adapter or []],
             strengths=verb.parse_strengths(strengths),
-            picture=verb.PictureSettings(negative, seed, sampler, steps, guidance, verb.parse_size(size)),
+            picture=verb.PictureSettings(
+                negative, seed, sampler, steps, guidance, verb.parse_size(size), vram, at_once, tiled, aside
+            ),
             folder=out,
             report=report,
         )

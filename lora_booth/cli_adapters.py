@@ -75,12 +75,18 @@ def merge(
     adapter: Annotated[list[str], typer.Argument(help="Adapter files, FILE or FILE:STRENGTH.")],
     out: Annotated[Path, typer.Option(help="What to write: a folder or file as the base is, or an adapter file.")],
     base: Annotated[str | None, typer.Option(help="Merge into this base. Without it the adapters become one.")] = None,
-    method: Annotated[str, typer.Option(help="concat (exact), svd, linear, ties, dare_linear, dare_ties.")] = "concat",
+    method: Annotated[
+        str | None, typer.Option(help="concat (exact), svd, linear, ties, dare_linear, dare_ties. Default: concat.")
+    ] = None,
     rank: Rank = None,
-    density: Annotated[float, typer.Option(help="Share of each change that ties and dare keep.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of dare's choice.")] = 0,
-    format: Annotated[str, typer.Option(help="kohya or diffusers.")] = "kohya",
-    dtype: Dtype = "fp16",
+    density: Annotated[
+        float | None, typer.Option(help="Share of each change that ties and dare keep. Default: 0.5.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of dare's choice. Default: 0.")] = None,
+    format: Annotated[str | None, typer.Option(help="kohya or diffusers. Default: kohya.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp16, bf16 or fp32. Default: fp16; with --base as the base.")
+    ] = None,
     family: Annotated[str | None, typer.Option(help="sd1, sd2 or sdxl, where the files do not tell.")] = None,
     leave_out: LeaveOut = "",
     as_json: Json = False,
@@ -96,25 +102,30 @@ def merge(
     from lora_booth.generate import parse_adapter
 
     adapters = [parse_adapter(text) for text in adapter]
-    if base is not None and (rank is not None or method != "concat"):
-        raise ConfigError("--method and --rank make one adapter of several; they mean nothing with --base.")
+    choices = {
+        "method": method,
+        "rank": rank,
+        "density": density,
+        "seed": seed,
+        "dtype": dtype,
+        "family": family,
+        "format": format,
+    }
+    chosen = {name: value for name, value in choices.items() if value is not None}
+    if base is not None and chosen:
+        names = ", ".join(f"--{name}" for name in chosen)
+        raise ConfigError(f"{names}: with --base this means nothing, since the base decides; leave it out.")
+    users = {"density": ("ties", "dare_linear", "dare_ties"), "seed": ("dare_linear", "dare_ties")}
+    for name, methods in users.items():
+        if name in chosen and method not in methods:
+            raise ConfigError(f"--{name} means nothing with --method {method or 'concat'}; leave it out.")
+    if "format" in chosen:
+        chosen["formats"] = (chosen.pop("format"),)
     with _listening(as_json, quiet) as report:
         if base is not None:
             verb.merge_into_base(base=base, adapters=adapters, out=out, leave_out=_words(leave_out), report=report)
             return
-        verb.merge_adapters(
-            adapters=adapters,
-            out=out,
-            method=method,
-            rank=rank,
-            density=density,
-            seed=seed,
-            formats=(format,),
-            dtype=dtype,
-            family=family,
-            leave_out=_words(leave_out),
-            report=report,
-        )
+        verb.merge_adapters(adapters=adapters, out=out, leave_out=_words(leave_out), report=report, **chosen)
 
 
 def resize(

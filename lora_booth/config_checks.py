@@ -5,8 +5,9 @@ from __future__ import annotations
 import string
 from pathlib import Path
 
-from lora_booth import names
+from lora_booth import inputs, names
 from lora_booth.config import TARGET_PRESETS, AdapterConfig, Config
+from lora_booth.errors import ConfigError
 from lora_booth.inputs import shown
 from lora_booth.patterns import why_no_pattern
 
@@ -51,7 +52,12 @@ def contradictions(config: Config) -> list[str]:
     templates += [("preview.prompts", p, {"token", "class"}) for p in config.preview.prompts]
     for key, template, allowed in templates:
         faults.extend(_slot_faults(key, template, allowed))
-    return faults + _unwritable_paths(config)
+    if config.preview.images_per_prompt and not config.preview.prompts:
+        faults.append(
+            f"preview.prompts is empty but preview.images_per_prompt is {config.preview.images_per_prompt}; write a "
+            "prompt, or set preview.images_per_prompt = 0."
+        )
+    return faults + _unwritable_words(config)
 
 
 def _pattern_faults(adapter: AdapterConfig) -> list[str]:
@@ -74,16 +80,18 @@ def _place_faults(config: Config) -> list[str]:
     return faults
 
 
-def _unwritable_paths(config: Config) -> list[str]:
-    """Paths with bytes that are not UTF-8, as old disks have them; Python reads such a byte as a lone surrogate."""
-    paths = [
-        (f"{name}.{key}", str(value)) for name, section in config for key, value in section if isinstance(value, Path)
-    ]
-    return [
-        f"{key} is {path!a}, whose bytes are not UTF-8, so that no config file can hold it; rename it."
-        for key, path in paths
-        if any("\ud800" <= letter <= "\udfff" for letter in path)
-    ]
+def _unwritable_words(config: Config) -> list[str]:
+    """Words and paths that no config file or file name can hold; see `inputs.word`."""
+    faults = []
+    for section, pairs in config:
+        for key, value in pairs:
+            words = value if isinstance(value, tuple | dict) else (value,)
+            for word in words:
+                try:
+                    inputs.word(str(word) if isinstance(word, str | Path) else "", f"{section}.{key}")
+                except ConfigError as error:
+                    faults.append(str(error))
+    return faults
 
 
 def _slot_faults(key: str, template: str, allowed: set[str]) -> list[str]:

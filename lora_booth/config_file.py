@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_booth import inputs
-from lora_booth.config import Config
+from lora_booth.config import BASE_ALIASES, Config, ModelConfig, Precision
 from lora_booth.errors import ConfigError
 
 Values = dict[str, Any]
@@ -44,6 +44,13 @@ def build(values: Values, *, source: str, faults: Sequence[str] = ()) -> Config:
         lines = "\n".join(f"  {line}" for line in found)
         raise ConfigError(f"{source} has {count}:\n{lines}\n`lora-booth config --schema` describes every key.")
     return config
+
+
+def base_named(name: str, option: str = "--base", *, precision: Precision = "auto") -> ModelConfig:
+    """The base that `option` of a verb names, as `model.base`. Raises ConfigError for an empty name."""
+    if not name.strip():
+        raise ConfigError(f"{option} is empty; name a base: {', '.join(BASE_ALIASES)}, a hub id, a folder or a file.")
+    return ModelConfig(base=inputs.word(name, option), precision=precision)
 
 
 def override(key: str, value: str | float) -> str:

@@ -4,6 +4,7 @@ program will do with it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from lora_booth import export, families, names
 from lora_booth.adapter.decompose import approximate, tell_errors
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, find_module, uses_dora, weight_change
-from lora_booth.config import ModelConfig
+from lora_booth.config_file import base_named
 from lora_booth.errors import ConfigError, DataError, ModelError
 from lora_booth.export.family import family_of
 from lora_booth.export.metadata import base_fields, carried, network_fields
@@ -162,7 +163,7 @@ def _weights_of(base: str | None, file: Path) -> WeightOf:
                 "or export the diffusers format alone."
             )
         if component not in loaded:
-            loaded[component] = load_component(families.facts(ModelConfig(base=base)), component)
+            loaded[component] = load_component(families.facts(base_named(base)), component)
         return find_module(loaded[component], path).get_parameter("weight")
 
     return weight_of
@@ -172,7 +173,7 @@ def _family(file: Path, weights: AnyWeights, header: dict[str, str], base: str |
     """The family of the adapter: what it tells itself, which `base` must agree with; else that of `base`."""
     told = family_of(weights, header)
     if base is not None:
-        family: str = families.facts(ModelConfig(base=base)).family
+        family: str = families.facts(base_named(base)).family
         if told not in (None, family):
             raise ModelError(
                 f"{file.name} is of {told}, but --base {base} is of {family}; name the base it was made for."
@@ -194,7 +195,7 @@ def _refuse_existing(delivery: Delivery, formats: Sequence[str], file: Path) -> 
         portable = delivery.path("kohya")
         paths += [portable.with_suffix(".json")] + ([portable.with_suffix(".png")] if delivery.cover else [])
     for path in paths:
-        if path.exists() or path.is_symlink():
+        if os.path.lexists(path):
             which = "the source itself" if path.exists() and path.samefile(file) else "there already"
             raise ConfigError(f"{path} is {which} and is not replaced; choose another --name or --out.")
 

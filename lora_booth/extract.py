@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from lora_booth import export, families
 from lora_booth.adapter.decompose import Approximation, approximate, require_choice, tell_errors, whole_error
 from lora_booth.adapter.inject import target_modules
 from lora_booth.adapter.weights import plain_path
-from lora_booth.config import ModelConfig
+from lora_booth.config_file import base_named
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.export.metadata import base_fields, base_name, network_fields
 from lora_booth.families.components import component_names, load_component
@@ -62,7 +63,8 @@ def extract(
     report = report or Silent()
     require_choice(rank, energy)
     _check(out, format, dtype)
-    facts, tuned_facts = (families.facts(ModelConfig(base=name, precision="fp32")) for name in (base, tuned))
+    named = [base_named(name, at, precision="fp32") for name, at in ((base, "--base"), (tuned, "--tuned"))]
+    facts, tuned_facts = map(families.facts, named)
     _require_alike(facts, tuned_facts, report)
     found = Difference()
     for component in component_names(facts) if text_encoders else ("unet",):
@@ -81,7 +83,7 @@ def extract(
 
 
 def _check(out: Path, format: str, dtype: str) -> None:
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise ConfigError(f"{out} exists and is not replaced; choose another name, or remove it first.")
     export.require_choices([format], dtype)
 

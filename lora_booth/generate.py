@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from lora_booth import export, families, files
-from lora_booth.adapter.weights import AdapterWeights, find_module, misfit
-from lora_booth.config import ModelConfig
+from lora_booth import budget, devices, export, families, files, inputs
+from lora_booth.adapter.weights import AdapterWeights, find_module, misfit, num_parameters
+from lora_booth.config import Config, ModelConfig, Sampler
+from lora_booth.config_file import base_named
+from lora_booth.data.buckets import Bucket
 from lora_booth.data.grid import labelled_grid
-from lora_booth.devices import dtype_for
-from lora_booth.errors import ConfigError, ModelError
+from lora_booth.errors import ConfigError, DeviceMemoryError, LoraBoothError, ModelError, lacks_memory
 from lora_booth.families.base import Family
 from lora_booth.families.identify import BaseFacts
-from lora_booth.families.sampling import Sampling, draw
+from lora_booth.families.sampling import PICTURES_AT_ONCE, Sampling, denoiser_aside, draw
 from lora_booth.report import Report, Silent
+
+FLOAT_BYTES = 4
+MAX_SIDE_PX = 16_384
+"""Of a picture: 16 times the native side of SDXL."""
+MAX_STRENGTH = 1000.0
+"""Of an adapter, and of the grid; what is drawn at 10 is noise already."""
 
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """How pictures are drawn. `size_px`: width and height, None for the base's own."""
+    """How pictures are drawn. `size_px`: width and height, None for the base's own.
+
+    The last four change memory and time: `budget_gib` of device memory, None for what is free; within it None of
+    `pictures_at_once`, `is_tiled` (large ones are decoded in tiles, whose tones may differ a little) and
+    `is_denoiser_aside` (it waits in main memory while other parts work) is chosen.
+    """
 
     negative_prompt: str = ""
     seed: int = 1
@@ -32,6 +47,10 @@ class PictureSettings:
     sampler_steps: int = 25
     guidance_scale: float = 7.0
     size_px: tuple[int, int] | None = None
+    budget_gib: float | None = None
+    pictures_at_once: int | None = None
+    is_tiled: bool | None = None
+    is_denoiser_aside: bool | None = None
 
 
 def generate(
@@ -48,13 +67,123 @@ def generate(
 
     `adapters`: files with a strength each; `strengths` multiply all of them, 0 being the base alone. Every cell starts
     from the same noise. Existing files in `folder` are not replaced: a number is added to the name.
+    Raises ConfigError for settings that cannot be drawn with, ModelError for a base or adapter that cannot be used,
+    DeviceMemoryError, with what to change, when the device has too little memory.
     """
     report = report or Silent()
+    _check(prompts, [*(own for _, own in adapters), *strengths], picture)
+    config = base_named(base)
     device = Accelerator().device
     weights = [export.read(path) for path, _ in adapters]  # refuses what is damaged, unsafe or foreign
-    config = ModelConfig(base=base)
-    size_px = _checked_size(picture.size_px, families.facts(config))
-    family = families.load(config, device=device, dtype=dtype_for(config.precision, device))
+    facts = families.facts(config)
+    picture = replace(picture, size_px=_checked_size(picture.size_px, facts))
+    picture = _within_memory(picture, facts, prompts, weights, device, report)
+    columns = []
+    try:
+        family, own_strengths = _loaded(config, picture, adapters, weights, device)
+        for done, strength in enumerate(strengths, start=1):
+            if adapters:
+                own = [own * strength for own in own_strengths.values()]
+                family.pipeline(picture.sampler).set_adapters(list(own_strengths), adapter_weights=own)
+            columns.append(_column(family, prompts, picture))
+            report.progress("strengths", done, len(strengths))
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        raise DeviceMemoryError(_memory_advice(picture, len(prompts))) from error
+    return _write(folder, prompts, strengths, columns, report)
+
+
+def _check(prompts: Sequence[str], strengths: Sequence[float], picture: PictureSettings) -> None:
+    """Raises ConfigError for a setting that nothing can be drawn with."""
+    if not prompts:
+        raise ConfigError("there is nothing to draw; give a --prompt.")
+    for strength in strengths:
+        inputs.require_number(strength, "a strength", -MAX_STRENGTH, MAX_STRENGTH)
+    if picture.sampler not in get_args(Sampler):
+        raise ConfigError(
+            f'--sampler "{inputs.shown(picture.sampler)}" is unknown; use {", ".join(get_args(Sampler))}.'
+        )
+    inputs.require_number(picture.seed, "--seed", 0, 2**63 - 1)
+    inputs.require_number(picture.sampler_steps, "--steps", 1, 1000)
+    inputs.require_number(picture.guidance_scale, "--guidance", 0, 50)
+    if picture.budget_gib is not None:
+        inputs.require_number(picture.budget_gib, "--vram", 0.1, 1024)
+    if picture.pictures_at_once is not None:
+        inputs.require_number(picture.pictures_at_once, "--at-once", 1, 64)
+
+
+def _within_memory(
+    picture: PictureSettings,
+    facts: BaseFacts,
+    prompts: Sequence[str],
+    weights: Sequence[AdapterWeights],
+    device: torch.device,
+    report: Report,
+) -> PictureSettings:
+    """`picture` with the fastest way to draw that fits the device's memory, which is told; on a CPU as it is."""
+    budget_gib, chosen = picture.budget_gib or devices.free_gib(device), None
+    if budget_gib is None:
+        return picture
+    budget_gib -= sum(map(num_parameters, weights)) * FLOAT_BYTES / 2**30
+    assert picture.size_px is not None, "chosen before"
+    memory = {
+        "pictures_at_once": picture.pictures_at_once,
+        "tiled_decoding": picture.is_tiled,
+        "denoiser_aside": picture.is_denoiser_aside,
+    }
+    drawing = Config.model_validate(
+        {
+            "model": {"base": str(facts.path)},
+            "subject": {"images": ".", "class_noun": "picture"},
+            "data": {"bucket_step": facts.bucket_step},
+            "prior": {"num_images": len(prompts), "guidance_scale": picture.guidance_scale},
+            "adapter": {"rank": 1, "text_encoder": True},  # which stay on the device
+            "preview": {"images_per_prompt": 0},
+            "memory": memory,
+        }
+    )
+    try:
+        chosen = budget.choose_for_pictures(drawing, facts, budget_gib, Bucket(*picture.size_px)).memory
+    except LoraBoothError:
+        raise
+    except Exception as error:  # whatever a version of torch cannot trace must not keep anybody from drawing
+        report.warn(f"memory cannot be predicted ({inputs.reason(error)}); drawing as usual.")
+        return picture
+    ways = [f"{min(chosen.pictures_at_once or 1, len(prompts))} pictures at once"]
+    ways += ["decoded in tiles"] if chosen.tiled_decoding else []
+    ways += ["the denoiser aside"] if chosen.denoiser_aside else []
+    report.event("memory", f"memory: {', '.join(ways)}, to stay within {budget_gib:.1f} GiB")
+    return replace(
+        picture,
+        pictures_at_once=chosen.pictures_at_once,
+        is_tiled=chosen.tiled_decoding,
+        is_denoiser_aside=chosen.denoiser_aside,
+    )
+
+
+def _memory_advice(picture: PictureSettings, num_prompts: int) -> str:
+    """What to change after the device ran out of memory, what costs least first."""
+    at_once = min(picture.pictures_at_once or PICTURES_AT_ONCE, num_prompts)
+    advice = ["--at-once 1 (same pictures up to rounding)"] if at_once > 1 else []
+    advice += [] if picture.is_denoiser_aside else ["--aside (same pictures, copies to main memory and back)"]
+    advice += [] if picture.is_tiled else ["--tiled (tones may differ a little between tiles)"]
+    advice += ["a smaller --size", "other programs on the device closed"]
+    changes = "\n".join(f"  {number}. {text}" for number, text in enumerate(advice, start=1))
+    return f"the device ran out of memory, and no picture was written. Try, in this order:\n{changes}"
+
+
+def _loaded(
+    config: ModelConfig,
+    picture: PictureSettings,
+    adapters: Sequence[tuple[Path, float]],
+    weights: Sequence[AdapterWeights],
+    device: torch.device,
+) -> tuple[Family, dict[str, float]]:
+    """The base with all adapters, and the strength of each by its name there. Raises ModelError for one that does not
+    fit."""
+    dtype, is_aside = devices.dtype_for(config.precision, device), bool(picture.is_denoiser_aside)
+    family = families.load(config, device=device, dtype=dtype, is_denoiser_aside=is_aside)
     weights = [_fitted(family, path, layers) for (path, _), layers in zip(adapters, weights, strict=True)]
     pipeline = family.pipeline(picture.sampler)
     to_tensors = export.FORMATS["diffusers"].to_tensors  # diffusers itself knows fewer namings, and drops kohya's DoRA
@@ -64,23 +193,15 @@ def generate(
             tensors = to_tensors(part, family.name, torch.float32)
             pipeline.load_lora_weights(tensors, adapter_name=f"adapter_{number}_{kind}")
             own_strengths[f"adapter_{number}_{kind}"] = own
-    columns = []
-    for done, strength in enumerate(strengths, start=1):
-        if adapters:
-            pipeline.set_adapters(list(own_strengths), adapter_weights=[w * strength for w in own_strengths.values()])
-        columns.append(_column(family, prompts, picture, size_px))
-        report.progress("strengths", done, len(strengths))
-    return _write(folder, prompts, strengths, columns, report)
+    return family, own_strengths
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
     """ "FILE" or "FILE:STRENGTH" as a path and a strength, 1 where none is given."""
     name, colon, strength = text.rpartition(":")
-    if colon and not Path(text).exists():
-        try:
+    if colon and not os.path.lexists(text):
+        with suppress(ValueError):
             return Path(name), float(strength)
-        except ValueError:
-            pass
     return Path(text), 1.0
 
 
@@ -89,7 +210,7 @@ def parse_strengths(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f'--strengths "{text}" is not a list of numbers; write e.g. 0,0.5,1.') from None
+        raise ConfigError(f'--strengths "{inputs.shown(text)}" is not a list of numbers; write e.g. 0,0.5,1.') from None
 
 
 def parse_size(text: str) -> tuple[int, int] | None:
@@ -99,7 +220,9 @@ def parse_size(text: str) -> tuple[int, int] | None:
     try:
         width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise ConfigError(f'--size "{text}" is not a size; write WIDTHxHEIGHT in pixels, e.g. 512x768.') from None
+        raise ConfigError(
+            f'--size "{inputs.shown(text)}" is not a size; write WIDTHxHEIGHT in pixels, e.g. 512x768.'
+        ) from None
     return width, height
 
 
@@ -110,6 +233,8 @@ def _checked_size(size_px: tuple[int, int] | None, facts: BaseFacts) -> tuple[in
         raise ConfigError(
             f"--size {width}x{height} is not a multiple of {facts.bucket_step} pixels, which this base needs."
         )
+    if max(width, height) > MAX_SIDE_PX:
+        raise ConfigError(f"--size {width}x{height} is above {MAX_SIDE_PX} pixels; choose a smaller one.")
     return width, height
 
 
@@ -148,13 +273,22 @@ def _alike(weights: AdapterWeights) -> dict[str, AdapterWeights]:
 
 
 @torch.no_grad()
-def _column(
-    family: Family, prompts: Sequence[str], picture: PictureSettings, size_px: tuple[int, int]
-) -> list[Image.Image]:
+def _column(family: Family, prompts: Sequence[str], picture: PictureSettings) -> list[Image.Image]:
     """One picture per prompt with the adapters as they are set now."""
-    sampling = Sampling(*size_px, picture.sampler, picture.sampler_steps, picture.guidance_scale)
-    conditioning = [family.encode_prompts([prompt]) for prompt in prompts]
-    negative = family.encode_prompts([picture.negative_prompt])
+    assert picture.size_px is not None, "chosen before"
+    is_aside = bool(picture.is_denoiser_aside)
+    sampling = Sampling(
+        *picture.size_px,
+        picture.sampler,
+        picture.sampler_steps,
+        picture.guidance_scale,
+        batch_size=picture.pictures_at_once or PICTURES_AT_ONCE,
+        is_tiled=bool(picture.is_tiled),
+        is_denoiser_aside=is_aside,
+    )
+    with denoiser_aside(family, is_wanted=is_aside):
+        conditioning = [family.encode_prompts([prompt]) for prompt in prompts]
+        negative = family.encode_prompts([picture.negative_prompt])
     return list(draw(family, conditioning, negative, sampling, seeds=[picture.seed] * len(prompts)))
 
 
@@ -180,7 +314,7 @@ def _write(
 def _unused(path: Path) -> Path:
     """`path`, or the first of path-2, path-3 … that does not exist."""
     candidate, number = path, 1
-    while candidate.exists():
+    while os.path.lexists(candidate):
         number += 1
         candidate = path.with_stem(f"{path.stem}-{number}")
     return candidate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from lora_booth import charts, export, files
 from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, block_of, context_width, norm_of, num_parameters
-from lora_booth.errors import ModelError
+from lora_booth.errors import ConfigError, ModelError
 from lora_booth.export.family import FAMILY_NAMES, MINIATURE_WIDTH, family_of
 from lora_booth.export.keys import is_norm
 from lora_booth.export.programs import tell_programs
@@ -51,8 +52,11 @@ BAR_WIDTH = 24
 def inspect(path: Path, report: Report, *, picture: Path | None = None) -> None:
     """Tell about the adapter in `path`, and draw the norms of its blocks into `picture`; nothing in it is executed.
 
-    Faults inside the file are warnings. Raises ModelError for a file that is no adapter at all.
+    Faults inside the file are warnings. Raises ModelError for a file that is no adapter at all, ConfigError when
+    `picture` exists.
     """
+    if picture is not None and os.path.lexists(picture):
+        raise ConfigError(f"--picture {picture} exists and is not replaced; choose another name, or remove it first.")
     found = export.contents(path)
     weights = found.weights
     kinds = Counter(_kind(update) for layers in weights.values() for update in layers.values())

@@ -22,7 +22,7 @@ from lora_booth import export, files
 from lora_booth.adapter.combine import Adapter, Recipe, combine
 from lora_booth.adapter.decompose import tell_errors
 from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, misfit, weight_change
-from lora_booth.config import ModelConfig
+from lora_booth.config_file import base_named
 from lora_booth.errors import ConfigError, ModelError, NumericError
 from lora_booth.export import combined
 from lora_booth.export.rewrite import FLOATS, Layout, read_layout, rewrite
@@ -82,7 +82,7 @@ def merge_into_base(
     """
     report = report or Silent()
     _check_strengths(adapters)
-    path = resolve(ModelConfig(base=base, precision="fp32")).path
+    path = resolve(base_named(base, precision="fp32")).path
     _require_new(out, suffix=".safetensors" if path.is_file() else "")
     _refuse_quantised_config(path)
     facts = identify(path)
@@ -176,7 +176,7 @@ def _check_strengths(adapters: Sequence[tuple[Path, float]]) -> None:
 
 def _require_new(out: Path, *, suffix: str) -> None:
     """Raises ConfigError when `out` exists, or lacks the `suffix` of its kind."""
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise ConfigError(f"{out} exists and is not replaced; choose another name, or remove it first.")
     if suffix and out.suffix != suffix:
         raise ConfigError(f"{out} must end in {suffix}; choose such a name for the result.")

@@ -17,10 +17,10 @@ from lora_booth import cards, families, files, identity
 from lora_booth.cards import Card
 from lora_booth.config import Config
 from lora_booth.data.buckets import Bucket, Crop
-from lora_booth.errors import ConfigError, LoraBoothError, ModelError
+from lora_booth.errors import ConfigError, LoraBoothError, ModelError, lacks_memory
 from lora_booth.families import sources
 from lora_booth.families.identify import BaseFacts
-from lora_booth.inputs import is_plain_file, why_unreadable
+from lora_booth.inputs import is_plain_file, reason, why_unreadable
 from lora_booth.report import Report
 from lora_booth.subject import Pictures, crops_of, find_pictures
 
@@ -212,7 +212,14 @@ def show(config: Config, report: Report, card: Card | None = None) -> None:
         note = ", enlarged" if crop.enlargement > 1 else ""
         text = f"         {picture.path.name}: {size} to {crop.bucket}, {crop.lost_fraction:.0%} cut off{note}"
         report.event("picture", text, name=picture.path.name)
-    _show_prediction(config, inputs, report, card)
+    try:
+        _show_prediction(config, inputs, report, card)
+    except LoraBoothError:
+        raise
+    except Exception as error:  # as in `_within`: what cannot be traced must not keep anybody from planning
+        if lacks_memory(error):
+            raise
+        report.warn(f"memory and time cannot be predicted ({reason(error)}); `train` will save as much as it can.")
 
 
 def _show_prediction(config: Config, inputs: Inputs, report: Report, card: Card | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from lora_booth.adapter.weights import (
     uses_dora,
     weight_change,
 )
-from lora_booth.config import ModelConfig
+from lora_booth.config_file import base_named
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.export.family import family_of
 from lora_booth.export.metadata import base_name, carried, network_fields
@@ -87,7 +88,7 @@ def resize(
 
 
 def _check(out: Path, format: str | None, dtype: str | None) -> None:
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise ConfigError(f"{out} exists and is not replaced; choose another name, or remove it first.")
     export.require_choices(format and [format], dtype)
 
@@ -113,7 +114,7 @@ def _facts(file: Path, weights: AnyWeights, base: str | None, report: Report) ->
             f"{file.name} is DoRA, whose change depends on the base's weights; name the base that it was trained on "
             "with --base."
         )
-    facts = families.facts(ModelConfig(base=base))
+    facts = families.facts(base_named(base))
     strange = weights.keys() - set(component_names(facts))
     if strange:
         raise ModelError(

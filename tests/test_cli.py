@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from lora_booth import cli, names
+from lora_booth.errors import LoraBoothError
+from lora_booth.interrupts import SIGNALS
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -102,6 +105,32 @@ def test_help_answers_without_torch_and_in_well_under_a_second() -> None:
         (["generate", "--base", "no/such/folder", "--prompt", "x"], 4, "no/such/folder"),
         (["generate", "--base", "sd15", "--prompt", "x", "--strengths", "a,b"], 2, "is not a list of numbers"),
         (["generate", "--base", "sd15", "--prompt", "x", "--size", "big"], 2, "is not a size"),
+        (["generate", "--base", "", "--prompt", "x"], 2, "--base is empty; name a base: booth-mini"),
+        (
+            ["generate", "--base", "sd15", "--prompt", "x", "--strengths", "1,nan"],
+            2,
+            "a strength is nan; give a number",
+        ),
+        (["generate", "--base", "sd15", "--prompt", "x", "--adapter", "a:inf"], 2, "a strength is inf"),
+        (["generate", "--base", "sd15", "--prompt", "x", "--steps", "0"], 2, "--steps is 0; give a number from 1"),
+        (["generate", "--base", "sd15", "--prompt", "x", "--guidance", "nan"], 2, "--guidance is nan"),
+        (["generate", "--base", "sd15", "--prompt", "x", "--seed", "-1"], 2, "--seed is -1"),
+        (["generate", "--base", "sd15", "--prompt", "x", "--vram", "0"], 2, "--vram is 0"),
+        (["generate", "--base", "sd15", "--prompt", "x", "--at-once", "0"], 2, "--at-once is 0"),
+        (["generate", "--base", "sd15", "--prompt", "x", "--sampler", "k"], 2, '--sampler "k" is unknown; use dpm++'),
+        (["config", "model.base=x", "preview.prompts=[]"], 2, "preview.prompts is empty"),
+        (["config", "model.base=x", "train.steps=" + "9" * 5000], 2, "train.steps is"),
+        (
+            ["config", "model.base=x", "train.steps=0x" + "f" * 5000],
+            2,
+            "train.steps is a number of thousands of digits",
+        ),
+        (["config", "model.base=x", f"preview.prompts=['{'x' * 5000}'", "a" * 5000], 2, "File name too long"),
+        (["config", 'subject.token="\\u0000"'], 2, 'subject.token "\\x00" holds a NUL character'),
+        (["generate", "--base", "sd15", "--prompt", "\udcff"], 2, '--prompt "\\udcff" is not UTF-8'),
+        (["generate", "--base=\udcff", "--prompt", "x"], 2, '--base "\\udcff" is not UTF-8'),
+        (["train", "export.author=\udcff"], 2, "is not UTF-8"),
+        (["train", "--out", "a\0b"], 2, '--out "a\\x00b" holds a NUL'),
     ],
 )
 def test_bad_input_gets_one_message_and_its_exit_code(
@@ -147,6 +176,41 @@ def test_targets_that_match_nothing_stop_the_run(
     code, _, message = in_process(words, capsys, monkeypatch)
     assert code == 4
     assert "transfomer" in message
+
+
+def test_a_prompt_may_be_longer_than_a_file_name(
+    short: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = "a photo of {token} {class} " + "in a garden " * 50
+    code, text, told = in_process(
+        ["config", *short_settings(short), f'preview.prompts=["{prompt}"]'], capsys, monkeypatch
+    )
+    assert code == 0, told
+    assert prompt in text
+
+
+def short_settings(short: list[str]) -> list[str]:
+    """The settings of `short` without its options, which `config` lacks, and what they say."""
+    return [*short[6:], "subject.images=x", "subject.class_noun=dog", "model.base=sd15"]
+
+
+def test_a_plan_whose_memory_cannot_be_traced_is_shown_all_the_same(
+    short: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("no such operator")
+
+    monkeypatch.setattr("lora_booth.memory.Modules.of", fail)
+    code, text, told = in_process(["plan", *short, "--out", str(tmp_path / "run")], capsys, monkeypatch)
+    assert (code, told) == (0, "")
+    assert "a new run:" in text and "warning: memory and time cannot be predicted ('no such operator')" in text
+
+
+def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, text, _ = in_process(["--help"], capsys, monkeypatch)
+    named = {int(number) for number in re.findall(r"\d+", text[text.index("Exit codes") :])}
+    codes = {kind.exit_code for kind in LoraBoothError.__subclasses__() if hasattr(kind, "exit_code")}
+    assert named >= codes | {0, 1} | {128 + number for number in SIGNALS}
 
 
 def test_plan_shows_what_would_happen_and_writes_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from safetensors.torch import save_file
 
 from lora_booth import export, generate
 from lora_booth.adapter.weights import LowRank
-from lora_booth.errors import ConfigError, ModelError
+from lora_booth.errors import ConfigError, DeviceMemoryError, ModelError
 from lora_booth.generate import PictureSettings, parse_adapter, parse_size, parse_strengths
 from lora_booth.merge import merge_into_base
+from tests.soak.sabotage import ASK_FOR_NONE, OutOfMemory
+from tests.test_train import Recorder
 
 PICTURE = PictureSettings(sampler="ddim", sampler_steps=2)
 
@@ -155,3 +158,50 @@ def test_a_convolution_stored_as_a_linear_layer_is_drawn(bases: dict[str, Path],
         )
         drawn.append(pixels(tmp_path / kind, "00_x_1.png"))
     assert np.array_equal(*drawn)
+
+
+def test_how_pictures_are_kept_in_memory_changes_them_by_rounding_alone(bases: dict[str, Path], tmp_path: Path) -> None:
+    file = adapter_file(tmp_path / "a.safetensors", 0, scale=4.0)
+    ways = {
+        "plain": {},
+        "small": {"pictures_at_once": 1, "is_tiled": True, "is_denoiser_aside": True},
+        "budget": {"budget_gib": 0.801},
+        "large": {"budget_gib": 100.0},
+    }
+    drawn = {}
+    recorder = Recorder()
+    for name, memory in ways.items():
+        generate.generate(
+            base=str(bases["sd1"]),
+            prompts=["a dog", "a cat"],
+            adapters=[(file, 1.0)],
+            picture=replace(PICTURE, **memory),
+            folder=tmp_path / name,
+            report=recorder,
+        )
+        drawn[name] = [pixels(tmp_path / name, f"{n:02d}_a_{word}_1.png") for n, word in enumerate(("dog", "cat"))]
+    for name in ways:
+        assert all(abs(a - b).max() <= 1 for a, b in zip(drawn["plain"], drawn[name], strict=True)), name
+    chosen = [text for kind, text in recorder.events if kind == "memory"]
+    assert "2 pictures at once, to stay within 100.0 GiB" in chosen[-1]
+    assert "1 pictures at once" in chosen[0] and "the denoiser aside" in chosen[0]
+
+
+class FullDevice(OutOfMemory):
+    """Refuses every operation from the `number`-th on."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.count >= self.number and func not in ASK_FOR_NONE:
+            self.number = self.count + 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_a_lack_of_memory_names_the_options_that_are_left(bases: dict[str, Path], tmp_path: Path) -> None:
+    told = {}
+    for memory, prompts in (({}, ["x", "y"]), ({"is_tiled": True, "is_denoiser_aside": True}, ["x"])):
+        picture = replace(PICTURE, **memory)
+        with pytest.raises(DeviceMemoryError) as caught, FullDevice(3000):
+            generate.generate(base=str(bases["sd1"]), prompts=prompts, picture=picture, folder=tmp_path / "out")
+        told[len(prompts)] = str(caught.value)
+    assert all(option in told[2] for option in ("1. --at-once 1", "2. --aside", "3. --tiled", "4. a smaller --size"))
+    assert "--" not in told[1].replace("--size", "") and not (tmp_path / "out").exists()
