@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from lora_booth import cli, errors
+from lora_booth import cli, crash, errors
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -66,7 +66,7 @@ def test_exit_codes_are_those_of_the_errors() -> None:
     kinds = [
         kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LoraBoothError)
     ]
-    assert table == {0} | {kind.exit_code for kind in kinds if kind is not errors.LoraBoothError and kind.exit_code > 1}
+    assert table == {0, crash.EXIT_CODE} | {kind.exit_code for kind in kinds if kind is not errors.LoraBoothError}
 
 
 def test_pictures_of_the_readme_exist() -> None:
