@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lora_booth.adapter.weights import plain_path
 from lora_booth.export import kohya
@@ -107,6 +108,7 @@ class Key:
     leaf: str
 
 
+@lru_cache(maxsize=1 << 13)
 def parse(key: str) -> Key | None:
     """What `key` says; None when it is written like no part of a layer."""
     match = _KEY.fullmatch(key)
