@@ -127,7 +127,10 @@ def remove_abandoned(folder: Path, *, older_than_seconds: float = 0.0) -> None:
 
     A time ahead of the clock is as good as one behind it: clocks are set back.
     """
-    for path in folder.glob(".*.tmp"):
+    found: list[Path] = []
+    with suppress(OSError):  # a folder that is another user's alone
+        found = list(folder.glob(".*.tmp"))
+    for path in found:
         with suppress(OSError):  # another process was faster, or it is not ours to delete; it costs only space
             if abs(time.time() - path.stat().st_mtime) >= older_than_seconds:
                 path.unlink()

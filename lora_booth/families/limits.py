@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
+
 from lora_booth.errors import ModelError
 from lora_booth.families.sources import AGAIN, read_json
 
@@ -69,7 +71,21 @@ MOST: dict[str, dict[str, int]] = {
     },
     "scheduler": {"num_train_timesteps": MAX_TIMESTEPS},
 }
-"""Component to what decides its size, each a count from 1 to this, or a list of such; null is the library's default."""
+"""Component to what decides its size, each a count from 1 to this; null is the library's default."""
+PER_LEVEL = {
+    "unet": {
+        "sample_size": 1,
+        "block_out_channels": 1,
+        "layers_per_block": 1,
+        "transformer_layers_per_block": 2,
+        "reverse_transformer_layers_per_block": 2,
+        "cross_attention_dim": 1,
+        "attention_head_dim": 1,
+        "num_attention_heads": 1,
+    },
+    "vae": {"sample_size": 1, "block_out_channels": 1},
+}
+"""What may be a list of such counts, or with 2 a list of lists."""
 FACTORS = {"vae": ("scaling_factor",)}
 """Numbers above 0 by which latents are multiplied."""
 CHOICES: dict[str, dict[str, tuple[str | None, ...]]] = {
@@ -123,7 +139,7 @@ def _require_values(path: Path, component: str, config: Config) -> None:
     most, choices = MOST[component], CHOICES.get(component, {})
     for key, value in config.items():
         if key in most:
-            _require_counts(path, key, value, most[key], depth=2 if "layers" in key else 1)
+            _require_counts(path, key, value, most[key], depth=PER_LEVEL.get(component, {}).get(key, 0))
         elif key in FACTORS.get(component, ()) and not (_is_number(value) and 0 < value <= MAX_NUMBER):
             raise ModelError(f"{path} has {key} = {reprlib.repr(value)}, which is no factor; {AGAIN}.")
         elif key in choices and not all(
@@ -131,6 +147,8 @@ def _require_values(path: Path, component: str, config: Config) -> None:
         ):
             known = ", ".join(str(choice) for choice in choices[key])
             raise ModelError(f"{path} has {key} = {reprlib.repr(value)}; no base that is known has other than {known}.")
+        elif key == "_diffusers_version" and not _is_version(value):  # which pipelines compare with their own
+            raise ModelError(f"{path} has {key} = {reprlib.repr(value)}, which is no version; {AGAIN}.")
         for number in _numbers(value):
             if not -MAX_NUMBER <= number <= MAX_NUMBER:  # NaN too
                 raise ModelError(f"{path} has {reprlib.repr(number)} in {key}, which no base has; {AGAIN}.")
@@ -143,6 +161,14 @@ def _require_counts(path: Path, key: str, value: Any, most: int, *, depth: int) 
     elif value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most):
         what = "number of layers" if "layers" in key else "size"
         raise ModelError(f"{path} has {key} = {reprlib.repr(value)}, which is no {what} up to {most}; {AGAIN}.")
+
+
+def _is_version(value: Any) -> bool:
+    try:
+        Version(value)
+    except (InvalidVersion, TypeError):
+        return False
+    return True
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.soak import adapters, disks, hostile, kills, names, owners, sabotage, same
+from tests.soak import adapters, bases, disks, hostile, kills, names, owners, sabotage, same, users
 from tests.soak.bench import Result
 
 
 @dataclass(frozen=True)
 class Campaign:
-    """`run`: tries, folder and seed to what was found. `needs_root`: it mounts a small disk."""
+    """`run`: tries, folder and seed to what was found. `needs_root`: it mounts a small disk, or is other users."""
 
     run: Callable[[int, Path, int], Result]
     few: int
@@ -28,6 +28,8 @@ CAMPAIGNS = {
     "full_disks": Campaign(disks.full_disks, 20, 200, needs_root=True),
     "refusals": Campaign(disks.refusals, 14, 140),
     "shared_folders": Campaign(owners.shared_folders, 5, 50),
+    "several_users": Campaign(users.several_users, 3, 60, needs_root=True),
+    "cleared_caches": Campaign(users.cleared_caches, 3, 60),
     "names": Campaign(names.names, 40, 200),
     "not_finite": Campaign(sabotage.not_finite, 12, 100),
     "out_of_memory": Campaign(sabotage.out_of_memory, 5, 20),
@@ -40,5 +42,5 @@ CAMPAIGNS = {
     "adapters": Campaign(adapters.adapters, 150, 100_000),
     "configs": Campaign(hostile.configs, 2_000, 50_000),
     "pictures": Campaign(hostile.pictures, 500, 20_000),
-    "bases": Campaign(hostile.bases, 40, 2_000),
+    "bases": Campaign(bases.bases, 60, 4_000),
 }

@@ -1,31 +1,24 @@
-"""Mutated configs, pictures and bases: each is taken whole or refused with one of the documented errors."""
+"""Mutated configs and pictures: each is taken whole or refused with one of the documented errors."""
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import string
 import struct
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-from lora_booth import config_file, families, presets
-from lora_booth.config import ModelConfig
+from lora_booth import config_file, presets
 from lora_booth.data import images
-from lora_booth.errors import ConfigError, DataError, LoraBoothError
-from lora_booth.families.base import Family
-from lora_booth.families.sampling import Sampling, draw
-from tests import tiny
+from lora_booth.errors import ConfigError, DataError
 from tests.soak.bench import Result
 
-MAX_SECONDS_FOR_CONFIG = 5.0
+MAX_PROCESSOR_SECONDS = 5.0
 WRONG_VALUES = (
     "-1", "0", "1e400", "nan", "inf", "-0.0", "99999999999999999999", "1e-320", '""', '"\\u0000"', "[]", "[[]]", "{}",
     "true", '"../../etc/passwd"', '"' + "x" * 5000 + '"', "1979-05-27", '"{token.__class__}"', '"{0}"', '"{"', "'%s'",
@@ -42,7 +35,7 @@ def configs(count: int, folder: Path, seed: int = 0) -> Result:
         for _ in range(rng.choice((1, 1, 2, 5))):
             text = rng.choice(_CONFIG_MUTATIONS)(text, rng)
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        began = time.monotonic()
+        began = time.process_time()
         try:
             config_file.load(path)
         except ConfigError as error:
@@ -51,8 +44,8 @@ def configs(count: int, folder: Path, seed: int = 0) -> Result:
                 failures.append(f"config {i}: the message has {len(str(error))} characters")
         except Exception as error:
             failures.append(f"config {i}: {type(error).__name__}: {error}")
-        if time.monotonic() - began > MAX_SECONDS_FOR_CONFIG:
-            failures.append(f"config {i} took {time.monotonic() - began:.0f} s")
+        if time.process_time() - began > MAX_PROCESSOR_SECONDS:
+            failures.append(f"config {i} took {time.process_time() - began:.0f} s of the processor")
     return Result(count, tuple(failures), f"{refused} refused")
 
 
@@ -167,79 +160,3 @@ def _mutated(data: bytes, rng: random.Random) -> bytes:
         to = rng.randrange(len(data))
         return data[:at] + data[to : to + 40] + data[at + 40 :]
     return {"cut": data[:at], "longer": data + rng.randbytes(at), "noise": rng.randbytes(at)}[kind]
-
-
-JSON_FILES = ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
-              "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json",
-              "tokenizer/special_tokens_map.json")  # fmt: skip
-HOSTILE_VALUES: tuple[Any, ...] = (
-    None, 0, -1, 7, 1 << 40, 1 << 70, 0.5, float("nan"), True, "", "x", "os.system", "../../../etc/passwd",
-    [], [0], [1 << 40], [[]], {}, {"a": {"b": []}}, ["transformers", "AutoModel"], ["os", "system"], "x" * 100_000,
-)  # fmt: skip
-
-
-def bases(count: int, folder: Path, seed: int = 0) -> Result:
-    """Base folders with hostile configs and weight headers: they draw, or are refused by an error that names them."""
-    sound = tiny.tiny_sd(folder / "sound")
-    rng, failures, refused = random.Random(seed), [], 0
-    codes: Counter[str] = Counter()
-    for i in range(count):
-        mutant = folder / "mutant"
-        shutil.copytree(sound, mutant)
-        what = _break_base(mutant, rng)
-        began = time.monotonic()
-        try:
-            family = families.load(ModelConfig(base=str(mutant)), device="cpu", dtype=torch.float32)
-            _draw_with(family)
-        except LoraBoothError as error:
-            refused += 1
-            codes[type(error).__name__] += 1
-            if str(mutant) not in str(error) or len(str(error)) > 2000:
-                failures.append(f"base {i} ({what}): {str(error)[:200]}")
-        except Exception as error:
-            failures.append(f"base {i} ({what}): {type(error).__name__}: {str(error)[:200]}")
-        if time.monotonic() - began > 30:
-            failures.append(f"base {i} ({what}) took {time.monotonic() - began:.0f} s")
-        shutil.rmtree(mutant)
-    return Result(count, tuple(failures), f"{refused} refused")
-
-
-@torch.no_grad()
-def _draw_with(family: Family) -> None:
-    """One picture in one step: configs also reach the tokenizer, the text encoder and the solver."""
-    prompts = family.encode_prompts(["a dog"]), family.encode_prompts([""])
-    list(draw(family, [prompts[0]], prompts[1], Sampling(32, 32, "base", 9, 3.0), seeds=[0]))
-
-
-def _break_base(base: Path, rng: random.Random) -> str:
-    """Change one thing in `base`; returns what."""
-    if rng.random() < 0.25:
-        path = rng.choice(sorted(base.rglob("*.safetensors")))
-        data = path.read_bytes()
-        length = struct.unpack("<Q", data[:8])[0]
-        at = rng.randrange(8 + length)
-        kind = rng.choice(("bit", "cut", "length"))
-        path.write_bytes({
-            "bit": data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :],
-            "cut": data[: rng.randrange(len(data))],
-            "length": struct.pack("<Q", rng.choice((0, length + 1, 1 << 40, 1 << 63))) + data[8:],
-        }[kind])  # fmt: skip
-        return f"{kind} in {path.relative_to(base)}"
-    name = rng.choice(JSON_FILES)
-    path = base / name
-    content = json.loads(path.read_text())
-    keys = [key for key in content if key != "_diffusers_version"]
-    key = rng.choice(keys)
-    kind = rng.choice(("value", "value", "value", "gone", "whole", "extra"))
-    value = rng.choice(HOSTILE_VALUES)
-    if kind == "gone":
-        del content[key]
-    elif kind == "whole":
-        content = value
-    elif kind == "extra":
-        key = rng.choice(("auto_map", "trust_remote_code", "custom_pipeline", "quantization_config", "_class_name"))
-        content[key] = value
-    else:
-        content[key] = value
-    path.write_text(json.dumps(content))
-    return f"{kind} {key} = {str(value)[:30]} in {name}"
