@@ -163,7 +163,7 @@ def faults_of(config: Config, device: torch.device) -> list[str]:
     return faults
 
 
-def settled(config: Config, device: torch.device) -> Config:
+def without_moving(config: Config, device: torch.device) -> Config:
     """`config` without what saves nothing on a device that computes in main memory: moving things there."""
     if "memory of its own" not in lacks(device):
         return config

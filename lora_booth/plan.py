@@ -230,7 +230,7 @@ def _show_prediction(config: Config, inputs: Inputs, report: Report, card: Card 
     from lora_booth import budget, devices, duration, memory
 
     bucket, here = _largest_bucket(config, inputs.pictures), devices.here(config.memory.device)
-    config = devices.settled(config, here) if card is None else config
+    config = devices.without_moving(config, here) if card is None else config
     budget_gib = config.memory.budget_gib or (devices.free_gib(here) if card is None else card.memory_gib)
     if budget_gib is None:
         modules, notes = memory.Modules.of(config, inputs.facts), []

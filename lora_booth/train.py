@@ -66,7 +66,7 @@ def train(
     accelerator = _accelerator(config, report)
     device = accelerator.device
     devices.require(config, device)
-    config = _resolved(devices.settled(config, device), inputs, report, device)
+    config = _resolved(devices.without_moving(config, device), inputs, report, device)
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
         finished = run.summary()
         if finished is not None:
@@ -135,11 +135,12 @@ def settled(config: Config, device: torch.device) -> Config:
     """`config` with each "auto" as what it means on `device`, so that a run stays what it is on another one."""
     dtype = devices.dtype_for(config.model.precision, device)
     name, compile = config.optimizer.name, config.train.compile
-    never_compiled = compile == "auto" and (device.type == "cpu" or config.adapter.dropout > 0)
+    has_no_compiler = "compiling" in devices.LACKS[devices.kind(device)]
+    never_compiled = compile == "auto" and (has_no_compiler or config.adapter.dropout > 0)
     return config.with_values(
         {
             "model": {"precision": next(word for word, known in devices.DTYPES.items() if known == dtype)},
-            "optimizer": {"name": optim.default_name(device.type) if name == "auto" else name},
+            "optimizer": {"name": devices.best_optimizer(device) if name == "auto" else name},
             "train": {"compile": False if never_compiled else compile},
         }
     )

@@ -124,9 +124,9 @@ def test_dropout_is_fine_where_nothing_is_computed_again(answer: Any) -> None:
 
 
 def test_nothing_is_moved_to_main_memory_where_that_is_all_there_is(answer: Any) -> None:
-    memory = devices.settled(config(), MPS).memory
+    memory = devices.without_moving(config(), MPS).memory
     assert memory.denoiser_aside is False and memory.offload_activations is False
-    assert all(devices.settled(config(), device) == config() for device in (CUDA, XPU, CPU))
+    assert all(devices.without_moving(config(), device) == config() for device in (CUDA, XPU, CPU))
 
 
 def test_all_that_a_device_lacks_is_told_at_once(answer: Any) -> None:

@@ -193,9 +193,10 @@ def test_a_run_is_continued_to_the_same_bytes_when_only_free_settings_change(aga
     assert_equal(straight, load_file(newest / "adapter.safetensors"))
 
 
-def test_what_is_auto_is_settled_before_it_is_kept(begun: Path) -> None:
+def test_what_is_auto_is_settled_before_it_is_kept(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = config_file.load(begun / "run" / "config.toml")
     assert (stored.optimizer.name, stored.model.precision, stored.train.compile) == ("adamw", "fp32", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     cuda = train.settled(config_of(begun).with_values({"model": {"precision": "bf16"}}), torch.device("cuda"))
     assert (cuda.optimizer.name, cuda.train.compile) == ("adamw8bit", "auto")
 

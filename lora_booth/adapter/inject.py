@@ -146,8 +146,8 @@ def collect(modules: Mapping[str, nn.Module]) -> AdapterWeights:
 
 
 def base_weight(modules: Mapping[str, nn.Module], component: str, path: str) -> Tensor:
-    """The frozen weight under an adapted layer."""
-    return _layers(modules[component])[path].get_base_layer().get_parameter("weight")
+    """The frozen weight under an adapted layer, on the CPU, where exported layers are."""
+    return _layers(modules[component])[path].get_base_layer().get_parameter("weight").detach().cpu()
 
 
 def load_into_(modules: Mapping[str, nn.Module], weights: AdapterWeights) -> None:
