@@ -105,6 +105,11 @@ def main(words: Sequence[str] = tuple(sys.argv[1:])) -> int:
 def findings() -> Iterator[Finding]:
     """Everything, what lies deepest first. Never raises for what is broken here; that is what is found."""
     yield from _this()
+    try:
+        os.getcwd()
+    except OSError as error:  # then no Python can start
+        yield Finding("broken", "the current folder", _reason(error), "go to a folder that is there.")
+        return
     needs, problem = _needs()
     if problem is not None:
         yield problem
@@ -266,9 +271,9 @@ def _disks() -> Iterator[Finding]:
         from platformdirs import user_cache_path
 
         places["cache"] = user_cache_path("lora_booth")
-    except Exception as error:  # as in `_needs`
-        yield Finding("broken", "platformdirs", _reason(error), "python -m pip install --force-reinstall platformdirs")
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    except Exception:  # whatever a broken package raises, as `_imports` has told
+        pass
+    home = os.environ.get("HF_HOME") or Path(os.path.expanduser("~")) / ".cache" / "huggingface"
     places["bases"] = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     for about, path in places.items():
         yield _disk(about, path)
@@ -379,7 +384,7 @@ def _reason(error: BaseException) -> str:
 
 def _short(path: Path | str) -> str:
     """A path without the user's name."""
-    home = str(Path.home())
+    home = os.path.expanduser("~")  # "~" itself where a user has none, as in some containers
     text = str(path)
     return "~" + text[len(home) :] if len(home) > 1 and text.startswith(home + os.sep) else text
 

@@ -148,6 +148,15 @@ def test_folders_that_cannot_be_written_or_are_nearly_full_are_told(
     assert full.level == "warning" and "2 GiB" in full.remedy
 
 
+def test_a_current_folder_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    *_, last = doctor.findings()
+    assert (last.level, last.about) == ("broken", "the current folder") and "go to a folder" in last.remedy
+
+
 def test_the_hub_is_never_asked_but_its_settings_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (offline,) = doctor._hub()

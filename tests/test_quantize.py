@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,3 +168,13 @@ def test_all_that_is_frozen_moves_and_what_is_trained_stays(
     assert len(trained) > 0
     assert stayed == {".".join(name.rpartition(".")[::2]) for name in trained}
     assert torch.equal(loop.losses_of(s, micro), expected)
+
+
+def test_no_kernels_are_fetched_for_metal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitsandbytes.backends.mps import ops
+
+    fetched: list[str] = []
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=lambda name, **_: fetched.append(name)))
+    monkeypatch.setattr(ops, "_kernel_load_failed", False)  # as on macOS 26
+    quantize_(nn.Linear(2, 2), "nf4", torch.device("mps"))
+    assert ops._get_kernel() is None and fetched == []

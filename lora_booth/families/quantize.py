@@ -26,6 +26,8 @@ def quantize_(module: nn.Module, kind: Quantization, device: torch.device) -> in
     2 and 3). int8: one scale for each row, and outlying inputs in 16 bits (LLM.int8(), arXiv 2208.07339). Results are
     computed in the type that the layer had.
     """
+    if device.type == "mps":
+        _without_fetched_kernels()
     found = _layers(module)
     for name, layer in found:
         parent, _, child = name.rpartition(".")
@@ -60,6 +62,14 @@ def saved_bytes(module: nn.Module, kind: Quantization) -> int:
         scales = weight.numel() // 64 + weight.numel() // 64 // 256 * 4 if kind == "nf4" else 4 * layer.out_features
         saved += weight.numel() * weight.element_size() - weight.numel() // (2 if kind == "nf4" else 1) - scales
     return saved
+
+
+def _without_fetched_kernels() -> None:
+    """Keep bitsandbytes from downloading kernels from the hub and running them, as it does on macOS 26 where the
+    package "kernels" is installed; its own are slower."""
+    from bitsandbytes.backends.mps import ops
+
+    ops._kernel_load_failed = True
 
 
 def _layers(module: nn.Module) -> list[tuple[str, nn.Linear]]:
