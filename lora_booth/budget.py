@@ -81,12 +81,20 @@ class Plan:
         return tuple(phase for phase in self.phases if phase.gib + OUTSIDE_GIB > self.budget_gib)
 
 
-def choose(config: Config, facts: BaseFacts, budget_gib: float, *, bucket: Bucket | None = None) -> Plan:
+def choose(
+    config: Config,
+    facts: BaseFacts,
+    budget_gib: float,
+    *,
+    bucket: Bucket | None = None,
+    modules: Modules | None = None,
+) -> Plan:
     """The fastest ways to train and to draw that stay within `budget_gib`; where none does, the smallest.
 
-    What is set in the config stays. `bucket`: as `Modules` has it. Raises as its making does.
+    What is set in the config stays. `bucket`: as `Modules` has it. `modules`: those of `config`, if they were made
+    already; else it raises as their making does.
     """
-    modules = Modules.of(config, facts)
+    modules = modules or Modules.of(config, facts)
     needs: dict[Way, float] = {}
 
     def need(way: Way) -> float:

@@ -40,14 +40,16 @@ FilePath = Annotated[Path, Field(strict=False)]
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, bool) else value)]
 """From 0 to 1; false and true are its ends."""
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Sampler = Literal["dpm++", "ddim", "euler", "base"]
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys are errors, values are not coerced, instances do not change."""
+    """What all sections share: unknown keys are errors, values are not coerced, instances do not change, and no number
+    is NaN or infinite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -198,7 +200,7 @@ class OptimizerConfig(Section):
         1e-5, gt=0, le=10, description="Text encoders overfit first; a tenth of the denoiser's is usual."
     )
     weight_decay: float = Field(1e-2, ge=0, le=1, description="Decoupled weight decay of the adapter.")
-    betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="Moment decay of Adam-like optimizers.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), strict=False, description="Moment decay of Adam-like optimizers.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Learning rate after warm-up.")
     warmup_steps: int | None = Field(
         None, ge=0, description="Steps of linear warm-up. Default: 5 % of the run, at most 100."

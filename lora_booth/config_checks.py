@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import string
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 from lora_booth import inputs, names
@@ -50,14 +51,29 @@ def contradictions(config: Config) -> list[str]:
     templates = [("subject.prompt", config.subject.prompt, {"token", "class"})]
     templates += [("prior.prompts", p, {"class"}) for p in prior.prompts]
     templates += [("preview.prompts", p, {"token", "class"}) for p in config.preview.prompts]
+    templates += [("preview.negative_prompt", config.preview.negative_prompt, {"token", "class"})]
     for key, template, allowed in templates:
-        faults.extend(_slot_faults(key, template, allowed))
+        faults.extend(slot_faults(key, template, allowed))
     if config.preview.images_per_prompt and not config.preview.prompts:
         faults.append(
             f"preview.prompts is empty but preview.images_per_prompt is {config.preview.images_per_prompt}; write a "
             "prompt, or set preview.images_per_prompt = 0."
         )
     return faults + _unwritable_words(config)
+
+
+def slot_faults(where: str, template: str, allowed: Collection[str]) -> list[str]:
+    """What is wrong with the slots of a prompt or caption, one line each that begins with `where`."""
+    slots = ", ".join("{" + name + "}" for name in sorted(allowed))
+    rest = template
+    for name in allowed:
+        rest = rest.replace("{" + name + "}", "")
+    unknown = re.findall(r"\{[^{}]*\}", rest)
+    if unknown:
+        return [f'{where} "{shown(template)}" has the slot {shown(slot)}; the slots are {slots}.' for slot in unknown]
+    if "{" in rest or "}" in rest:
+        return [f'{where} "{shown(template)}" has a broken slot, a brace without its partner; the slots are {slots}.']
+    return []
 
 
 def _pattern_faults(adapter: AdapterConfig) -> list[str]:
@@ -75,8 +91,9 @@ def _place_faults(config: Config) -> list[str]:
         faults.append(f'run.folder "{shown(folder.name)}" {why}; choose another name.')
     if name.casefold() in names.OF_A_RUN:
         faults.append(f'the result would be called "{name}", as another file of a run is; set export.name to another.')
-    elif name.endswith((" ", ".")):
-        faults.append(f'export.name "{name}" ends with {name[-1]!r}, which Windows drops; leave it out.')
+    elif (why := names.fault(name)) is not None:
+        which = "export.name" if config.export.name is not None else "the name that subject.token and class_noun make"
+        faults.append(f'{which} "{shown(name)}" {why}; set export.name to another.')
     return faults
 
 
@@ -92,14 +109,3 @@ def _unwritable_words(config: Config) -> list[str]:
                 except ConfigError as error:
                     faults.append(str(error))
     return faults
-
-
-def _slot_faults(key: str, template: str, allowed: set[str]) -> list[str]:
-    names = ", ".join("{" + name + "}" for name in sorted(allowed))
-    try:
-        slots = [slot for _, slot, _, _ in string.Formatter().parse(template) if slot is not None]
-    except ValueError as error:
-        return [f'{key} "{template}" has a broken slot ({error}); the slots are {names}.']
-    return [
-        f'{key} "{template}" has the slot {{{slot}}}; the slots are {names}.' for slot in slots if slot not in allowed
-    ]

@@ -22,12 +22,12 @@ from lora_booth.families import sources
 from lora_booth.families.identify import BaseFacts
 from lora_booth.inputs import is_plain_file, reason, why_unreadable
 from lora_booth.report import Report
-from lora_booth.subject import Pictures, crops_of, find_pictures
+from lora_booth.subject import Pictures, crops_of, find_pictures, tell_small
 
 if TYPE_CHECKING:
     from lora_booth.budget import Plan
     from lora_booth.duration import Duration
-    from lora_booth.memory import Phase
+    from lora_booth.memory import Modules, Phase
 
 log = logging.getLogger(__name__)
 
@@ -92,17 +92,40 @@ def _continued(config: Config) -> dict[str, str]:
     return {p.name: files.sha256(p) for p in (path, beside) if p == path or is_plain_file(p)}
 
 
-def resolve(config: Config, inputs: Inputs, report: Report, *, free_gib: float | None) -> Config:
+def check(config: Config, inputs: Inputs, *, device_type: str) -> Modules | None:
+    """The base's modules without weights, with the adapter of `config`, in which no fault was found; None where a
+    version of torch cannot make them, which is told and keeps nobody from training.
+
+    Raises ConfigError or ModelError for what would else be told after class images were drawn.
+    """
+    from lora_booth import checks, memory
+
+    config = filled(config, inputs)
+    try:
+        modules = memory.Modules.of(config, inputs.facts)
+    except LoraBoothError:
+        raise
+    except Exception as error:
+        log.warning("The config cannot be tried beforehand (%s: %s).", type(error).__name__, error)
+        return None
+    checks.check(config, modules, device_type=device_type)
+    return modules
+
+
+def resolve(
+    config: Config, inputs: Inputs, report: Report, *, free_gib: float | None, modules: Modules | None = None
+) -> Config:
     """`config` with every open choice made. `free_gib` is the device's free memory, None on a CPU.
 
     Within a budget, or free memory, `budget.choose` settles how steps are computed and pictures drawn, and what it
-    chose is told; without one nothing is traced. Raises ConfigError or ModelError for an adapter that the base cannot
-    take.
+    chose is told; without one nothing is traced. `modules`: what `check` gave. Raises ConfigError or ModelError for an
+    adapter that the base cannot take.
     """
     config = filled(config, inputs)
+    tell_small(config, inputs.pictures, report)
     budget_gib = config.memory.budget_gib or free_gib
     if budget_gib is not None:
-        config = _within(config, inputs, budget_gib, report)
+        config = _within(config, inputs, budget_gib, report, modules)
     return config.with_values({"train": {"gradient_checkpointing": config.train.gradient_checkpointing or 0.0}})
 
 
@@ -125,12 +148,13 @@ def filled(config: Config, inputs: Inputs) -> Config:
     )
 
 
-def _within(config: Config, inputs: Inputs, budget_gib: float, report: Report) -> Config:
+def _within(config: Config, inputs: Inputs, budget_gib: float, report: Report, modules: Modules | None) -> Config:
     """`config` with what `budget.choose` finds, told to the user."""
     from lora_booth import budget, memory
 
     try:
-        found = budget.choose(config, inputs.facts, budget_gib, bucket=_largest_bucket(config, inputs.pictures))
+        bucket = _largest_bucket(config, inputs.pictures)
+        found = budget.choose(config, inputs.facts, budget_gib, bucket=bucket, modules=modules)
     except LoraBoothError:
         raise
     except Exception as error:  # whatever a version of torch cannot trace must not keep anybody from training
@@ -193,6 +217,7 @@ def show(config: Config, report: Report, card: Card | None = None) -> None:
     """
     inputs = look(config, report, needs_weights=False)
     config, pictures = filled(config, inputs), inputs.pictures
+    tell_small(config, pictures, report)
     crops = crops_of(config, pictures.instances.pictures)
     train, adapter = config.train, config.adapter
     assert train.steps is not None, "filled just above"
@@ -232,11 +257,12 @@ def _show_prediction(config: Config, inputs: Inputs, report: Report, card: Card 
     bucket, here = _largest_bucket(config, inputs.pictures), devices.here(config.memory.device)
     config = devices.without_moving(config, here) if card is None else config
     budget_gib = config.memory.budget_gib or (devices.free_gib(here) if card is None else card.memory_gib)
+    checked = check(config, inputs, device_type=here.type)
     if budget_gib is None:
-        modules, notes = memory.Modules.of(config, inputs.facts), []
+        modules, notes = checked or memory.Modules.of(config, inputs.facts), []
         phases = modules.phases(config, bucket)
     else:
-        found = budget.choose(config, inputs.facts, budget_gib, bucket=bucket)
+        found = budget.choose(config, inputs.facts, budget_gib, bucket=bucket, modules=checked)
         config, modules, phases = _changed(config, found), found.modules, found.phases
         notes = [f"for {budget_gib:g} GiB: {reason}" for reason in found.reasons]
         if found.too_large:
@@ -305,6 +331,11 @@ def run_folder(config: Config) -> Path:
     return config.run.folder or Path("runs") / config.name
 
 
+def is_begun(config: Config) -> bool:
+    """Whether the run folder of `config` holds a run."""
+    return (run_folder(config) / "config.toml").exists()
+
+
 def is_finished(config: Config) -> bool:
     """Whether the run folder of `config` holds a finished run."""
     return (run_folder(config) / "summary.json").exists()
@@ -328,4 +359,4 @@ def _prior(config: Config, pictures: Pictures) -> str:
 def _state(config: Config) -> str:
     if is_finished(config):
         return "nothing, since the run is finished:"
-    return "a run that is continued:" if (run_folder(config) / "config.toml").exists() else "a new run:"
+    return "a run that is continued:" if is_begun(config) else "a new run:"

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_booth.config import Config
+from lora_booth.config_checks import slot_faults
 from lora_booth.data import images
 from lora_booth.data.buckets import Crop, assign, buckets
-from lora_booth.data.images import Found, Picture
+from lora_booth.data.images import Found, Picture, shown
 from lora_booth.errors import DataError
 from lora_booth.report import Report
 
 MIN_PICTURES = 3
+SLOTS = ("token", "class")
+"""What captions may hold in braces."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Pictures:
 def find_pictures(config: Config, report: Report) -> Pictures:
     """Look at every folder of pictures that the config names, and tell what was left out or looks odd.
 
-    Raises DataError for a folder without pictures, and when there are too few of the subject.
+    Raises DataError for a folder without pictures, when there are too few of the subject, and for captions with a slot
+    that would be trained as it stands.
     """
 
     def found_in(folder: Path | None) -> Found | None:
@@ -67,7 +71,24 @@ def find_pictures(config: Config, report: Report) -> Pictures:
             f"{MIN_PICTURES} are needed; add some."
         )
     classes = found_in(config.prior.folder if config.has_prior else None)
-    return Pictures(instances, classes, found_in(config.subject.held_out))
+    pictures = Pictures(instances, classes, found_in(config.subject.held_out))
+    written = [p for found in pictures.all for p in found.pictures if p.caption]
+    faults = [fault for p in written for fault in slot_faults(str(p.path.with_suffix(".txt")), p.caption or "", SLOTS)]
+    if faults:
+        raise DataError("\n".join([*faults[:5], *([f"and {len(faults) - 5} more"] if len(faults) > 5 else [])]))
+    return pictures
+
+
+def tell_small(config: Config, pictures: Pictures, report: Report) -> None:
+    """Warn of each picture that has to be enlarged. `config` is resolved."""
+    for found in pictures.all:
+        for picture, crop in zip(found.pictures, crops_of(config, found.pictures), strict=True):
+            if crop.enlargement > 1:
+                size = f"{picture.width_px}×{picture.height_px}"
+                report.warn(
+                    f"{shown(picture.path)} has {size} pixels and is enlarged {crop.enlargement:.1f} times, to "
+                    f"{crop.bucket}, so it will look soft; take a larger one, or lower data.resolution."
+                )
 
 
 def crops_of(config: Config, pictures: Sequence[Picture]) -> list[Crop]:

@@ -128,7 +128,9 @@ def _resolved(config: Config, inputs: plan.Inputs, report: Report, device: torch
     what depends on the device stays open."""
     if plan.is_finished(config):
         return plan.filled(config, inputs)
-    return plan.resolve(settled(config, device), inputs, report, free_gib=devices.free_gib(device))
+    config = settled(config, device)
+    modules = None if plan.is_begun(config) else plan.check(config, inputs, device_type=device.type)
+    return plan.resolve(config, inputs, report, free_gib=devices.free_gib(device), modules=modules)
 
 
 def settled(config: Config, device: torch.device) -> Config:

@@ -45,7 +45,7 @@ FLOORS = {
         "adapter",
         "export",
     ),
-    2: ("families", "class_images", "batch", "trial", "memory", "budget", "duration"),
+    2: ("families", "class_images", "batch", "trial", "memory", "budget", "duration", "checks"),
     3: ("prepare", "preview", "plan", "generate", "inspect", "deliver", "merge", "resize", "extract", "cache"),
     4: ("loop", "compiling"),
     5: ("train",),

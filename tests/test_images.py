@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -285,11 +287,20 @@ def test_captions_above_75_words_are_warned_about_and_kept(tmp_path: Path) -> No
     assert [str(fault)[:20] for fault in found.warnings] == ["76.txt has 76 words;"]
 
 
-def test_small_pictures_are_warned_about_with_both_sizes(tmp_path: Path) -> None:
-    put(tmp_path / "dog.jpg")
-    assert look(tmp_path, min_side_px=72).warnings == ()
-    (fault,) = look(tmp_path, min_side_px=73).warnings
-    assert str(fault).startswith("dog.jpg has 96×72 pixels, a side below 73")
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"subsampling": 0, "optimize": True}])
+@pytest.mark.parametrize("side", [256, 7900])
+def test_a_jpeg_whose_header_names_more_pixels_than_it_holds_is_told(
+    side: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    scene(1).resize((128, 128)).save(tmp_path / "dog.jpg", quality=60, **settings)
+    assert look(tmp_path).warnings == ()
+    data = bytearray((tmp_path / "dog.jpg").read_bytes())
+    frame = next(at for at in range(len(data)) if data[at] == 0xFF and data[at + 1] in (0xC0, 0xC2))
+    data[frame + 5 : frame + 9] = side.to_bytes(2, "big") * 2
+    (tmp_path / "dog.jpg").write_bytes(data)
+    (fault,) = look(tmp_path).warnings
+    assert re.match(r"dog\.jpg ends early: (69|72|100)% ", str(fault))
+    assert f"of the {side}×{side} pixels that its header names are missing" in str(fault)
 
 
 def test_animations_give_their_first_frame_and_a_warning(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_activations_are_recomputed_only_where_memory_asks_for_it(
 def test_the_budget_of_the_config_wins_over_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def choose(config: Config, facts: BaseFacts, gib: float, bucket: Bucket) -> budget.Plan:
+    def choose(config: Config, facts: BaseFacts, gib: float, bucket: Bucket, modules: None) -> budget.Plan:
         asked.append((gib, str(bucket)))
         return budget.Plan({}, (), (memory.Phase("train", {"base": 2**30}),), gib)
 

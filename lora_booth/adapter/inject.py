@@ -156,9 +156,7 @@ def load_into_(modules: Mapping[str, nn.Module], weights: AdapterWeights) -> Non
     Where the scales differ, `up` is multiplied by their ratio, so that the update is the same. Raises ModelError,
     naming what is missing, extra, of another shape or not finite, before any value is written.
     """
-    faults = _load_faults(modules, weights)
-    if faults:
-        raise ModelError("The adapter does not fit: " + " ".join(faults))
+    require_fit(modules, weights)
     for component, module in modules.items():
         for path, layer in _layers(module).items():
             low_rank, own_scale = weights[component][path], _trained_scale(layer)
@@ -168,6 +166,13 @@ def load_into_(modules: Mapping[str, nn.Module], weights: AdapterWeights) -> Non
             for parameter, value in zip(_factors(layer), values, strict=True):
                 if parameter is not None and value is not None:
                     parameter.data.copy_(value.reshape(parameter.shape))
+
+
+def require_fit(modules: Mapping[str, nn.Module], weights: AdapterWeights, name: str = "The adapter") -> None:
+    """Raises ModelError, naming the faults, when `weights` are not exactly those of the injected adapter."""
+    faults = _load_faults(modules, weights)
+    if faults:
+        raise ModelError(f"{name} does not fit: " + " ".join(faults))
 
 
 def state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 _SHARED_BRANDS = (b"mif1", b"msf1")
 """ISO base media brands (bytes 8 to 12 of the file): of HEIC alone, and of HEIC or AVIF."""
 _ORIENTATION = 0x0112
+_MIDDLE_GREY = 128
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -92,6 +93,18 @@ def orientation(image: Image.Image) -> int:
     except Exception:  # As in `opened`.
         return 1
     return value if value in _TURNS else 1
+
+
+def missing_share(image: Image.Image) -> float:
+    """Share of a decoded JPEG's rows, from the bottom, for which its data did not suffice; 0 for other formats.
+
+    libjpeg fills them with middle grey and says nothing (libjpeg-turbo jdhuff.c, "insufficient_data").
+    """
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
+        return 0.0
+    values = np.asarray(image)
+    is_drawn = (values != _MIDDLE_GREY).reshape(len(values), -1).any(axis=1)
+    return 1.0 if not is_drawn.any() else int(is_drawn[::-1].argmax()) / len(values)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -72,11 +72,11 @@ class _Listing:
     folders: list[Fault] = field(default_factory=list)
 
 
-def find(folder: Path, *, max_megapixels: float, captions: bool = True, min_side_px: int = 0) -> Found:
+def find(folder: Path, *, max_megapixels: float, captions: bool = True) -> Found:
     """All pictures directly in `folder`, each decoded once to prove that it can be.
 
     Left out: what cannot be read, has too many pixels, or has a caption file that cannot be read. Warned about:
-    duplicates, pictures with a side below `min_side_px`, long or empty captions, animations, sub-folders with pictures.
+    duplicates, long or empty captions, animations, sub-folders with pictures, JPEGs that seem to end early.
     Raises DataError if there is no such folder or no usable picture in it.
     """
     listing = _list(folder)
@@ -95,7 +95,7 @@ def find(folder: Path, *, max_megapixels: float, captions: bool = True, min_side
             continue
         pictures.append(Picture(path, sha256, *size, caption))
         looks.append(seen)
-        remarks += [Fault(path, note) for note in [*noted, *_too_small(size, min_side_px)]]
+        remarks += [Fault(path, note) for note in noted]
         remarks += [Fault(blamed, note) for note in caption_notes]
     if not pictures:
         raise DataError(_nothing(folder, left_out + listing.folders))
@@ -201,12 +201,6 @@ def _nothing(folder: Path, faults: Sequence[Fault]) -> str:
     seen = "it is empty" if not faults else "there is:\n" + "\n".join(f"  {fault}" for fault in faults[:5])
     more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
     return f"no usable picture in {folder}; {seen}{more}\nPut 3 or more pictures there: {TAKEN}."
-
-
-def _too_small(size: tuple[int, int], min_side_px: int) -> list[str]:
-    if min(size) >= min_side_px:
-        return []
-    return [f"has {size[0]}×{size[1]} pixels, a side below {min_side_px}: it will be enlarged and look soft."]
 
 
 def _caption(path: Path, picture_path: Path) -> tuple[str | None, list[str]]:

@@ -29,10 +29,20 @@ import numpy as np
 from PIL import Image
 
 from lora_booth import systems
-from lora_booth.data.decode import MAX_FILE_BYTES, Unusable, file_bytes, opened, orientation, upright_rgb
+from lora_booth.data.decode import (
+    MAX_FILE_BYTES,
+    Unusable,
+    file_bytes,
+    missing_share,
+    opened,
+    orientation,
+    upright_rgb,
+)
 from lora_booth.data.duplicates import Look, look
 from lora_booth.errors import DataError
 
+MIN_MISSING_SHARE = 0.1
+"""Of a picture's rows, from which on it is told; less may be a grey that somebody painted."""
 MAX_SECONDS = 30.0
 """For one file. The largest allowed photograph takes about 2 s; a JPEG can be made that takes hours."""
 MAX_BYTES = 4 * 2**30
@@ -193,6 +203,7 @@ def _inspect(path: Path, max_megapixels: float) -> tuple[dict[str, Any], bytes]:
         warnings.simplefilter("always")
         image = opened(data, path)
         width, height = image.size
+        image_size = f"{width}×{height}"
         if width * height > max_megapixels * 1e6:
             raise Unusable(
                 f"has {width * height / 1e6:.1f} megapixels ({width}×{height}), above the limit of {max_megapixels:g}; "
@@ -201,9 +212,13 @@ def _inspect(path: Path, max_megapixels: float) -> tuple[dict[str, Any], bytes]:
         is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
         image.draft(None, (64, 64))
         upright = upright_rgb(image)
+        missing = missing_share(image)
         if orientation(image) >= 5:
             width, height = height, width
     notes = ["is animated; its first frame is used."] if is_animated else []
+    if missing >= MIN_MISSING_SHARE:
+        told = f"{missing:.0%} of the {image_size} pixels that its header names"
+        notes.append(f"ends early: {told} are missing and would be trained on as grey; copy it again, or remove it.")
     said = {str(w.message).strip(" .") for w in caught if not issubclass(w.category, Image.DecompressionBombWarning)}
     notes += [
         f"is used, but its file is not quite right ({words}); save it again to be sure." for words in sorted(said)
