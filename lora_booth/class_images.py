@@ -36,6 +36,7 @@ class ClassImage:
     number: int
     prompt: str
     bucket: Bucket
+    seed: str
 
     @property
     def name(self) -> str:
@@ -68,13 +69,14 @@ def wanted(
     sizes: Sequence[Bucket],
     *,
     fingerprint: str,
+    made_by: Sequence[str | int],
     root: Path,
     about: Mapping[str, str] | None = None,
 ) -> list[ClassImage]:
     """The `prior.num_images` class images of a run: `prompts` in turn, at the instance images' `sizes` in turn.
 
-    Place and seed of an image follow from base, prompt, size, sampler and its number among its like. So runs that ask
-    for the same share it, and asking for more later keeps those that exist.
+    The seed of an image follows from base, prompt, size, sampler and its number among its like, its place also from
+    what it is `made_by`. So runs that ask for the same share it, and asking for more later keeps those that exist.
     """
     counts: Counter[str] = Counter()
     caches: dict[str, TensorCache] = {}
@@ -84,10 +86,31 @@ def wanted(
         settings = (prior.sampler, prior.sampler_steps, prior.guidance_scale)
         group = key("class image", fingerprint, prompt, bucket.width_px, bucket.height_px, *settings)[:24]
         if group not in caches:
-            caches[group] = TensorCache(root / group, about)
-        images.append(ClassImage(caches[group], counts[group], prompt, bucket))
+            caches[group] = TensorCache(root / key("class image", group, *made_by)[:24], about)
+        images.append(
+            ClassImage(caches[group], counts[group], prompt, bucket, f"class image {group} {counts[group]:05d}")
+        )
         counts[group] += 1
     return images
+
+
+def most_together(config: Config) -> int:
+    """Class images that a run draws together unless it has begun with fewer: `PICTURES_AT_ONCE`, halved until the
+    config allows it.
+
+    More would be faster on a large card, but then what is drawn would depend on its free memory.
+    """
+    together = PICTURES_AT_ONCE
+    while together > (config.memory.pictures_at_once or PICTURES_AT_ONCE):
+        together //= 2
+    return together
+
+
+def made_by(family: Family, config: Config, together: int) -> tuple[str | int, ...]:
+    """All that class images depend on besides base, prompt, size, sampler and seed: number type, kind of device, noise
+    schedule, and how many are drawn `together`, because a device rounds by it."""
+    dtype = next(family.denoiser.parameters()).dtype
+    return (str(dtype), family.device.type, int(config.objective.zero_terminal_snr), together)
 
 
 def draw_missing(
@@ -96,6 +119,7 @@ def draw_missing(
     config: Config,
     prompts: Mapping[str, Conditioning],
     *,
+    together: int,
     report: Report,
     stop: StopRequest,
 ) -> tuple[dict[str, Tensor], int]:
@@ -104,25 +128,24 @@ def draw_missing(
 
     `prompts` holds the conditioning of every image's prompt and of "". Images of one prompt and size are drawn in
     the same company whether they are drawn for the first time or again after a kill, because a device may round by it.
-    Raises Interrupted between two steps of the solver; what was being drawn then is drawn again.
+    Raises Interrupted between two steps of the solver; what was being drawn then is drawn again. Raises what the
+    device raises when its memory does not suffice for so many `together`.
     """
-    at_once, done = config.memory.pictures_at_once or PICTURES_AT_ONCE, 0
+    done = 0
     found = {image.name: image.latents() for image in images}
     latents_of = {name: latents for name, latents in found.items() if latents is not None}
     missing = found.keys() - latents_of.keys()
     for path in (path for cache in {id(i.cache): i.cache for i in images}.values() for path in cache.damaged):
         report.warn(f"{path} was damaged; its class image is drawn again.")
-    for company in _companies(images, at_once):
+    for company in _companies(images, together):
         if missing.isdisjoint(image.name for image in company):
             continue
-        sampling = _sampling(config, company[0].bucket, at_once, stop)
-        seeds = [f"class image {image.cache.folder.name} {image.number:05d}" for image in company]
+        sampling = _sampling(config, company[0].bucket, together, stop)
+        seeds = [image.seed for image in company]
         conditioning = [prompts[company[0].prompt]] * len(company)
-        rest = company
         for latents in sample(family, conditioning, prompts[""], sampling, seeds=seeds):
-            together, rest = rest[: len(latents)], rest[len(latents) :]
-            pictures = decode(family, latents, sampling, seeds=[image.name for image in together])
-            for image, row, picture in zip(together, latents, pictures, strict=True):
+            pictures = decode(family, latents, sampling, seeds=[image.name for image in company])
+            for image, row, picture in zip(company, latents, pictures, strict=True):
                 if image.name in missing:
                     latents_of[image.name] = image.save(picture, row)
                     done += 1
@@ -130,22 +153,23 @@ def draw_missing(
     return latents_of, done
 
 
-def _companies(images: Sequence[ClassImage], at_once: int) -> list[list[ClassImage]]:
-    """`images` of one prompt and size, `at_once` together."""
+def _companies(images: Sequence[ClassImage], together: int) -> list[list[ClassImage]]:
+    """`images` of one prompt and size, so many `together`."""
     alike: dict[tuple[str, Bucket], list[ClassImage]] = {}
     for image in images:
         alike.setdefault((image.prompt, image.bucket), []).append(image)
-    return [group[i : i + at_once] for group in alike.values() for i in range(0, len(group), at_once)]
+    return [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
 
 
-def _sampling(config: Config, bucket: Bucket, at_once: int, stop: StopRequest) -> Sampling:
+def _sampling(config: Config, bucket: Bucket, together: int, stop: StopRequest) -> Sampling:
     return Sampling(
         width_px=bucket.width_px,
         height_px=bucket.height_px,
         sampler=config.prior.sampler,
         sampler_steps=config.prior.sampler_steps,
         guidance_scale=config.prior.guidance_scale,
-        batch_size=at_once,
+        batch_size=together,
+        is_divisible=False,
         is_tiled=bool(config.memory.tiled_decoding),
         is_denoiser_aside=bool(config.memory.denoiser_aside),
         on_step=lambda: stop.check(STOPPED),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lora_booth import families, optim
 from lora_booth.adapter import inject
 from lora_booth.batch import Batch, sample_losses
+from lora_booth.class_images import most_together
 from lora_booth.config import Config
 from lora_booth.data.batches import VALIDATION_QUANTILES
 from lora_booth.data.buckets import Bucket
@@ -62,7 +63,7 @@ def needed_gib(phases: Iterable[Phase]) -> float:
 
 def class_images_at_once(config: Config) -> int:
     """Class images that are drawn together."""
-    return min(config.memory.pictures_at_once or PICTURES_AT_ONCE, config.prior.num_images)
+    return min(most_together(config), config.prior.num_images)
 
 
 def previews_at_once(config: Config) -> int:
@@ -162,7 +163,8 @@ class Modules:
         """The moment of "prepare" in which the base draws class images."""
         held, bucket = self._before_training(config), bucket or self.square(config)
         with inject.disabled(self.adapted):
-            return Phase("prepare", self._drawing(config, held, class_images_at_once(config), bucket, "base"))
+            rows = class_images_at_once(config) * (2 if config.prior.guidance_scale > 1 else 1)
+            return Phase("prepare", self._drawing(config, held, class_images_at_once(config), rows, bucket, "base"))
 
     def _before_training(self, config: Config) -> dict[str, int]:
         """What lies on the device once the prompts are encoded."""
@@ -186,7 +188,9 @@ class Modules:
     def draw(self, config: Config, bucket: Bucket | None) -> Phase:
         """The phase "draw": previews through the adapter."""
         held = self._lasting(config, bucket) | {"VAE": self._vae_bytes()}
-        return Phase("draw", self._drawing(config, held, previews_at_once(config), self.square(config), "adapted"))
+        rows = previews_at_once(config) * (2 if config.preview.guidance_scale > 1 else 1)
+        square = self.square(config)
+        return Phase("draw", self._drawing(config, held, previews_at_once(config), rows, square, "adapted"))
 
     def step(self, config: Config, bucket: Bucket | None) -> Phase:
         """The phase "train": one micro-step."""
@@ -253,13 +257,11 @@ class Modules:
         return held_bytes(tensors_of([self.vae.module]))
 
     def _drawing(
-        self, config: Config, held: Mapping[str, int], together: int, bucket: Bucket, denoiser: str
+        self, config: Config, held: Mapping[str, int], together: int, rows: int, bucket: Bucket, denoiser: str
     ) -> dict[str, int]:
         """The fuller moment of denoising and decoding `together` pictures beside what is `held`, with the `denoiser`
-        "adapted" or of the "base"."""
+        "adapted" or of the "base"; `rows`: of a pass, both halves of guidance in one."""
         decoding = self._without_denoiser(config, held) | {"decoding": self._decoding(config, together, bucket).peak}
-        scales = (config.prior.guidance_scale, config.preview.guidance_scale)
-        rows = together * (2 if max(scales) > 1 else 1)  # both halves of guidance go in one pass
         denoising = {**held, "denoising": rows * self._row_bytes(config, bucket, denoiser)}
         return max(decoding, denoising, key=lambda parts: sum(parts.values()))
 

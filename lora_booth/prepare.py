@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_booth import class_images
+from lora_booth import class_images, devices
 from lora_booth.class_images import ClassImage
 from lora_booth.config import Config
 from lora_booth.data import cached, images
@@ -24,6 +24,7 @@ from lora_booth.data.buckets import Crop, assign
 from lora_booth.data.cache import TensorCache, latent_key, prompt_key, require_finite
 from lora_booth.data.images import Picture
 from lora_booth.data.sheet import contact_sheet
+from lora_booth.errors import lacks_memory
 from lora_booth.families.base import Conditioning, Family
 from lora_booth.families.sampling import denoiser_aside
 from lora_booth.families.sources import is_local
@@ -44,7 +45,7 @@ class Moments:
 class Prepared:
     """What the loop trains on. `latents` by latent key; `prompts`: one row each by prompt, under the untrained base.
 
-    `drawing_seconds`: what it took to draw class images.
+    `drawing_seconds`: what it took to draw class images; `drawn_together`: how many at once.
     """
 
     order: Order
@@ -52,6 +53,7 @@ class Prepared:
     latents: Mapping[str, Moments]
     prompts: Mapping[str, Conditioning]
     drawing_seconds: float
+    drawn_together: int
 
 
 @dataclass(frozen=True)
@@ -76,21 +78,33 @@ def sheet(config: Config, pictures: Pictures) -> Image.Image:
     return contact_sheet(shown, title="What the model will see")
 
 
-def prepare(config: Config, family: Family, pictures: Pictures, *, report: Report, stop: StopRequest) -> Prepared:
+def prepare(
+    config: Config,
+    family: Family,
+    pictures: Pictures,
+    *,
+    report: Report,
+    stop: StopRequest,
+    together: int | None = None,
+) -> Prepared:
     """Encode all prompts, draw missing class images, and encode all pictures.
 
+    `together`: how many class images the run has begun to draw at once; by default as many as the config allows, fewer
+    where memory does not suffice.
     `config` is resolved. Text encoders that are not trained are released as soon as the prompts are encoded; afterwards
     training does not need the VAE either. Raises Interrupted between two images, NumericError naming a picture whose
     latents are not finite.
     """
     root, run_folder = cached.folder_of(config), config.run.folder or Path("runs") / config.name
     with cached.in_use(root, run_folder=run_folder, base=_about(config, family)["base"]):
-        prepared = _prepare(config, family, pictures, report=report, stop=stop)
+        prepared = _prepare(config, family, pictures, together, report=report, stop=stop)
     cached.trim(root, config.run.cache_limit_gib * 2**30, lambda text: report.event("cache", text))
     return prepared
 
 
-def _prepare(config: Config, family: Family, pictures: Pictures, *, report: Report, stop: StopRequest) -> Prepared:
+def _prepare(
+    config: Config, family: Family, pictures: Pictures, together: int | None, *, report: Report, stop: StopRequest
+) -> Prepared:
     is_aside = bool(config.memory.denoiser_aside)
     with denoiser_aside(family, is_wanted=is_aside):
         prompts = encode_prompts(config, family, prompts_of(config, pictures), report)
@@ -101,7 +115,8 @@ def _prepare(config: Config, family: Family, pictures: Pictures, *, report: Repo
     held_out = _instances(config, pictures.held_out.pictures if pictures.held_out else (), is_flipped=False)
     _touch(config, family, [*instances, *mirrored, *held_out])  # nobody clears it while class images are drawn
     began = time.perf_counter()
-    classes, drawn = _classes(config, family, pictures, instances, prompts, report=report, stop=stop)
+    found = _classes(config, family, pictures, instances, prompts, together, report=report, stop=stop)
+    classes, drawn, drawn_together = found
     drawing_seconds = time.perf_counter() - began
 
     everything = [*instances, *mirrored, *classes, *held_out]
@@ -125,7 +140,7 @@ def _prepare(config: Config, family: Family, pictures: Pictures, *, report: Repo
         config.train.seed,
     )
     validation = items[num_trained:] or items[: len(instances)]
-    return Prepared(order, tuple(validation), latents, prompts, drawing_seconds)
+    return Prepared(order, tuple(validation), latents, prompts, drawing_seconds, drawn_together)
 
 
 @torch.no_grad()
@@ -158,26 +173,39 @@ def _classes(
     pictures: Pictures,
     instances: Sequence[_Image],
     prompts: Mapping[str, Conditioning],
+    begun_with: int | None,
     **listeners: Any,
-) -> tuple[list[_Image], dict[str, Tensor]]:
+) -> tuple[list[_Image], dict[str, Tensor], int]:
     """Class images: none without a prior, the user's own in the instance buckets, or drawn by the base, whose latents
-    come with them by name."""
+    come with them by name; and how many were drawn together in the end. `begun_with`: as `prepare` has `together`."""
+    together = begun_with or class_images.most_together(config)
     if not config.has_prior:
-        return [], {}
+        return [], {}, together
     templates = [config.fill(template) for template in config.prior.prompts]
     sizes = [image.crop.bucket for image in instances]
     if pictures.classes is not None:
         own = pictures.classes.pictures
         texts = [config.fill(p.caption) if p.caption else templates[i % len(templates)] for i, p in enumerate(own)]
         crops = [assign(p.width_px, p.height_px, sorted(set(sizes))) for p in own]
-        return [_Image("class", *row) for row in zip(own, crops, texts, strict=True)], {}
-    root, about = cached.folder_of(config) / "class_images", _about(config, family)
-    wanted = class_images.wanted(config.prior, templates, sizes, fingerprint=family.fingerprint, root=root, about=about)
-    latents, count = class_images.draw_missing(wanted, family, config, prompts, **listeners)
-    text = f"{len(wanted)} class images, {count} of them new, in {root}"
+        return [_Image("class", *row) for row in zip(own, crops, texts, strict=True)], {}, together
+    places = {"root": cached.folder_of(config) / "class_images", "about": _about(config, family)}
+    while True:
+        made_by, fingerprint = class_images.made_by(family, config, together), family.fingerprint
+        made = {"fingerprint": fingerprint, "made_by": made_by}
+        wanted = class_images.wanted(config.prior, templates, sizes, **made, **places)
+        try:
+            latents, count = class_images.draw_missing(wanted, family, config, prompts, together=together, **listeners)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if together == 1 or begun_with is not None or not lacks_memory(error):
+                raise
+        devices.empty_cache(family.device)
+        together //= 2  # all of them: fewer together are other pictures, up to rounding
+    text = f"{len(wanted)} class images, {count} of them new, in {places['root']}"
     listeners["report"].event("class_images", text, drawn=count)
     crops = [assign(image.bucket.width_px, image.bucket.height_px, [image.bucket]) for image in wanted]
-    return [_Image("class", image, crop, image.prompt) for image, crop in zip(wanted, crops, strict=True)], latents
+    found = [_Image("class", image, crop, image.prompt) for image, crop in zip(wanted, crops, strict=True)]
+    return found, latents, together
 
 
 def _encode(

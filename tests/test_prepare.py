@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ SQUARE, WIDE = Bucket(32, 32), Bucket(48, 32)
 
 def wanted(count: int = 6, root: Path = Path("root"), fingerprint: str = "f") -> list[class_images.ClassImage]:
     prior = PriorConfig(num_images=count, sampler_steps=2, sampler="ddim")
-    return class_images.wanted(prior, ["a dog", "a cat"], [SQUARE, WIDE, SQUARE], fingerprint=fingerprint, root=root)
+    made = {"fingerprint": fingerprint, "made_by": (), "root": root}
+    return class_images.wanted(prior, ["a dog", "a cat"], [SQUARE, WIDE, SQUARE], **made)  # type: ignore[arg-type]
 
 
 def test_class_images_follow_the_instance_sizes_and_take_prompts_in_turn() -> None:
@@ -62,7 +64,7 @@ def test_an_interrupted_drawing_goes_on_where_it_was_and_gives_the_same_bytes(
 ) -> None:
     config = make_config(memory={"pictures_at_once": 2})
     straight, interrupted = wanted(8, tmp_path / "a"), wanted(8, tmp_path / "b")
-    everything = {"report": Silent(), "stop": StopRequest()}
+    everything = {"together": 2, "report": Silent(), "stop": StopRequest()}
     assert class_images.draw_missing(straight, family, config, prompts, **everything)[1] == 8
 
     class Killed(Silent):
@@ -71,7 +73,7 @@ def test_an_interrupted_drawing_goes_on_where_it_was_and_gives_the_same_bytes(
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        class_images.draw_missing(interrupted, family, config, prompts, report=Killed(), stop=StopRequest())
+        class_images.draw_missing(interrupted, family, config, prompts, together=2, report=Killed(), stop=StopRequest())
     assert sum(image.path.exists() for image in interrupted) == 4
     rows: list[int] = []
     family.denoiser.register_forward_pre_hook(lambda _, words: rows.append(len(words[0])))
@@ -89,7 +91,7 @@ def test_a_stop_is_heeded_between_two_steps_of_the_solver(
     stop.signal_number = 15
     images = wanted(2, tmp_path)
     with pytest.raises(Interrupted):
-        class_images.draw_missing(images, family, make_config(), prompts, report=Silent(), stop=stop)
+        class_images.draw_missing(images, family, make_config(), prompts, together=4, report=Silent(), stop=stop)
     assert not any(image.path.exists() for image in images)
 
 
@@ -97,7 +99,7 @@ def test_a_picture_without_its_latents_or_with_damaged_ones_is_drawn_again(
     family: Family, prompts: Prompts, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     recorder, config = Recorder(), make_config()
-    listeners = {"report": recorder, "stop": StopRequest()}
+    listeners = {"together": 4, "report": recorder, "stop": StopRequest()}
     assert class_images.draw_missing(wanted(4, tmp_path), family, config, prompts, **listeners)[1] == 4
     first, second, third, _ = wanted(4, tmp_path)
     files = [image.path.with_suffix(".safetensors") for image in (first, second)]
@@ -221,3 +223,49 @@ def test_a_damaged_cache_file_is_told_and_made_again(make_config: MakeConfig, tm
     prepare.prepare(config, family, pictures, report=recorder, stop=StopRequest())
     assert any(victim.name in text for text in recorder.warnings)
     assert victim.read_bytes() == good
+
+
+@pytest.mark.parametrize(("at_once", "together"), [(None, 4), (8, 4), (4, 4), (3, 2), (2, 2), (1, 1)])
+def test_more_memory_does_not_draw_more_class_images_together(
+    at_once: int | None, together: int, make_config: MakeConfig
+) -> None:
+    assert class_images.most_together(make_config(memory={"pictures_at_once": at_once})) == together
+
+
+def test_class_images_of_another_type_schedule_or_company_are_others(
+    make_config: MakeConfig, bases: dict[str, Path]
+) -> None:
+    base = ModelConfig(base=str(bases["sd2"]))
+    single, half = (families.load(base, device="cpu", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    plain, rescaled = make_config("sd2"), make_config("sd2", objective={"zero_terminal_snr": True})
+    kinds = [(single, plain, 4), (half, plain, 4), (single, rescaled, 4), (single, plain, 2)]
+    assert len({class_images.made_by(*kind) for kind in kinds}) == len(kinds)
+    more = make_config("sd2", memory={"pictures_at_once": 8})
+    assert class_images.made_by(single, more, 4) == class_images.made_by(single, plain, 4)
+
+
+def test_a_run_stays_with_the_company_that_it_drew_class_images_in(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(run={"cache": tmp_path / "cache"}, prior={"num_images": 4})
+    family = families.load(config.model, device="cpu", dtype=torch.float32)
+    pictures = subject.find_pictures(config, Silent())
+    honest = type(family.denoiser).forward
+
+    def full(self: object, sample: torch.Tensor, *arguments: object, **settings: object) -> object:
+        if len(sample) > 4:
+            raise torch.OutOfMemoryError("full")
+        return honest(self, sample, *arguments, **settings)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as narrow:
+        narrow.setattr(type(family.denoiser), "forward", full)
+        first = prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest())
+    assert first.drawn_together == 2
+    family = families.load(config.model, device="cpu", dtype=torch.float32)
+    again = prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest(), together=2)
+    assert [item.latent_key for item in again.order.classes] == [item.latent_key for item in first.order.classes]
+    monkeypatch.setattr(type(family.denoiser), "forward", full)
+    shutil.rmtree(tmp_path / "cache")
+    family = families.load(config.model, device="cpu", dtype=torch.float32)
+    with pytest.raises(torch.OutOfMemoryError):  # other pictures than the run began with would be another run
+        prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest(), together=4)

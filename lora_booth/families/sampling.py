@@ -30,7 +30,8 @@ def concatenate(rows: Sequence[Conditioning]) -> Conditioning:
 class Sampling:
     """How pictures are drawn. `sampler`: a key of `schedules.solver`; `sampler_steps`: denoiser calls per picture.
 
-    `batch_size`: pictures that are denoised together; `is_tiled`: large ones are decoded in overlapping tiles;
+    `batch_size`: pictures that are denoised together, fewer where memory does not suffice and they are
+    `is_divisible`; `is_tiled`: large ones are decoded in overlapping tiles;
     `is_denoiser_aside`: without the denoiser on the device; `on_step`: called after each step of the solver, may raise.
     """
 
@@ -40,6 +41,7 @@ class Sampling:
     sampler_steps: int
     guidance_scale: float
     batch_size: int = PICTURES_AT_ONCE
+    is_divisible: bool = True
     is_tiled: bool = False
     is_denoiser_aside: bool = False
     on_step: Callable[[], None] = lambda: None
@@ -112,7 +114,7 @@ def sample(
 
     while start < len(prompts):
         rows = slice(start, min(start + batch_size, len(prompts)))
-        latents = _unless_too_large(denoise, rows, family.device)
+        latents = _unless_too_large(denoise, rows, family.device) if sampling.is_divisible else denoise(rows)
         if latents is None:
             batch_size = (rows.stop - start) // 2
             continue
