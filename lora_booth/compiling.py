@@ -79,21 +79,23 @@ def pays(s: Session, start: int) -> bool:
     left, passes, scale = train.steps - start, *_passes(s, start)
     path, key = folder_of(s.config) / TRIALS, _key(s, passes)
     known = _known(path)
-    if left < 1 or (key in known and known[key].steps_to_pay >= left):
+    is_open = left >= 1 and not (key in known and known[key].steps_to_pay >= left)
+    if not _says_main(s, is_open):
         return False
     loop.set_training_(s, True)
     _round(s, passes)  # kernels are loaded
     eager_s, expected = _best_round(s, passes)
     guess = Trial(eager_s * scale, eager_s * scale * (1 - ASSUMED_SAVING), ASSUMED_S)
-    if known.get(key, guess).steps_to_pay >= left:
+    if not _says_main(s, known.get(key, guess).steps_to_pay < left):
         return False
     s.report.event("compiling", "compiling the denoiser's blocks, once, for a minute or so")
+    has_failed = False
     try:
         compiling_s, compiled_s = _compile(s, passes, expected)
     except Exception as error:  # of a compiler, on code that it has never seen: anything may come
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:MAX_REASON_CHARACTERS]
         s.report.warn(f"compiling failed ({reason}); the run goes on without. Delete {path} to have it tried again.")
-        compiling_s, compiled_s = 0.0, eager_s
+        compiling_s, compiled_s, has_failed = 0.0, eager_s, True
         for parameter in s.parameters:
             parameter.grad = None
     trial = Trial(eager_s * scale, compiled_s * scale, compiling_s)
@@ -104,7 +106,21 @@ def pays(s: Session, start: int) -> bool:
             s.report.warn(f"what the trial has measured is not kept: {error}")
     if compiling_s:
         s.report.event("compiled", _told(trial, left), **asdict(trial))
-    return trial.compiled_s < trial.eager_s
+    is_faster = _says_main(s, trial.compiled_s < trial.eager_s)
+    return is_faster and not _count(s, has_failed)
+
+
+def _says_main(s: Session, value: bool) -> bool:
+    """What the main process says: processes that decide by their own clocks and files would compute different sums."""
+    return bool(_count(s, value and s.accelerator.is_main_process))
+
+
+def _count(s: Session, value: bool) -> int:
+    """Of how many processes `value` is true."""
+    if s.accelerator.num_processes == 1:
+        return int(value)
+    counted = s.accelerator.reduce(torch.tensor([float(value)], device=s.accelerator.device), "sum")
+    return round(float(counted[0]))
 
 
 def _compile(s: Session, passes: Sequence[MicroStep], expected: Tensor) -> tuple[float, float]:

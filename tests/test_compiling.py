@@ -259,3 +259,31 @@ def test_compiling_without_a_compiler_says_what_to_do(
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match=r"neither g\+\+ nor clang\+\+ is installed; .* train.compile = false"):
         train.train(make_config(train={"compile": True}))
+
+
+class Process:
+    """One of two processes that share a sum: `others` is what the other one adds."""
+
+    num_processes, process_index, device = 2, 0, torch.device("cpu")
+
+    def __init__(self, is_main: bool, others: list[float]) -> None:
+        self.is_main_process, self.others = is_main, others
+
+    def reduce(self, tensor: torch.Tensor, _: str) -> torch.Tensor:
+        return tensor + self.others.pop(0)
+
+
+def test_of_several_processes_the_main_one_decides_by_its_clock(bench: Bench) -> None:
+    s, _, compiled = bench
+    for main_says in (True, False):  # this one, which is slow, would compile
+        shared = replace(s, accelerator=Process(False, [1.0, 1.0, float(main_says), 0.0]))  # type: ignore[arg-type]
+        assert compiling.pays(shared, 0) == main_says
+        assert compiled.pop() == "compiled"
+    assert not compiling.pays(replace(s, accelerator=Process(False, [0.0])), 0)  # type: ignore[arg-type]
+    assert not compiled
+
+
+def test_where_the_compiler_fails_in_one_process_none_goes_on_compiled(bench: Bench) -> None:
+    s, _, _ = bench
+    shared = replace(s, accelerator=Process(True, [0.0, 0.0, 0.0, 1.0]))  # type: ignore[arg-type]
+    assert not compiling.pays(shared, 0)
