@@ -47,12 +47,14 @@ def export(
     cover: Annotated[Path | None, typer.Option(help="A picture made with the adapter, for the cards of UIs.")] = None,
     base: Annotated[str | None, typer.Option(help="The base; needed for DoRA's portable form.")] = None,
     leave_out: LeaveOut = "",
+    step: Annotated[str | None, typer.Option(help="Of a run folder: which checkpoint, best, last or a number.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write an adapter in other formats, and tell what each program will do with it and where to put it.
 
     lora-booth export runs/sks_dog/sks_dog_diffusers.safetensors --out for_comfyui --format kohya
+    lora-booth export runs/sks_dog --step best
     """
     from lora_booth.deliver import convert
 
@@ -67,6 +69,7 @@ def export(
             cover=cover,
             base=base,
             leave_out=_words(leave_out),
+            step=step,
             report=report,
         )
 

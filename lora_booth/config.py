@@ -11,10 +11,11 @@ second only how.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 BASE_ALIASES = {
     "booth-mini": (),
@@ -36,7 +37,16 @@ TARGET_PRESETS = (
 MAX_PATTERNS = 2000
 """SDXL has 964 layers that can be adapted, text encoders included; of each a pattern of its own is enough."""
 
-FilePath = Annotated[Path, Field(strict=False)]
+
+def _from_home(path: Path) -> Path:
+    """`path` with a leading "~" as the user's home; as it is where nobody's home is known."""
+    with suppress(RuntimeError):
+        return path.expanduser()
+    return path
+
+
+FilePath = Annotated[Path, Field(strict=False), AfterValidator(_from_home)]
+BaseName = Annotated[str, AfterValidator(lambda name: str(_from_home(Path(name))) if name.startswith("~") else name)]
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, bool) else value)]
 """From 0 to 1; false and true are its ends."""
@@ -55,7 +65,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """[model] — the frozen base that the adapter is trained on."""
 
-    base: str = Field(
+    base: BaseName = Field(
         min_length=1,
         description="Hub id, diffusers folder, single-file .safetensors checkpoint, or one of: "
         + ", ".join(BASE_ALIASES),

@@ -27,6 +27,10 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """
     values = _read_toml(path) if path is not None else {}
     faults = _apply_(values, overrides)
+    if path is not None and path.name == "config.toml" and (path.parent / "inputs.json").is_file():
+        run = values.setdefault("run", {})  # of a run, which lies where it lies
+        if isinstance(run, dict):
+            run.setdefault("folder", str(path.parent))
     return build(values, source=str(path) if path is not None else "the command line", faults=faults)
 
 
@@ -58,9 +62,30 @@ def override(key: str, value: str | float) -> str:
     return f"{key}={tomli_w.dumps({'value': value}).removeprefix('value = ').rstrip()}"
 
 
-def to_toml(config: Config) -> str:
-    """The whole config as TOML that `load` takes back to an equal Config. Settings left at None are left out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+def to_toml(config: Config, *, is_kept: bool = False) -> str:
+    """The whole config as TOML that `load` takes back to an equal Config. Settings left at None are left out.
+
+    `is_kept`: for the config.toml of its own run folder, which may be moved and shown to others: that folder is not
+    named, and what lies in the user's home begins with "~".
+    """
+    values = config.model_dump(mode="json", exclude_none=True)
+    if is_kept:
+        values["run"].pop("folder", None)
+        for section, model in config:
+            for key, value in model:
+                if isinstance(value, Path) and key in values[section]:
+                    values[section][key] = _from_home(value)
+        values["model"]["base"] = (
+            _from_home(Path(config.model.base)) if Path(config.model.base).is_absolute() else config.model.base
+        )
+    return tomli_w.dumps(values)
+
+
+def _from_home(path: Path) -> str:
+    try:
+        return f"~/{path.relative_to(Path.home()).as_posix()}"
+    except (ValueError, RuntimeError):  # it lies elsewhere, or nobody's home is known
+        return str(path)
 
 
 def differing_keys(one: Config, other: Config, *, ignore: Iterable[str] = ()) -> list[str]:

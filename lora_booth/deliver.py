@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_booth import export, families, names
+from lora_booth import export, families, kept, names
 from lora_booth.adapter.decompose import approximate, tell_errors
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, find_module, uses_dora, weight_change
 from lora_booth.config_file import base_named
@@ -107,31 +107,50 @@ def convert(
     cover: Path | None = None,
     base: str | None = None,
     leave_out: Sequence[str] = (),
+    step: str | None = None,
     report: Report | None = None,
 ) -> dict[str, Path]:
     """Write the adapter in `file` in other formats or another type, with its header, and tell what programs will do.
 
+    `file` may be a run folder, or a checkpoint of one; `step`: which of its kept ones, "best", "last" or a number.
     `out` and `name`: default those of `file`; existing files are not replaced. `base`: needed for the portable form of
     DoRA, and where the file does not tell its family. `leave_out`: as in export.contents.
     Raises ConfigError, ModelError and DiskError.
     """
     report = report or Silent()
     export.require_choices(formats, dtype)
-    name = file.stem.removesuffix(SUFFIX["diffusers"]) if name is None else names.require(name, "--name")
-    read, header = export.read_all([file], leave_out, report)[0], export.read_metadata(file)
+    if name is not None:
+        names.require(name, "--name")
+    read, header, own_name, folder = _source(file, step, leave_out, report)
+    name = own_name if name is None else name
     weights, family = export.low_rank(file.name, read), _family(file, read, header, base)
     trigger = header.get("modelspec.trigger_phrase", "") if trigger is None else trigger
     fields = base_fields(family, _prediction_type(header), name) | carried(header)
     fields |= {"modelspec.title": name, "ss_output_name": name}
     fields |= {"modelspec.trigger_phrase": trigger} if trigger else {}
     picture = None if cover is None else _open(cover)
-    delivery = Delivery(out or file.parent, name, family, fields, dtype, trigger, picture)
+    delivery = Delivery(out or folder, name, family, fields, dtype, trigger, picture)
     _refuse_existing(delivery, formats, file)
     paths = write_files(delivery, forms(formats, weights, _weights_of(base, file), report), report)
     for format_name, path in paths.items():
         report.event("exported", f"{format_name} file: {path}", path=str(path))
         tell_use(path, format_name, delivery, report)
     return paths
+
+
+def _source(
+    file: Path, step: str | None, leave_out: Sequence[str], report: Report
+) -> tuple[AnyWeights, dict[str, str], str, Path]:
+    """Weights and header of `file`, or of a checkpoint of the run that it is, and what is written by default: its name
+    and folder."""
+    found = kept.find(file, step)
+    if found is not None:
+        report.event("checkpoint", found.told)
+        return {**found.weights}, found.header, found.name, found.folder
+    if step is not None:
+        raise ConfigError(f"--step {step} chooses a checkpoint of a run, but {file} is no run folder; leave it out.")
+    name = file.stem.removesuffix(SUFFIX["diffusers"])
+    return export.read_all([file], leave_out, report)[0], export.read_metadata(file), name, file.parent
 
 
 def _portable(weights: AdapterWeights, weight_of: WeightOf, report: Report) -> AdapterWeights:

@@ -101,7 +101,7 @@ def optimize(s: Session, start: int) -> None:
     step that would not be finite."""
     train, order = s.config.train, s.prepared.order
     assert train.steps is not None, "config is not resolved"
-    skipped, following = 0, _begun(micro_steps(s, start))
+    skipped, following, is_unchecked = 0, _begun(micro_steps(s, start)), True
     for step in range(start, train.steps):
         began = time.perf_counter()
         rows = order.at(step)
@@ -117,8 +117,9 @@ def optimize(s: Session, start: int) -> None:
         *losses, grad_norm = torch.cat([on_device, _reduce_and_clip_(s)[None]]).tolist()  # here it is waited for
         if math.isfinite(grad_norm):
             skipped = 0
-            if step == start:
+            if is_unchecked:  # an fp16 run may overflow in its first steps
                 _require_gradients(s)
+                is_unchecked = False
         else:
             skipped += 1
             _require_recoverable(s, step, rows, losses, skipped)

@@ -45,14 +45,13 @@ class Inputs:
     facts: BaseFacts
     pinned: Mapping[str, Any] = field(default_factory=dict)
     """Of a run that is continued: what it found when it began (`identity.py`)."""
+    continued: Mapping[str, str] = field(default_factory=dict)
+    """What `continued_adapter` gave."""
 
-    def identity(self, config: Config) -> dict[str, dict[str, str]]:
-        """What the result of `config` depends on besides its settings: digests of all that is read, by group and name.
-
-        Raises ModelError when the adapter that is continued cannot be read.
-        """
+    def identity(self) -> dict[str, dict[str, str]]:
+        """What the result depends on besides the settings: digests of all that is read, by group and name."""
         files_of_base = {"files": sources.fingerprint(self.facts.path)}
-        return {"base": files_of_base, **self.pictures.hashes(), "continued_adapter": _continued(config)}
+        return {"base": files_of_base, **self.pictures.hashes(), "continued_adapter": dict(self.continued)}
 
     def to_pin(self) -> dict[str, Any]:
         """What a run that begins now keeps, because it may mean something else later."""
@@ -77,11 +76,14 @@ def look(config: Config, report: Report, *, needs_weights: bool = True) -> Input
             f"objective.zero_terminal_snr is true, but {facts.path.name} predicts epsilon, which says nothing at pure "
             "noise; set it to false, or choose a v-prediction base."
         )
-    return Inputs(pictures, facts, pinned)
+    return Inputs(pictures, facts, pinned, continued_adapter(config))
 
 
-def _continued(config: Config) -> dict[str, str]:
-    """SHA-256 by name of the adapter that `adapter.continue_from` names, and of PEFT's config beside it."""
+def continued_adapter(config: Config) -> dict[str, str]:
+    """SHA-256 by name of the adapter that `adapter.continue_from` names, and of PEFT's config beside it.
+
+    Raises ModelError when it cannot be read.
+    """
     path = config.adapter.continue_from
     if path is None:
         return {}

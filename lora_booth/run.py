@@ -23,7 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -58,6 +58,14 @@ class Summary:
     num_parameters: int
     validation_loss: float
     seconds_of: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+    """Of the kept checkpoints the one with the lowest validation loss; what was exported is the last."""
+
+    def moved(self, place: Callable[[str], str], folder: str) -> Summary:
+        """The same in `folder`, each path as `place` has it."""
+        shown = None if self.before_and_after is None else place(self.before_and_after)
+        files = {name: place(path) for name, path in self.files.items()}
+        return replace(self, folder=folder, files=files, before_and_after=shown)
 
 
 class Run:
@@ -119,7 +127,8 @@ class Run:
         if not os.path.lexists(self.summary_path):
             return None
         remedy = "remove it, and the same command makes the end of the run again"
-        return Summary(**inputs.read_fields(self.summary_path, get_type_hints(Summary), remedy, DiskError))
+        stored = Summary(**inputs.read_fields(self.summary_path, get_type_hints(Summary), remedy, DiskError))
+        return stored.moved(lambda name: str(self.folder / name), str(self.folder))
 
     def started_at(self) -> float:
         """When the run was begun, in seconds since 1970."""
@@ -185,7 +194,8 @@ class Run:
     def finish(self, summary: Summary) -> None:
         """Write `summary`, which marks the run as finished. Raises DiskError as `append_metrics`."""
         self.require_taken()
-        files.write_text(self.summary_path, json.dumps(asdict(summary), indent=1))
+        stored = summary.moved(lambda path: Path(path).name, ".")  # the folder may be moved, and shown to others
+        files.write_text(self.summary_path, json.dumps(asdict(stored), indent=1))
 
     def save(self, checkpoint: Checkpoint, *, keep_last: int) -> Path:
         """Write `checkpoint` as a whole, then drop old ones except the last `keep_last` and the best.
@@ -269,7 +279,7 @@ class Run:
         if not config_path.exists():
             stored = {"schema": identity.SCHEMA, "started_at": time.time(), "inputs": given, "pinned": pinned}
             files.write_text(inputs_path, json.dumps(stored, indent=1))
-            files.write_text(config_path, config_file.to_toml(config))
+            files.write_text(config_path, config_file.to_toml(config, is_kept=True))
             return
         faults = config_file.differing_keys(config_file.load(config_path), config, ignore=identity.free(config))
         faults += identity.differences(self.stored()["inputs"], given)
@@ -280,7 +290,7 @@ class Run:
                 "Put the old values back to continue it, or choose a new folder with run.folder."
             )
         if not self.summary_path.exists():
-            files.write_text(config_path, config_file.to_toml(config))
+            files.write_text(config_path, config_file.to_toml(config, is_kept=True))
 
     def _checkpoint_folders(self) -> list[Path]:
         folders = (self.folder / "checkpoints").glob("step-*")

@@ -7,20 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from PIL import Image
 from torch import nn
 
-from lora_booth import compiling, deliver, devices, export, families, loop, optim, plan, prepare, preview, systems
+from lora_booth import compiling, deliver, devices, export, families, kept, loop, optim, plan, prepare, preview, systems
 from lora_booth.adapter import inject
 from lora_booth.config import Config
 from lora_booth.data.grid import labelled_grid
 from lora_booth.devices import dtype_for
-from lora_booth.errors import DeviceMemoryError, DiskError, LoraBoothError, ProcessLostError, lacks_memory
+from lora_booth.errors import DeviceMemoryError, DiskError, LoraBoothError, ModelError, ProcessLostError, lacks_memory
 from lora_booth.families.base import Family
 from lora_booth.families.identify import BaseFacts
 from lora_booth.flat import Flat
@@ -78,12 +78,11 @@ def train(
         family = _load(config, inputs.facts, device, dtype, report)
         listeners = {"report": report, "stop": stop}
         stopwatch.lap("loading")
-        with accelerator.main_process_first():  # it fills the caches, the others find them full
-            prepared = prepare.prepare(config, family, inputs.pictures, **listeners)
+        prepared = _prepared(config, family, inputs, run, accelerator, **listeners)
         stopwatch.seconds_of["class images"] = prepared.drawing_seconds
         stopwatch.lap("encoding", without="class images")
         family.move_vae("cpu")
-        adapted, parameters = _adapt(config, family)
+        adapted, parameters = _adapt(config, family, inputs)
         require_free_space(run.folder, _checkpoint_bytes(parameters) * (config.train.keep_last + 2))
         trained, optimizer = _optimizer(config, parameters, device, report)
         session = loop.Session(
@@ -128,12 +127,12 @@ def _resolved(config: Config, inputs: plan.Inputs, report: Report, device: torch
     what depends on the device stays open."""
     if plan.is_finished(config):
         return plan.filled(config, inputs)
-    config = settled(config, device)
+    config = decided(config, device)
     modules = None if plan.is_begun(config) else plan.check(config, inputs, device_type=device.type)
     return plan.resolve(config, inputs, report, free_gib=devices.free_gib(device), modules=modules)
 
 
-def settled(config: Config, device: torch.device) -> Config:
+def decided(config: Config, device: torch.device) -> Config:
     """`config` with each "auto" as what it means on `device`, so that a run stays what it is on another one."""
     dtype = devices.dtype_for(config.model.precision, device)
     name, compile = config.optimizer.name, config.train.compile
@@ -162,7 +161,7 @@ def _load(config: Config, facts: BaseFacts, device: torch.device, dtype: torch.d
 def _opened(config: Config, inputs: plan.Inputs, accelerator: Accelerator) -> Iterator[Run]:
     """The run folder, locked by the main process; what goes wrong while it is open is told plainly."""
     folder = plan.run_folder(config)
-    given = inputs.identity(config)
+    given = inputs.identity()
     run = Run.open(folder, config, given, inputs.to_pin()) if accelerator.is_main_process else Run(folder)
     try:
         with _told_plainly(config, inputs, accelerator):
@@ -194,7 +193,21 @@ def _told_plainly(config: Config, inputs: plan.Inputs, accelerator: Accelerator)
         ) from error
 
 
-def _adapt(config: Config, family: Family) -> tuple[dict[str, nn.Module], dict[str, list[nn.Parameter]]]:
+def _prepared(
+    config: Config, family: Family, inputs: plan.Inputs, run: Run, accelerator: Accelerator, **listeners: Any
+) -> prepare.Prepared:
+    """What is computed once: the main process fills the caches, the others find them full."""
+    with accelerator.main_process_first():
+        together = run.stored()["pinned"].get("class_images_together")
+        prepared = prepare.prepare(config, family, inputs.pictures, together=together, **listeners)
+        if accelerator.is_main_process:
+            run.pin("class_images_together", prepared.drawn_together)
+    return prepared
+
+
+def _adapt(
+    config: Config, family: Family, inputs: plan.Inputs
+) -> tuple[dict[str, nn.Module], dict[str, list[nn.Parameter]]]:
     """Inject the adapter, and set how the denoiser computes."""
     adapted: dict[str, nn.Module] = {"unet": family.denoiser}
     used: dict[str, int] = {}
@@ -203,6 +216,11 @@ def _adapt(config: Config, family: Family) -> tuple[dict[str, nn.Module], dict[s
         used = family.num_used_text_layers
     parameters = inject.inject_(adapted, config.adapter, seed=config.train.seed, num_used_text_layers=used)
     if config.adapter.continue_from is not None:
+        if plan.continued_adapter(config) != inputs.continued:
+            raise ModelError(
+                f"adapter.continue_from {config.adapter.continue_from} has changed since this run looked at it; run "
+                "the same command again."
+            )
         inject.load_into_(adapted, export.read(config.adapter.continue_from))
     family.prepare_denoiser_(
         gradient_checkpointing=config.train.gradient_checkpointing or 0.0,
@@ -264,6 +282,7 @@ def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
         num_parameters=sum(parameter.numel() for parameter in s.parameters),
         validation_loss=validation_loss,
         seconds_of=stopwatch.seconds_of,
+        best_step=s.run.best_step(),
     )
     if s.accelerator.is_main_process:
         s.run.finish(summary)
@@ -287,23 +306,12 @@ def _delivery(s: loop.Session, cover: Image.Image | None = None) -> deliver.Deli
 def _facts(s: loop.Session) -> export.Facts:
     order, config = s.prepared.order, s.config
     buckets: dict[tuple[int, int], int] = {}
-    for item in order.instances:
+    pictures = order.instances[: len(order.instances) // (2 if config.data.flip else 1)]  # then come the mirrored ones
+    for item in pictures:
         size = (item.geometry[5], item.geometry[4])
         buckets[size] = buckets.get(size, 0) + 1
-    packages = ("lora-booth", "torch", "diffusers", "transformers", "peft")
-    return export.Facts(
-        family=s.family.name,
-        prediction_type=s.family.schedule.prediction_type,
-        config=config,
-        steps=config.train.steps or 0,
-        num_instance_images=len(order.instances),
-        num_class_images=len(order.classes),
-        resolution_px=config.data.resolution or 0,
-        started_at=s.run.started_at(),
-        finished_at=time.time(),
-        buckets=buckets,
-        versions={name: version(name) for name in packages},
-    )
+    assert config.train.steps is not None, "config is not resolved"
+    return kept.facts_of(config, s.run.stored(), config.train.steps, buckets)
 
 
 def _draw_before_and_after(s: loop.Session) -> tuple[Path | None, Image.Image | None]:

@@ -123,7 +123,7 @@ def test_an_adapter_that_cannot_be_continued_is_told_before_anything_is_written(
 
 def test_a_picture_that_must_be_enlarged_is_told_with_its_size(make_config: MakeConfig, tmp_path: Path) -> None:
     tiny.tiny_pictures(tmp_path / "small", 3, sizes=[(20, 24), (48, 48)])
-    recorder = Recorder()
-    plan.show(make_config(subject={"images": tmp_path / "small"}), recorder)
+    recorder, config = Recorder(), make_config(subject={"images": tmp_path / "small"})
+    plan.resolve(config, plan.look(config, recorder), recorder, free_gib=None)
     told = [text for text in recorder.warnings if "enlarged" in text]
     assert [text.partition(" pixels")[0] for text in told] == ["picture_00.png has 20×24", "picture_02.png has 20×24"]

@@ -41,6 +41,7 @@ FLOORS = {
         "subject",
         "charts",
         "watchdog",
+        "kept",
         "data",
         "adapter",
         "export",

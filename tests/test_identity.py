@@ -74,8 +74,8 @@ def again(begun: Path, tmp_path: Path) -> Path:
 def resumed(config: Config) -> None:
     """As far as `train` goes before it computes anything."""
     inputs = plan.look(config, Silent())
-    resolved = plan.resolve(train.settled(config, CPU), inputs, Silent(), free_gib=None)
-    Run.open(plan.run_folder(config), resolved, inputs.identity(config), inputs.to_pin()).close()
+    resolved = plan.resolve(train.decided(config, CPU), inputs, Silent(), free_gib=None)
+    Run.open(plan.run_folder(config), resolved, inputs.identity(), inputs.to_pin()).close()
 
 
 def flip_last_byte(path: Path) -> None:
@@ -197,7 +197,7 @@ def test_what_is_auto_is_settled_before_it_is_kept(begun: Path, monkeypatch: pyt
     stored = config_file.load(begun / "run" / "config.toml")
     assert (stored.optimizer.name, stored.model.precision, stored.train.compile) == ("adamw", "fp32", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
-    cuda = train.settled(config_of(begun).with_values({"model": {"precision": "bf16"}}), torch.device("cuda"))
+    cuda = train.decided(config_of(begun).with_values({"model": {"precision": "bf16"}}), torch.device("cuda"))
     assert (cuda.optimizer.name, cuda.train.compile) == ("adamw8bit", "auto")
 
 

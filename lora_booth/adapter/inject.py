@@ -24,14 +24,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_booth.adapter import lean
+from lora_booth.adapter.numbers import ADAPTER, Numbers
 from lora_booth.adapter.weights import AdapterWeights, LowRank, plain_path
 from lora_booth.config import AdapterConfig
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.inputs import shown
 from lora_booth.patterns import Pattern
 
-ADAPTER = "default"
-"""PEFT's name of the trained adapter; diffusers' `set_adapters` knows it by this name too."""
 TEXT_ATTENTION = "text-attention"
 """The preset of every text encoder: q, k, v and out together, since A1111 merges OpenCLIP's fused attention only so."""
 
@@ -91,8 +90,9 @@ def inject_(
     Raises ModelError or ConfigError before any module is touched.
     """
     used = num_used_text_layers or {}
-    plans = {name: _plan(name, module, config, used.get(name)) for name, module in modules.items()}
-    _check_patterns(config, plans)
+    numbers = Numbers(config)
+    plans = {name: _plan(name, module, config, numbers, used.get(name)) for name, module in modules.items()}
+    _require_used(numbers)
     parameters = {}
     for component, module in modules.items():
         module.requires_grad_(False)
@@ -201,7 +201,6 @@ class _Plan:
 
     ranks: dict[str, int]
     alphas: dict[str, float]
-    used_patterns: frozenset[str]
 
 
 def _pattern(targets: str) -> Pattern:
@@ -217,32 +216,18 @@ def _is_used(name: str, num_used_layers: int | None) -> bool:
     return num_used_layers is None or layer is None or int(layer[1]) < num_used_layers
 
 
-def _plan(component: str, module: nn.Module, config: AdapterConfig, num_used_layers: int | None) -> _Plan:
+def _plan(
+    component: str, module: nn.Module, config: AdapterConfig, numbers: Numbers, num_used_layers: int | None
+) -> _Plan:
     if any(isinstance(child, LoraLayer) for child in module.modules()):
         raise ModelError(f"The {component} already has an adapter; load the base afresh before adding another.")
     targets = config.targets if component == "unet" else TEXT_ATTENTION
     names = target_modules(module, targets, num_used_layers=num_used_layers)
-    rank_patterns, alpha_patterns = _ends(config.rank_pattern), _ends(config.alpha_pattern)
-    ranks, alphas, used = {}, {}, set()
+    ranks, alphas = {}, {}
     for name in names:
-        rank_key = _first_match(rank_patterns, f"{component}.{name}")
-        alpha_key = _first_match(alpha_patterns, f"{component}.{name}")
-        used |= {key for key in (rank_key, alpha_key) if key is not None}
-        rank = config.rank if rank_key is None else config.rank_pattern[rank_key]
-        default_alpha = float(rank) if config.alpha is None else config.alpha
-        ranks[name], alphas[name] = rank, default_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
-        _check_numbers(component, name, rank, alphas[name], config.init)
-    return _Plan(ranks, alphas, frozenset(used))
-
-
-def _ends(patterns: Iterable[str]) -> dict[str, Pattern]:
-    """Each pattern's text to what matches a name or its end after a dot, as PEFT matches its patterns."""
-    return {text: Pattern(text, "adapter.rank_pattern or adapter.alpha_pattern", is_end=True) for text in patterns}
-
-
-def _first_match(patterns: Mapping[str, Pattern], name: str) -> str | None:
-    """The first key that matches `name`."""
-    return next((key for key, pattern in patterns.items() if pattern.matches(name)), None)
+        ranks[name], alphas[name] = numbers.of(f"{component}.{name}")
+        _check_numbers(component, name, ranks[name], alphas[name], config.init)
+    return _Plan(ranks, alphas)
 
 
 def _check_numbers(component: str, name: str, rank: int, alpha: float, init: str) -> None:
@@ -253,12 +238,10 @@ def _check_numbers(component: str, name: str, rank: int, alpha: float, init: str
         raise ConfigError(f'adapter rank is {rank} {where}, but adapter.init = "orthogonal" needs an even rank.')
 
 
-def _check_patterns(config: AdapterConfig, plans: Mapping[str, _Plan]) -> None:
-    used = frozenset().union(*(plan.used_patterns for plan in plans.values()))
-    unused = [key for key in (*config.rank_pattern, *config.alpha_pattern) if key not in used]
-    if unused:
+def _require_used(numbers: Numbers) -> None:
+    for unused in numbers.unused:
         raise ModelError(
-            f'adapter.rank_pattern or adapter.alpha_pattern has "{shown(unused[0])}", which matches no adapted layer. '
+            f'adapter.rank_pattern or adapter.alpha_pattern has "{shown(unused)}", which matches no adapted layer. '
             'Names look like "unet.mid_block.attentions.0.proj_in"; a part from the right, as "proj_in", suffices.'
         )
 

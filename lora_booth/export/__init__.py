@@ -21,7 +21,15 @@ from lora_booth.adapter.weights import VECTORS, AdapterWeights, AnyWeights, Dens
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.export import diffusers, kohya
 from lora_booth.export.keys import naming_of, parse
-from lora_booth.export.metadata import MAX_HEADER_BYTES, SCALES_FIELD, Facts, metadata, trigger_words, with_hashes
+from lora_booth.export.metadata import (
+    MAX_HEADER_BYTES,
+    SCALES_FIELD,
+    Facts,
+    in_order,
+    metadata,
+    trigger_words,
+    with_hashes,
+)
 from lora_booth.export.reading import LEAVABLE, gather, kept, require_no_stranger, strictly
 from lora_booth.inputs import read_object, require_plain_file, shown, why_unreadable
 from lora_booth.report import Report
@@ -69,7 +77,7 @@ class Format:
         tensors = self.to_tensors(weights, family, dtype)
         if not tensors:
             raise ModelError(f"{path.name} would be empty: the adapter has no layers.")
-        content = save(tensors, with_hashes({**metadata, **self.fields}, tensors))
+        content = in_order(save(tensors, with_hashes({**metadata, **self.fields}, tensors)))
         header = int.from_bytes(content[:8], "little")
         if header > MAX_HEADER_BYTES:
             raise ModelError(

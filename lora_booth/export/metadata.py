@@ -10,7 +10,7 @@ Every value is text. Never written: absolute paths (a path is cut to its last pa
 | ss_output_name | A1111, Forge: the name in `<lora:name:1>` |
 | ss_tag_frequency, ss_dataset_dirs, ss_training_* and the rest of ss_* | A1111's and Forge's details dialog |
 | sshs_model_hash, modelspec.hash_sha256 | A1111, Forge: "Lora hashes" in picture infos (added by `with_hashes`) |
-| lora_booth.config, lora_booth.versions | lora_booth |
+| lora_booth.config, lora_booth.identity, lora_booth.versions | lora_booth |
 
 Sources: Stability-AI/ModelSpec README; sd-scripts train_network.py and library/train_util.py (field names and formats).
 """
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config import Config
+from lora_booth.identity import settings
 
 STALE_FIELDS = (
     "modelspec.hash_sha256",
@@ -62,7 +63,9 @@ KOHYA_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
 @dataclass(frozen=True)
 class Facts:
-    """What happened in a run, as far as a file tells it. Times are seconds since 1970."""
+    """What happened in a run, as far as a file tells it. `started_at`, in seconds since 1970, is the only time in a
+    file: a run that is finished again, or exported again, gives the same bytes, and so do two runs that began in the
+    same second. `identity`: digest of all that the result depends on (`identity.py`)."""
 
     family: str
     prediction_type: Literal["epsilon", "v_prediction"]
@@ -72,7 +75,7 @@ class Facts:
     num_class_images: int
     resolution_px: int
     started_at: float
-    finished_at: float
+    identity: str
     base_sha256: str | None = None
     buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
     """(width, height) to images in it."""
@@ -135,16 +138,27 @@ def with_hashes(fields: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dic
     return {**fields, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
 
 
+def in_order(content: bytes) -> bytes:
+    """A safetensors file's bytes with the fields of its header by name: the library writes them in another order each
+    time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    fields = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items()))}
+    text = json.dumps(fields | header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data are aligned to 8 bytes, as the library has them
+    return len(text).to_bytes(8, "little") + text + content[end:]
+
+
 def trigger_words(config: Config) -> str:
     """What a prompt must say to call the subject: token and class noun."""
     return f"{config.subject.token} {config.subject.class_noun}"
 
 
 def resolved_config(config: Config) -> dict[str, Any]:
-    """The config as JSON values, every path cut to its last part."""
+    """The settings that the result depends on, as JSON values, every path cut to its last part."""
+    values = config.model_dump()
     data: dict[str, Any] = {
-        section: {key: _shown(value) for key, value in values.items()}
-        for section, values in config.model_dump().items()
+        section: {key: _shown(values[section][key]) for key in pairs} for section, pairs in settings(config).items()
     }
     data["model"]["base"] = base_name(config.model.base)
     return data
@@ -159,10 +173,10 @@ def base_name(base: str) -> str:
 
 def _modelspec(facts: Facts) -> dict[str, str]:
     config, words = facts.config, trigger_words(facts.config)
-    finished = datetime.fromtimestamp(int(facts.finished_at), UTC)
+    started = datetime.fromtimestamp(int(facts.started_at), UTC)
     fields = {
         "resolution": f"{facts.resolution_px}x{facts.resolution_px}",
-        "date": finished.strftime("%Y-%m-%dT%H:%M:%S"),
+        "date": started.strftime("%Y-%m-%dT%H:%M:%S"),
         "trigger_phrase": words,
         "usage_hint": f"Trigger word: {words}",
         "tags": config.subject.class_noun,
@@ -183,7 +197,6 @@ def _kohya_training(facts: Facts) -> dict[str, str]:
     text_rate = config.optimizer.text_encoder_learning_rate if config.adapter.text_encoder else None
     fields: dict[str, object] = {
         "training_started_at": float(facts.started_at),
-        "training_finished_at": float(facts.finished_at),
         "resolution": (facts.resolution_px, facts.resolution_px),
         "num_train_images": count,
         "num_reg_images": facts.num_class_images,
@@ -214,7 +227,8 @@ def _own(facts: Facts) -> dict[str, str]:
     text = json.dumps(resolved_config(facts.config), sort_keys=True)
     if len(text) > _MAX_CONFIG_BYTES:
         text = json.dumps({"left out": f"{len(text)} bytes; a header must stay under {MAX_HEADER_BYTES}"})
-    return {"lora_booth.config": text, "lora_booth.versions": json.dumps(dict(facts.versions))}
+    fields = {"lora_booth.config": text, "lora_booth.identity": facts.identity}
+    return fields | {"lora_booth.versions": json.dumps(dict(facts.versions))}
 
 
 def _shown(value: Any) -> Any:
