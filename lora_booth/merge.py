@@ -29,6 +29,7 @@ from lora_booth.export.rewrite import FLOATS, Layout, read_layout, rewrite
 from lora_booth.families.identify import BaseFacts, identify
 from lora_booth.families.sources import PICKLES, WEIGHT_STEMS, read_json, resolve
 from lora_booth.families.weight_names import Place, find, weight_sets
+from lora_booth.inputs import require_plain_file
 from lora_booth.report import Report, Silent
 
 QUANTISED_MARKS = (
@@ -324,6 +325,8 @@ def _write_folder(
             f"{len(left_out)} files of {base} are left out ({names}{' …' if len(left_out) > 3 else ''}): pickles, and "
             "weights that the adapters were not merged into."
         )
+    for path in kept:
+        require_plain_file(path, "remove it from the base", ModelError)
     size = sum(path.stat().st_size for path in kept)
     files.require_space(out, size)
     meter = _Meter(size, report)

@@ -166,7 +166,7 @@ def test_nothing_can_run_code_from_a_file() -> None:
 
 
 def test_the_command_line_needs_no_torch_for_help_errors_and_facts() -> None:
-    for name in ("cli", "console", "plan", "subject", "presets", "demo"):
+    for name in ("cli", "cache", "data.cached", "console", "plan", "subject", "presets", "demo"):
         _, tree = sources()[name]
         heavy = {"torch", "diffusers", "transformers", "accelerate", "peft"}
         top = {t.split(".")[0] for node in tree.body for t in imported(ast.Module([node], []))}

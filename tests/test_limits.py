@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_booth.config import ModelConfig
 from lora_booth.errors import ModelError
 from lora_booth.families import components, identify, limits, sources
 from lora_booth.inputs import MAX_BYTES
@@ -210,3 +211,22 @@ def test_a_vae_that_cannot_be_built_is_told_where_no_weights_are_needed_either(b
     change(base / "vae" / "config.json", latents_mean="x")
     with pytest.raises(ModelError, match="vae cannot be loaded"):
         components.without_weights(identify.identify(base), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["x" * 300, "~nobody-of-that-name/x", f"a/{'b' * 300}", "x" * 5000, "./" + "é" * 200, "a--b/c", "a/b.git", " "],
+)
+def test_a_word_that_is_no_base_is_told_whatever_it_is(word: str) -> None:
+    with pytest.raises(ModelError, match="is no file or folder here") as told:
+        sources.resolve(ModelConfig(base=word))
+    assert len(str(told.value)) < 300
+
+
+@pytest.mark.parametrize("suffix", ["", ".safetensors", ".ckpt"])
+def test_a_pipe_or_a_device_as_a_base_is_never_opened(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+    for name, kind in (("pipe", "a named pipe"), ("zero", "a device")):
+        with pytest.raises(ModelError, match=f"it is {kind}; name a .safetensors file"):
+            sources.resolve(ModelConfig(base=str(tmp_path / f"{name}{suffix}")))

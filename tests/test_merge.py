@@ -350,6 +350,19 @@ def test_pickles_hidden_files_and_unmerged_weights_are_left_out_and_told(
     assert recorder.tasks.keys() == {"merge MiB"}
 
 
+@pytest.mark.parametrize("kind", ["pipe", "endless", "dangling"])
+def test_what_is_no_plain_file_is_not_copied_out_of_a_base(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases["sd1"], base)
+    if kind == "pipe":
+        os.mkfifo(base / "README.md")
+    else:
+        (base / "README.md").symlink_to({"endless": "/dev/zero", "dangling": "nowhere"}[kind])
+    with pytest.raises(ModelError, match=r"README\.md cannot be read: it is .*; remove it from the base"):
+        merge_into_base(base=str(base), adapters=[(one_layer(tmp_path / "a.safetensors"), 1.0)], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_linked_files_are_copied_as_files_as_the_hubs_cache_needs(bases: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "models" / "snapshots" / "abc"
     blobs = tmp_path / "models" / "blobs"

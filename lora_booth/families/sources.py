@@ -40,6 +40,8 @@ WEIGHT_STEMS = {
 CONFIG_FOLDERS = (*WEIGHT_STEMS, "tokenizer", "tokenizer_2", "scheduler")
 SMALL_SUFFIXES = (".json", ".txt")
 AGAIN = "copy or download the base again"
+MAX_COMPARED = 200
+"""Letters of a word that is no base, when names like it are looked for."""
 BLOCK_BYTES = 64 * 1024
 BLOCKS = 64
 WHY_NO_PICKLE = (
@@ -72,7 +74,7 @@ class Weights:
 
 def is_local(config: ModelConfig) -> bool:
     """Whether `model.base` is on this machine without any download: a path, or the miniature."""
-    return config.base == "booth-mini" or (config.base not in BASE_ALIASES and Path(config.base).expanduser().exists())
+    return config.base == "booth-mini" or (config.base not in BASE_ALIASES and os.path.exists(_path(config.base)))
 
 
 def resolve(config: ModelConfig, *, needs_weights: bool = True, pinned: Found | None = None) -> Found:
@@ -90,12 +92,12 @@ def resolve(config: ModelConfig, *, needs_weights: bool = True, pinned: Found | 
         return Found(EMBEDDED)
     if is_local(config):
         _refuse_revision(config)
-        return Found(_checked_local(Path(base).expanduser()))
+        return Found(_checked_local(_path(base)))
     if not needs_weights and base in SHIPPED and config.revision is None:
         return Found(ARCHITECTURES / SHIPPED[base])
     homes, revision = BASE_ALIASES.get(base, (base,)), config.revision
     if not all(map(_is_hub_id, homes)):
-        raise ModelError(f"model.base {base!r} is no file or folder here{_nearby(base)}.")
+        raise ModelError(f'model.base "{inputs.shown(base)}" is no file or folder here{_nearby(base)}.')
     if pinned is not None and pinned.repository in homes:
         homes, revision = (pinned.repository,), pinned.revision
     faults = []
@@ -202,7 +204,8 @@ def _refuse_revision(config: ModelConfig) -> None:
 
 
 def _checked_local(path: Path) -> Path:
-    if path.is_file():
+    if not path.is_dir():
+        inputs.require_plain_file(path, "name a .safetensors file or a diffusers folder", ModelError)
         if path.suffix in PICKLES:
             raise ModelError(f"model.base {path} is a {path.suffix} file: {WHY_NO_PICKLE}.")
         if path.suffix != ".safetensors":
@@ -221,19 +224,25 @@ def _checked_local(path: Path) -> Path:
     raise ModelError(f"model.base {path} is not a diffusers folder (no model_index.json); {advice}.")
 
 
+def _path(base: str) -> Path:
+    """`base` as a path; a home that nobody has stays a word."""
+    return Path(os.path.expanduser(base))
+
+
 def _is_hub_id(name: str) -> bool:
     """True for `owner/name`, as the hub allows them."""
-    part = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-    return re.fullmatch(f"{part}/{part}", name) is not None and not name.endswith((".safetensors", *PICKLES))
+    part = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_])?"
+    is_allowed = len(name) <= 96 and "--" not in name and ".." not in name
+    is_file = name.endswith((".safetensors", ".git", *PICKLES))
+    return is_allowed and not is_file and re.fullmatch(f"{part}/{part}", name) is not None
 
 
 def _nearby(name: str) -> str:
     """' (nearest: …)' with aliases and neighbours in the folder whose names are close, or ''."""
-    path = Path(name).expanduser()
-    near = difflib.get_close_matches(name, BASE_ALIASES, n=2, cutoff=0.6)
-    if path.parent.is_dir():
-        names = [p.name for p in path.parent.iterdir()]
-        near += [str(path.parent / n) for n in difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)]
+    path = _path(name)
+    near = difflib.get_close_matches(name[:MAX_COMPARED], BASE_ALIASES, n=2, cutoff=0.6)
+    names = [p.name for p in _listed(path.parent)]
+    near += [str(path.parent / n) for n in difflib.get_close_matches(path.name[:MAX_COMPARED], names, n=3, cutoff=0.6)]
     return f" (nearest: {', '.join(near)})" if near else ""
 
 
