@@ -6,6 +6,7 @@ It counts only with a manifest, written last, whose SHA-256 hold. No pickle: ten
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lora_booth import files
+from lora_booth import files, inputs
+from lora_booth.errors import DiskError
 
 CHECKPOINT_SCHEMA = 2
 ANOTHER_VERSION = "written by another version"
+PASSED_OVER = "it is passed over"
 CHECKPOINT_FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -65,16 +68,18 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
 
 def fault(folder: Path) -> str | None:
     """Why the checkpoint in `folder` cannot be trusted, None when it can."""
+    for name in (*CHECKPOINT_FILES, "manifest.json"):
+        if not os.path.lexists(folder / name):
+            return f"{name} is missing"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = inputs.read_object(folder / "manifest.json", PASSED_OVER, DiskError)
         for name in CHECKPOINT_FILES:
-            if files.sha256(folder / name) != manifest[name]["sha256"]:
+            is_whole = (folder / name).stat().st_size == manifest[name]["bytes"]
+            if not is_whole or files.sha256(folder / name) != manifest[name]["sha256"]:
                 return f"{name} is not what was written"
-        schema = json.loads((folder / "state.json").read_text(encoding="utf-8"))["schema"]
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"unreadable: {error}"
+        schema = inputs.read_object(folder / "state.json", PASSED_OVER, DiskError)["schema"]
+    except (OSError, KeyError, TypeError, DiskError) as error:
+        return f"unreadable: {error}".removesuffix(".")
     return None if schema == CHECKPOINT_SCHEMA else f"{ANOTHER_VERSION} (schema {schema})"
 
 

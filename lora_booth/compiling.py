@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_booth import devices, files, loop
+from lora_booth import devices, files, inputs, loop
 from lora_booth.data.cached import TRIALS, folder_of
 from lora_booth.errors import DiskError
 from lora_booth.families.components import has_compiler
@@ -191,8 +191,8 @@ def _key(s: Session, passes: Sequence[MicroStep]) -> str:
 def _known(path: Path) -> dict[str, Trial]:
     """Trials that were kept; none where the file cannot be read."""
     try:
-        return {key: Trial(**trial) for key, trial in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {key: Trial(**trial) for key, trial in inputs.read_object(path, "", DiskError).items()}
+    except (DiskError, TypeError):
         return {}
 
 

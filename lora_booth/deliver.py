@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_booth import export, families, kept, names
+from lora_booth import export, families, inputs, kept, names
 from lora_booth.adapter.decompose import approximate, tell_errors
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, find_module, uses_dora, weight_change
 from lora_booth.config_file import base_named
@@ -220,6 +220,7 @@ def _refuse_existing(delivery: Delivery, formats: Sequence[str], file: Path) -> 
 
 
 def _open(cover: Path) -> Image.Image:
+    inputs.require_plain_file(cover, "give --cover a PNG, JPEG or WebP file", DataError)
     try:
         with Image.open(cover, formats=("PNG", "JPEG", "WEBP")) as picture:
             picture.load()

@@ -131,6 +131,20 @@ def test_every_flipped_bit_and_every_cut_is_detected_named_and_mended(tmp_path: 
     assert same(store.get("k"), {"mean": torch.zeros(1)})
 
 
+def test_what_is_no_file_is_never_read_and_replaced(tmp_path: Path) -> None:
+    store = TensorCache(tmp_path)
+    for make in (os.mkfifo, lambda at: at.symlink_to("/dev/zero"), lambda at: at.write_bytes(b"")):
+        path = store.path("a")
+        path.unlink(missing_ok=True)
+        make(path)
+        if path.is_file() and not path.is_symlink():
+            os.truncate(path, 1 << 40)
+        store.damaged.clear()
+        assert store.get("a") is None and store.damaged == [path]
+        store.put("a", TENSORS)
+        assert same(store.get("a"), TENSORS)
+
+
 def test_a_file_under_a_wrong_key_is_refused(tmp_path: Path) -> None:
     store = TensorCache(tmp_path)
     store.put("dog1", TENSORS)

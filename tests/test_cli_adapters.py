@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,20 @@ def test_what_cannot_be_held_is_left_out_by_name(dog: str, run: Run, tmp_path: P
     assert in_process(export_words, *run)[0] == 0
     code, _, message = in_process([*rank[:-1], "x.safetensors", "--leave-out", "nrom,embedding,norm"], *run)
     assert code == 2 and '"nrom" names nothing' in message
+
+
+def test_a_cover_that_is_a_pipe_is_not_waited_for(dog: str, run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "cover.png")
+    code, _, message = in_process(["export", dog, "--out", "x", "--cover", "cover.png"], *run)
+    assert code == 3 and "cover.png cannot be read: it is a named pipe; give --cover a PNG" in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_name_that_is_too_long_for_any_disk_is_told(dog: str, run: Run, tmp_path: Path) -> None:
+    out = "x" * 300 + ".safetensors"
+    for words in (["merge", dog, "--out", out], ["resize", dog, "--rank", "1", "--out", out]):
+        code, _, message = in_process(words, *run)
+        assert code == 6 and "File name too long" in message, message
 
 
 def test_a_file_that_is_no_adapter_is_told_apart(dog: str, run: Run, tmp_path: Path) -> None:

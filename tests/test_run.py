@@ -80,6 +80,22 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(name: str, harm: str, run
     assert "step-000002 is damaged" in told[0]
 
 
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_pipe_or_a_device_in_a_checkpoint_is_never_read(name: str, run: Run) -> None:
+    run.save(checkpoint(1), keep_last=5)
+    path = run.save(checkpoint(2), keep_last=5) / name
+    for make in (os.mkfifo, lambda at: at.symlink_to("/dev/zero"), lambda at: at.symlink_to("/dev/full"), Path.mkdir):
+        if path.is_dir():
+            path.rmdir()
+        path.unlink(missing_ok=True)
+        make(path)  # reading it would wait for ever, or never end
+        told: list[str] = []
+        loaded = run.latest(told.append)
+        assert loaded is not None and loaded.step == 1
+        assert len(told) == 1 and "step-000002 is damaged" in told[0]
+        assert run.best_step() in (1, 2)
+
+
 def test_the_newest_checkpoint_is_the_one_of_the_highest_step_not_of_the_latest_clock(run: Run) -> None:
     for step in (9, 10, 2):
         path = run.save(checkpoint(step), keep_last=9)

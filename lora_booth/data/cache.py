@@ -28,6 +28,8 @@ LATENTS_VERSION = 1
 PROMPT_VERSION = 1
 """Raise it when the way from a prompt to its conditioning changes."""
 
+MAX_FILE_BYTES = 2**30
+"""Of a file of the cache; latents of 4096 px take 34 MB."""
 ABANDONED_SECONDS = 24 * 3600.0
 """Age of a temporary file in a shared cache from which on nobody is thought to be writing it."""
 
@@ -81,6 +83,9 @@ class TensorCache:
         """The tensors of `key` on the CPU, or None if they are not there or their file is damaged."""
         path = self.path(key)
         try:
+            if path.exists() and (not path.is_file() or path.stat().st_size > MAX_FILE_BYTES):
+                self.damaged.append(path)
+                return None
             data = path.read_bytes()
         except (FileNotFoundError, PermissionError):
             return None
