@@ -12,8 +12,9 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+from lora_booth import export
 from lora_booth.adapter import inject
-from lora_booth.adapter.weights import AdapterWeights
+from lora_booth.adapter.weights import AdapterWeights, LowRank
 from lora_booth.config import AdapterConfig
 
 PIPELINES = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -113,3 +114,15 @@ def full_size_unet(family: str) -> nn.Module:
 
     with torch.device("meta"):
         return UNet2DConditionModel(**{"sd1": SD15_UNET, "sdxl": SDXL_UNET}[family])
+
+
+def adapter_file(path: Path, seed: int, scale: float = 1.0) -> Path:
+    """An adapter on two layers that every tiny SD 1 base has."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"down_blocks.0.attentions.{n}.transformer_blocks.0.attn1.to_q" for n in range(2)]
+    layers = {
+        n: LowRank(torch.randn(2, 16, generator=generator), torch.randn(16, 2, generator=generator), scale)
+        for n in names
+    }
+    export.FORMATS["kohya"].write(path, {"unet": layers}, "sd1", torch.float32, {})
+    return path

@@ -17,22 +17,11 @@ from lora_booth.adapter.weights import LowRank
 from lora_booth.errors import ConfigError, DeviceMemoryError, ModelError
 from lora_booth.generate import PictureSettings, parse_adapter, parse_size, parse_strengths
 from lora_booth.merge import merge_into_base
+from tests.adapted import adapter_file
 from tests.soak.sabotage import ASK_FOR_NONE, OutOfMemory
 from tests.test_train import Recorder
 
 PICTURE = PictureSettings(sampler="ddim", sampler_steps=2)
-
-
-def adapter_file(path: Path, seed: int, scale: float = 1.0) -> Path:
-    """An adapter on two layers that every tiny SD 1 base has."""
-    generator = torch.Generator().manual_seed(seed)
-    names = [f"down_blocks.0.attentions.{n}.transformer_blocks.0.attn1.to_q" for n in range(2)]
-    layers = {
-        n: LowRank(torch.randn(2, 16, generator=generator), torch.randn(16, 2, generator=generator), scale)
-        for n in names
-    }
-    export.FORMATS["kohya"].write(path, {"unet": layers}, "sd1", torch.float32, {})
-    return path
 
 
 def pixels(folder: Path, name: str) -> np.ndarray:

@@ -6,7 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.soak import adapters, bases, disks, hostile, kills, names, owners, sabotage, same, users
+from tests.soak import (
+    adapters,
+    bases,
+    disks,
+    hostile,
+    kills,
+    names,
+    owners,
+    pipes,
+    run_files,
+    sabotage,
+    same,
+    users,
+    words,
+)
 from tests.soak.bench import Result
 
 
@@ -43,4 +57,7 @@ CAMPAIGNS = {
     "configs": Campaign(hostile.configs, 2_000, 50_000),
     "pictures": Campaign(hostile.pictures, 500, 20_000),
     "bases": Campaign(bases.bases, 60, 4_000),
+    "words": Campaign(words.words, 60, 20_000),
+    "pipes": Campaign(pipes.pipes, 16, 1_500),
+    "run_files": Campaign(run_files.run_files, 12, 1_000),
 }
