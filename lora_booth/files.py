@@ -100,7 +100,7 @@ def writing(path: Path, *, needed_bytes: int | None = None) -> Iterator[None]:
 def require_space(path: Path, needed_bytes: int) -> None:
     """Raise DiskError when the disk that `path` will lie on has fewer than `needed_bytes` free."""
     with writing(path, needed_bytes=needed_bytes):
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
         if shutil.disk_usage(folder).free < needed_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -166,7 +166,7 @@ def sha256(path: Path) -> str:
 def _message(path: Path, needed_bytes: int | None, error: OSError) -> str:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"{path} cannot be written ({error.strerror or error}); {_remedy(path, error)}."
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     needed = "" if needed_bytes is None else f"it needs {needed_bytes} bytes and "
     free = shutil.disk_usage(folder).free
     return f"no space for {path}: {needed}{free} are free; free some space, or choose a folder on another disk."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     Raises DiskError when it is damaged, ConfigError when another version wrote it.
     """
     path = folder / "inputs.json"
-    if not (folder / "config.toml").exists():
+    if not os.path.exists(folder / "config.toml"):
         return None
     remedy = "put it back from a copy, or train in a new run.folder"
     if inputs.read_object(path, remedy, DiskError).get("schema") != SCHEMA:

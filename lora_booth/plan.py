@@ -6,6 +6,7 @@ No torch, except where memory is predicted (`memory.py`), which comes after ever
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -335,12 +336,12 @@ def run_folder(config: Config) -> Path:
 
 def is_begun(config: Config) -> bool:
     """Whether the run folder of `config` holds a run."""
-    return (run_folder(config) / "config.toml").exists()
+    return os.path.exists(run_folder(config) / "config.toml")
 
 
 def is_finished(config: Config) -> bool:
     """Whether the run folder of `config` holds a finished run."""
-    return (run_folder(config) / "summary.json").exists()
+    return os.path.exists(run_folder(config) / "summary.json")
 
 
 def _buckets(crops: Sequence[Crop]) -> str:

@@ -317,9 +317,9 @@ def require_free_space(folder: Path, needed_bytes: int) -> None:
 
 def _require_own(folder: Path) -> None:
     """Raises ConfigError, before anything is written, when `folder` is a file or holds something else than a run."""
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         raise ConfigError(f"run folder {folder} is a file; choose another folder with run.folder.")
-    if not folder.exists() or (folder / "config.toml").exists():
+    if not os.path.exists(folder) or (folder / "config.toml").exists():
         return
     strangers = sorted(p.name for p in folder.iterdir() if not OWN_BEFORE_CONFIG.fullmatch(p.name))
     if strangers:

@@ -130,6 +130,9 @@ def test_help_answers_without_torch_and_in_well_under_a_second() -> None:
         (["generate", "--base", "sd15", "--prompt", "\udcff"], 2, '--prompt "\\udcff" is not UTF-8'),
         (["generate", "--base=\udcff", "--prompt", "x"], 2, '--base "\\udcff" is not UTF-8'),
         (["train", "export.author=\udcff"], 2, "is not UTF-8"),
+        (["generate", "--base", "é" * 300, "--prompt", "x"], 4, "model.base"),
+        (["generate", "--base", "~no-such-user/x", "--prompt", "x"], 4, "~no-such-user/x"),
+        (["merge", "a", "--base", "x/" * 3000, "--out", "y"], 4, "model.base"),
         (["train", "--out", "a\0b"], 2, '--out "a\\x00b" holds a NUL'),
     ],
 )

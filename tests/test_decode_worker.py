@@ -108,6 +108,15 @@ def test_a_decoder_whose_owner_was_killed_before_the_answer_ends_without_a_word(
     assert (child.wait(timeout=60), child.stderr.read()) == (0, b"")
 
 
+def test_a_relative_path_is_that_of_whoever_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        tiny.tiny_pictures(tmp_path / name, 1)
+        monkeypatch.chdir(tmp_path / name)
+        assert worker.inspect(Path("picture_00.png"), 64)[1] == (48, 48)
+        os.rename("picture_00.png", "moved.png")
+
+
 def test_a_forked_process_has_a_decoder_of_its_own(tmp_path: Path) -> None:
     (picture,) = tiny.tiny_pictures(tmp_path, 1)
     first = worker._decoder._running().pid

@@ -64,14 +64,14 @@ Inspected = tuple[str, tuple[int, int], Look, list[str]]
 
 def inspect(path: Path, max_megapixels: float) -> Inspected:
     """What `find` wants to know of a picture, which is decoded once to prove that it can be. Raises Unusable."""
-    answer, pixels = _decoder.ask(work="inspect", path=str(path), max_megapixels=max_megapixels)
+    answer, pixels = _decoder.ask(work="inspect", path=os.path.abspath(path), max_megapixels=max_megapixels)
     seen = np.frombuffer(pixels, dtype=np.uint8).reshape(9, 9, 3)
     return answer["sha256"], (answer["width"], answer["height"]), seen, answer["notes"]
 
 
 def decode(path: Path, sha256: str | None) -> Image.Image:
     """The whole picture, upright RGB. Raises Unusable, also when the file's bytes do not have `sha256`."""
-    answer, pixels = _decoder.ask(work="decode", path=str(path), sha256=sha256)
+    answer, pixels = _decoder.ask(work="decode", path=os.path.abspath(path), sha256=sha256)
     return Image.frombytes("RGB", (answer["width"], answer["height"]), pixels)
 
 

@@ -17,7 +17,7 @@ from tests.soak import commands
 from tests.soak.bench import FEW_LAYERS, Result
 
 TEXTS = (
-    "", " ", "-", "--", "=", "a=b", "x" * 300, "x" * 5000, "x/" * 3000, "~nobody/x",
+    "", " ", "-", "--", "=", "a=b", "x" * 300, "x" * 5000, "x/" * 3000, "~no-such-user/x",
     "\udcff", "a\0b", "\n", "\x1b[31m", "🐕" * 60, "é" * 200,
     "%s{0}", "{token}", "{", "$(id)", "*", "~", "~root/x", "../x", "con", "nul.txt", "a/b/c", "/", "-rf", "--help",
     "nan", "inf", "-inf", "1e400", "-1", "0", "-0.0", "1e-320", "9" * 30, "9" * 5000, "0x" + "f" * 5000, "1_000", "٣",
