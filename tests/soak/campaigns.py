@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.soak import (
     adapters,
     bases,
+    changed,
     disks,
     hostile,
     kills,
@@ -51,6 +52,7 @@ CAMPAIGNS = {
     "damaged_checkpoints": Campaign(kills.damaged_checkpoints, 200, 5_000),
     "same_result": Campaign(same.same_result, 3, 10),
     "resume_matrix": Campaign(kills.resume_matrix, 24, 96),
+    "changed_inputs": Campaign(changed.changed_inputs, 6, 300),
     "lost_processes": Campaign(kills.lost_processes, 5, 25),
     "leaks": Campaign(kills.leaks, 400, 20_000),
     "adapters": Campaign(adapters.adapters, 150, 100_000),
