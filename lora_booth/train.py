@@ -15,12 +15,34 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from PIL import Image
 from torch import nn
 
-from lora_booth import compiling, deliver, devices, export, families, kept, loop, optim, plan, prepare, preview, systems
+from lora_booth import (
+    compiling,
+    deliver,
+    devices,
+    export,
+    families,
+    identity,
+    kept,
+    loop,
+    optim,
+    plan,
+    prepare,
+    preview,
+    systems,
+)
 from lora_booth.adapter import inject
 from lora_booth.config import Config
 from lora_booth.data.grid import labelled_grid
 from lora_booth.devices import dtype_for
-from lora_booth.errors import DeviceMemoryError, DiskError, LoraBoothError, ModelError, ProcessLostError, lacks_memory
+from lora_booth.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    DiskError,
+    LoraBoothError,
+    ModelError,
+    ProcessLostError,
+    lacks_memory,
+)
 from lora_booth.families.base import Family
 from lora_booth.families.identify import BaseFacts
 from lora_booth.flat import Flat
@@ -165,6 +187,7 @@ def _opened(config: Config, inputs: plan.Inputs, accelerator: Accelerator) -> It
     run = Run.open(folder, config, given, inputs.to_pin()) if accelerator.is_main_process else Run(folder)
     try:
         with _told_plainly(config, inputs, accelerator):
+            _require_one_run(accelerator, identity.digest(config, given))
             yield run
     except DiskError:
         if accelerator.is_main_process:
@@ -172,6 +195,20 @@ def _opened(config: Config, inputs: plan.Inputs, accelerator: Accelerator) -> It
         raise
     finally:
         run.close()
+
+
+def _require_one_run(accelerator: Accelerator, digest: str) -> None:
+    """Raises ConfigError where this process would train something else than the main one: each looks for itself, and a
+    picture, or the newest commit of a base, may have changed between two looks."""
+    if accelerator.num_processes == 1:
+        return
+    own = torch.tensor([float(int(digest[i : i + 4], 16)) for i in range(0, len(digest), 4)], device=accelerator.device)
+    main = accelerator.reduce(own if accelerator.is_main_process else torch.zeros_like(own), "sum")
+    if not torch.equal(main, own):
+        raise ConfigError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} reads other pictures, captions or "
+            "files of the base than the first; start them again together."
+        )
 
 
 @contextmanager

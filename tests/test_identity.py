@@ -267,3 +267,35 @@ def test_a_layer_of_another_rank_has_scale_one_unless_alpha_is_given(
     s = session_of(make_config(adapter={"rank": 8, "rank_pattern": {"to_k": 4}}), monkeypatch)
     layers = inject.collect(s.adapted)["unet"].values()
     assert {(low.rank, low.scale) for low in layers} == {(8, 1.0), (4, 1.0)}
+
+
+class Other:
+    """The second of two processes, whose first has the digest `main`."""
+
+    num_processes, process_index, is_main_process, device = 2, 1, False, CPU
+
+    def __init__(self, main: str) -> None:
+        self.main = main
+
+    def reduce(self, own: torch.Tensor, _: str) -> torch.Tensor:
+        return own + torch.tensor([float(int(self.main[i : i + 4], 16)) for i in range(0, 64, 4)])
+
+
+def test_processes_that_would_train_different_runs_do_not_begin(begun: Path) -> None:
+    config = config_of(begun)
+    given = plan.look(config, Silent()).identity()
+    first = identity.digest(config, given)
+    second = identity.digest(config, given | {"captions": {}})
+    train._require_one_run(Other(first), first)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"process 1 of 2 reads other pictures, captions or files of the base than"):
+        train._require_one_run(Other(first), second)  # type: ignore[arg-type]
+
+
+def test_the_digest_of_a_run_knows_all_that_counts_and_no_place(begun: Path, again: Path) -> None:
+    one, other = config_of(begun), config_of(again, run="elsewhere")
+    given = plan.look(one, Silent()).identity()
+    digest = identity.digest(one, given)
+    assert digest == identity.digest(other, given)
+    assert digest == identity.digest(one.with_values({"train": {"batch_size": 7}}), given)
+    assert digest != identity.digest(one.with_values({"train": {"seed": 7}}), given)
+    assert digest != identity.digest(one, given | {"held_out_captions": {}})
