@@ -135,9 +135,13 @@ class Run:
         return float(self.stored()["started_at"])
 
     def stored(self) -> dict[str, Any]:
-        """What inputs.json keeps: "inputs", "pinned" and "started_at"."""
+        """What inputs.json keeps: "inputs", "pinned" and "started_at". Raises DiskError when it is gone."""
         found = identity.read(self.folder)
-        assert found is not None, "the run is open"
+        if found is None:
+            raise DiskError(
+                f"run folder {self.folder} has vanished, or lost its inputs.json; bring it back, and the same command "
+                "goes on from its last checkpoint."
+            )
         return found
 
     def pin(self, name: str, value: Any) -> None:

@@ -308,6 +308,7 @@ def test_other_parts_need_less_without_the_denoiser_beside_them() -> None:
     assert "denoising" in drawing[1], "since decoding is now the smaller moment"
 
 
+@pytest.mark.slow
 def test_tiles_are_taken_where_even_alone_the_vae_cannot_decode_a_whole_picture() -> None:
     config = config_of(model={"base": "x", "precision": "bf16", "quantize": "nf4"})
     found = budget.choose(config, full_size("sdxl"), 4.0)

@@ -507,3 +507,9 @@ def test_a_disk_that_fills_up_in_a_checkpoint_is_told_and_the_old_one_stays(run:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert steps_kept(run) == [1]
     assert not list((run.folder / "checkpoints").glob(".saving-*"))
+
+
+def test_a_run_whose_inputs_vanish_is_told(run: Run) -> None:
+    (run.folder / "inputs.json").unlink()
+    with pytest.raises(DiskError, match=r"lost its inputs\.json; bring it back"):
+        run.started_at()
