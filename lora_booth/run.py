@@ -139,7 +139,7 @@ class Run:
         found = identity.read(self.folder)
         if found is None:
             raise DiskError(
-                f"run folder {self.folder} has vanished, or lost its inputs.json; bring it back, and the same command "
+                f"run folder {self.folder} has vanished, or lost its config.toml; bring it back, and the same command "
                 "goes on from its last checkpoint."
             )
         return found

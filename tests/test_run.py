@@ -509,7 +509,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_is_told_and_the_old_one_stays(run:
     assert not list((run.folder / "checkpoints").glob(".saving-*"))
 
 
-def test_a_run_whose_inputs_vanish_is_told(run: Run) -> None:
-    (run.folder / "inputs.json").unlink()
-    with pytest.raises(DiskError, match=r"lost its inputs\.json; bring it back"):
+def test_an_open_run_whose_folder_vanishes_is_told(run: Run) -> None:
+    shutil.rmtree(run.folder)
+    with pytest.raises(DiskError, match=r"has vanished, or lost its config\.toml; bring it back"):
         run.started_at()
