@@ -122,7 +122,7 @@ def test_a_sidecar_or_picture_of_the_users_is_not_replaced(ending: str, source: 
     ("changes", "error", "message"),
     [
         ({"cover": "broken.png"}, DataError, "cannot be read as a picture"),
-        ({"cover": "none.png"}, DataError, "cannot be read as a picture"),
+        ({"cover": "none.png"}, DataError, r"none\.png cannot be read: it is missing"),
         ({"formats": ("onnx",)}, ConfigError, "onnx"),
         ({"dtype": "int4"}, ConfigError, "int4"),
         ({"base": "sdxl"}, ModelError, "is of sd1"),
