@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,11 +198,8 @@ def test_an_export_of_the_autoencoder_alone_leaves_every_other_file_as_it_is(tmp
     training = Training(wider, train / "vae.pt", Schedule(1, 0.1))
     training.save()
     export_model(data, train, out, ["vae"])
-    for path in sorted(MODEL.rglob("*.safetensors")):
-        old, new = load_file(path), load_file(out / path.relative_to(MODEL))
-        if path.parent.name != "vae":
-            assert old.keys() == new.keys()
-            assert all(torch.equal(old[key], new[key]) for key in old), path
+    for path in sorted(path for path in MODEL.rglob("*") if path.is_file() and path.parent.name != "vae"):
+        assert path.read_bytes() == (out / path.relative_to(MODEL)).read_bytes(), path
     exported = load_parts(out)[0]
     assert exported.config.scaling_factor == model.config.scaling_factor
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))

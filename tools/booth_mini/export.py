@@ -23,7 +23,8 @@ from tools.booth_mini.models import make_clip, make_scheduler, make_unet, make_v
 from tools.booth_mini.pool import load_pool
 from tools.booth_mini.state import load_ema
 
-PARTS = ("vae", "clip", "unet")
+FOLDERS = {"vae": ("vae",), "clip": ("text_encoder", "evaluator"), "unet": ("unet",)}
+PARTS = tuple(FOLDERS)
 KEPT_FILES = ("MODEL_CARD.md", "figures.json")
 EVALUATOR_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
@@ -41,6 +42,10 @@ def export_model(data: Path, train: Path, out: Path, parts: Collection[str] = PA
     shutil.copytree(data / "tokenizer", part / "tokenizer")
     _declare_float32(part / "text_encoder" / "config.json")
     save_evaluator(clip, part / "evaluator")
+    for kept in set(PARTS) - set(parts):
+        for folder in FOLDERS[kept]:
+            shutil.rmtree(part / folder)
+            shutil.copytree(out / folder, part / folder)
     (part / "LICENSES.md").write_text(licences_text(), encoding="utf-8")
     for name in KEPT_FILES:
         if (out / name).exists():
