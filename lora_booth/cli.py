@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_booth import cli_adapters, systems
-from lora_booth.cli_adapters import Json, Quiet
+from lora_booth.cli_adapters import Json, LeaveOut, Quiet
 
 if TYPE_CHECKING:
     from lora_booth.config import Config
@@ -182,6 +182,8 @@ def generate(
     aside: Annotated[
         bool | None, typer.Option(help="The denoiser waits in main memory for other parts. Default: if needed.")
     ] = None,
+    device: Annotated[str, typer.Option(help="What computes: auto, cuda, xpu, mps or cpu.")] = "auto",
+    leave_out: LeaveOut = "",
     out: Annotated[Path, typer.Option(help="Folder for the pictures and grid.png.")] = Path("pictures"),
     as_json: Json = False,
     quiet: Quiet = False,
@@ -198,6 +200,8 @@ def generate(
             picture=verb.PictureSettings(
                 negative, seed, sampler, steps, guidance, verb.parse_size(size), vram, at_once, tiled, aside
             ),
+            device=device,
+            leave_out=cli_adapters.words(leave_out),
             folder=out,
             report=report,
         )

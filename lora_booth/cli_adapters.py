@@ -68,7 +68,7 @@ def export(
             trigger=trigger,
             cover=cover,
             base=base,
-            leave_out=_words(leave_out),
+            leave_out=words(leave_out),
             step=step,
             report=report,
         )
@@ -126,9 +126,9 @@ def merge(
         chosen["formats"] = (chosen.pop("format"),)
     with _listening(as_json, quiet) as report:
         if base is not None:
-            verb.merge_into_base(base=base, adapters=adapters, out=out, leave_out=_words(leave_out), report=report)
+            verb.merge_into_base(base=base, adapters=adapters, out=out, leave_out=words(leave_out), report=report)
             return
-        verb.merge_adapters(adapters=adapters, out=out, leave_out=_words(leave_out), report=report, **chosen)
+        verb.merge_adapters(adapters=adapters, out=out, leave_out=words(leave_out), report=report, **chosen)
 
 
 def resize(
@@ -160,7 +160,7 @@ def resize(
             base=base,
             format=format,
             dtype=dtype,
-            leave_out=_words(leave_out),
+            leave_out=words(leave_out),
             report=report,
         )
 
@@ -199,7 +199,8 @@ def extract(
         )
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
+    """The parts of `text` between commas."""
     return tuple(word.strip() for word in text.split(",")) if text else ()
 
 

@@ -20,6 +20,7 @@ from lora_booth import cards, systems
 from lora_booth.cards import Card
 from lora_booth.config import Config, Precision
 from lora_booth.errors import ConfigError
+from lora_booth.inputs import shown
 
 Kind = Literal["cuda", "rocm", "xpu", "mps", "cpu"]
 Ability = Literal[
@@ -85,6 +86,25 @@ def here(wanted: str = "auto") -> torch.device:
     return found or torch.device("cpu")
 
 
+def found(wanted: str, key: str) -> torch.device:
+    """`here`. Raises ConfigError, naming the setting `key`, when that is not the kind of device that is `wanted`."""
+    device = here(wanted)
+    fault = _not_here(wanted, key, device)
+    if fault is not None:
+        raise ConfigError(fault)
+    return device
+
+
+def _not_here(wanted: str, key: str, device: torch.device) -> str | None:
+    if wanted in ("auto", device.type):
+        return None
+    there = "no other device than the CPU" if device.type == "cpu" else f"{NAMES[kind(device)]} here"
+    return (
+        f'{key} is "{shown(wanted)}", but torch finds {there}; set it to "auto" or "{device.type}". '
+        "`lora-booth doctor` tells what is missing."
+    )
+
+
 def kind(device: torch.device) -> Kind:
     """Which row of `LACKS` is meant. Raises ConfigError for a device that has none."""
     if device.type == "cuda":
@@ -140,13 +160,10 @@ def require(config: Config, device: torch.device) -> None:
 
 def faults_of(config: Config, device: torch.device) -> list[str]:
     """What `config` asks for and `device` lacks: what, where, and what to set instead, a line each."""
-    wanted, missing, row = config.memory.device, lacks(device), kind(device)
-    if wanted not in ("auto", device.type):
-        found = "no other device than the CPU" if device.type == "cpu" else f"{NAMES[row]} here"
-        return [
-            f'memory.device is "{wanted}", but torch finds {found}; set it to "auto" or "{device.type}". '
-            "`lora-booth doctor` tells what is missing."
-        ]
+    fault = _not_here(config.memory.device, "memory.device", device)
+    if fault is not None:
+        return [fault]
+    missing, row = lacks(device), kind(device)
     values = {f"{section}.{key}": value for section, settings in config for key, value in settings}
     faults = [
         f"{key} is {json.dumps(value)}, which {NAMES[row]} cannot do ({missing[ability]}); "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_booth import export, families
+from lora_booth import export, families, names
 from lora_booth.adapter.decompose import Approximation, approximate, require_choice, tell_errors, whole_error
 from lora_booth.adapter.inject import target_modules
 from lora_booth.adapter.weights import plain_path
 from lora_booth.config_file import base_named
-from lora_booth.errors import ConfigError, ModelError
+from lora_booth.errors import ModelError
 from lora_booth.export.metadata import base_fields, base_name, network_fields
 from lora_booth.families.components import component_names, load_component
 from lora_booth.families.identify import BaseFacts
@@ -83,8 +82,7 @@ def extract(
 
 
 def _check(out: Path, format: str, dtype: str) -> None:
-    if os.path.lexists(out):
-        raise ConfigError(f"{out} exists and is not replaced; choose another name, or remove it first.")
+    names.require_new(out, "--out")
     export.require_choices([format], dtype)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
 from lora_booth import budget, devices, export, families, files, inputs
@@ -60,27 +59,31 @@ def generate(
     adapters: Sequence[tuple[Path, float]] = (),
     strengths: Sequence[float] = (1.0,),
     picture: PictureSettings = PictureSettings(),
+    device: str = "auto",
+    leave_out: Sequence[str] = (),
     folder: Path = Path("pictures"),
     report: Report | None = None,
 ) -> Path:
     """Draw every prompt at every strength into `folder`, and grid.png beside them; returns the grid's path.
 
     `adapters`: files with a strength each; `strengths` multiply all of them, 0 being the base alone. Every cell starts
-    from the same noise. Existing files in `folder` are not replaced: a number is added to the name.
+    from the same noise. `device`: as memory.device of a config; `leave_out`: as in export.contents. Existing files in
+    `folder` are not replaced: a number is added to the name.
     Raises ConfigError for settings that cannot be drawn with, ModelError for a base or adapter that cannot be used,
     DeviceMemoryError, with what to change, when the device has too little memory.
     """
     report = report or Silent()
     _check(prompts, [*(own for _, own in adapters), *strengths], picture)
     config = base_named(base)
-    device = Accelerator().device
-    weights = [export.read(path) for path, _ in adapters]  # refuses what is damaged, unsafe or foreign
+    place, paths = devices.found(device, "--device"), [path for path, _ in adapters]
+    read = export.read_all(paths, leave_out, report)  # refuses what is damaged, unsafe or foreign
+    weights = [export.trainable(path.name, found) for path, found in zip(paths, read, strict=True)]
     facts = families.facts(config)
     picture = replace(picture, size_px=_checked_size(picture.size_px, facts))
-    picture = _within_memory(picture, facts, prompts, weights, device, report)
+    picture = _within_memory(picture, facts, prompts, weights, place, report)
     columns = []
     try:
-        family, own_strengths = _loaded(config, picture, adapters, weights, device)
+        family, own_strengths = _loaded(config, picture, adapters, weights, place)
         for done, strength in enumerate(strengths, start=1):
             if adapters:
                 own = [own * strength for own in own_strengths.values()]

@@ -49,6 +49,8 @@ FREE_TO_CHANGE = (
     "export.license",
 )
 """Settings that may differ when a run is continued."""
+_YEAR_3000 = 32_503_680_000
+"""In seconds since 1970."""
 _BASE = "the files of the base have changed since the run began"
 
 
@@ -109,4 +111,7 @@ def read(folder: Path) -> dict[str, Any] | None:
             "depends on; continue with that version, or choose a new folder with run.folder."
         )
     kinds = {"inputs": dict[str, dict[str, str]], "pinned": dict[str, str | int | None], "started_at": float}
-    return {"schema": SCHEMA, **inputs.read_fields(path, kinds, remedy, DiskError)}
+    fields = inputs.read_fields(path, kinds, remedy, DiskError)
+    if not 0 <= fields["started_at"] < _YEAR_3000:
+        raise DiskError(f'{inputs.shown_path(path)} is damaged: "started_at" is no time; {remedy}.')
+    return {"schema": SCHEMA, **fields}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from lora_booth import charts, export, files
+from lora_booth import charts, export, files, names
 from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, block_of, context_width, norm_of, num_parameters
-from lora_booth.errors import ConfigError, ModelError
+from lora_booth.errors import ModelError
 from lora_booth.export.family import FAMILY_NAMES, MINIATURE_WIDTH, family_of
 from lora_booth.export.keys import is_norm
 from lora_booth.export.programs import tell_programs
@@ -55,8 +54,8 @@ def inspect(path: Path, report: Report, *, picture: Path | None = None) -> None:
     Faults inside the file are warnings. Raises ModelError for a file that is no adapter at all, ConfigError when
     `picture` exists.
     """
-    if picture is not None and os.path.lexists(picture):
-        raise ConfigError(f"--picture {picture} exists and is not replaced; choose another name, or remove it first.")
+    if picture is not None:
+        names.require_new(picture, "--picture")
     found = export.contents(path)
     weights = found.weights
     kinds = Counter(_kind(update) for layers in weights.values() for update in layers.values())
@@ -103,8 +102,8 @@ def block_norms(weights: AnyWeights) -> dict[str, float]:
             squares[block_of(component, path)] += norm_of(update) ** 2  # type: ignore[assignment]
     order = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_out")
     place = {name: number for number, name in enumerate(order)}
-    names = sorted(squares, key=lambda name: (place.get(name.split(".")[0], len(order)), name))
-    return {name: math.sqrt(squares[name]) for name in names}
+    blocks = sorted(squares, key=lambda name: (place.get(name.split(".")[0], len(order)), name))
+    return {name: math.sqrt(squares[name]) for name in blocks}
 
 
 def _tell_norms(norms: Mapping[str, float], report: Report) -> None:

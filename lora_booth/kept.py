@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from lora_booth.adapter.numbers import weights_of
 from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config import Config
 from lora_booth.errors import ConfigError, ModelError
+from lora_booth.inputs import shown
 from lora_booth.run import Run
 
 PACKAGES = ("lora-booth", "torch", "diffusers", "transformers", "peft")
@@ -83,8 +85,10 @@ def _step(wanted: str, losses: Mapping[int, float | None], best: int | None, fol
     if not losses:
         raise ConfigError(f"run folder {folder} keeps no checkpoint yet; train first.")
     named = {"last": max(losses), "best": best}
-    number = named[wanted] if wanted in named else int(wanted) if wanted.isdecimal() else None
+    number = named[wanted] if wanted in named else int(wanted) if re.fullmatch("[0-9]{1,9}", wanted) else None
     if number not in losses:
         kept = ", ".join(map(str, losses))
-        raise ConfigError(f"--step {wanted}: run folder {folder} keeps the steps {kept}; name one, or best or last.")
+        raise ConfigError(
+            f"--step {shown(wanted)}: run folder {folder} keeps the steps {kept}; name one, or best or last."
+        )
     return number

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_booth import export, files
+from lora_booth import export, files, names
 from lora_booth.adapter.combine import Adapter, Recipe, combine
 from lora_booth.adapter.decompose import tell_errors
 from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, misfit, weight_change
@@ -83,8 +83,9 @@ def merge_into_base(
     """
     report = report or Silent()
     _check_strengths(adapters)
+    names.require_new(out, "--out")  # before gigabytes are downloaded
     path = resolve(base_named(base, precision="fp32")).path
-    _require_new(out, suffix=".safetensors" if path.is_file() else "")
+    _require_suffix(out, ".safetensors" if path.is_file() else "")
     _refuse_quantised_config(path)
     facts = identify(path)
     changes: Changes = {}
@@ -163,7 +164,8 @@ def _outputs(out: Path, formats: Sequence[str]) -> dict[str, Path]:
     """Format to the file that gets it. Raises ConfigError for files that exist."""
     paths = {name: out if name == formats[0] else out.with_stem(f"{out.stem}_{name}") for name in formats}
     for path in paths.values():
-        _require_new(path, suffix=".safetensors")
+        names.require_new(path, "--out")
+        _require_suffix(path, ".safetensors")
     return paths
 
 
@@ -175,10 +177,8 @@ def _check_strengths(adapters: Sequence[tuple[Path, float]]) -> None:
             raise ConfigError(f"The strength of {path.name} is {strength:g}; use a number such as 0.8.")
 
 
-def _require_new(out: Path, *, suffix: str) -> None:
-    """Raises ConfigError when `out` exists, or lacks the `suffix` of its kind."""
-    if os.path.lexists(out):
-        raise ConfigError(f"{out} exists and is not replaced; choose another name, or remove it first.")
+def _require_suffix(out: Path, suffix: str) -> None:
+    """Raises ConfigError when `out` lacks the `suffix` of its kind."""
     if suffix and out.suffix != suffix:
         raise ConfigError(f"{out} must end in {suffix}; choose such a name for the result.")
     if not suffix and out.suffix == ".safetensors":
@@ -293,7 +293,7 @@ def _write_file(source: Layout, changes: Mapping[str, list[Change]], out: Path, 
     files.require_space(out, size)
     sidecar = source.path.with_suffix(".yaml")
     if sidecar.is_file():
-        _require_new(out.with_suffix(".yaml"), suffix=".yaml")
+        names.require_new(out.with_suffix(".yaml"), "--out")
     if any(key.startswith("model_ema.") for key in source.entries):
         report.warn(
             f"{source.path.name} also has averaged weights (model_ema.*), which are copied without the adapters."
@@ -320,9 +320,9 @@ def _write_folder(
     for path in _files(base):
         (kept if path in changes or _is_copied(path.relative_to(base), merged_components) else left_out).append(path)
     if left_out:
-        names = ", ".join(str(path.relative_to(base)) for path in left_out[:3])
+        first = ", ".join(str(path.relative_to(base)) for path in left_out[:3])
         report.warn(
-            f"{len(left_out)} files of {base} are left out ({names}{' …' if len(left_out) > 3 else ''}): pickles, and "
+            f"{len(left_out)} files of {base} are left out ({first}{' …' if len(left_out) > 3 else ''}): pickles, and "
             "weights that the adapters were not merged into."
         )
     for path in kept:
@@ -345,14 +345,14 @@ def _write_folder(
 def _files(base: Path) -> Iterator[Path]:
     """Every file of the base but hidden ones; links, as in the hub's cache, are followed."""
     seen = set()
-    for folder, folders, names in os.walk(base, followlinks=True):
+    for folder, folders, plain in os.walk(base, followlinks=True):
         seen.add(os.path.realpath(folder))
         folders[:] = sorted(
             name
             for name in folders
             if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in seen
         )
-        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        yield from (Path(folder, name) for name in sorted(plain) if not name.startswith("."))
 
 
 def _is_copied(path: Path, merged_components: set[str]) -> bool:

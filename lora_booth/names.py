@@ -1,11 +1,12 @@
 """Names that every system takes: what is written on one can be copied to another.
 
-What lives here: why Windows, macOS or Linux would refuse or change a name of a file or folder. What does not: whether
-something of that name is there. Source: "Naming Files, Paths, and Namespaces", learn.microsoft.com.
+What lives here: why Windows, macOS or Linux would refuse or change a name of a file or folder, and whether a result may
+be written under one. What does not: the writing. Source: "Naming Files, Paths, and Namespaces", learn.microsoft.com.
 """
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def require(name: str, key: str) -> str:
     if why is not None:
         raise ConfigError(f'{key} "{shown(name)}" {why}; choose another name.')
     return name
+
+
+def require_new(out: Path, key: str) -> None:
+    """Raises ConfigError, naming the option `key`, when something is at `out`, or some system would refuse its name."""
+    if os.path.lexists(out):
+        raise ConfigError(
+            f"{key} {shown(str(out))} exists and is not replaced; choose another name, or remove it first."
+        )
+    why = fault(out.name, room=0)
+    if why is not None:
+        raise ConfigError(f'{key} "{shown(out.name)}" {why}; choose another name.')
 
 
 def folder_fault(folder: Path) -> str | None:

@@ -273,7 +273,7 @@ def _show_prediction(config: Config, inputs: Inputs, report: Report, card: Card 
             notes += [f"{_excess(found)}; what would help, in this order:"]
             notes += [f"  {lever.settings} ({lever.told})" for lever in left]
     gib = memory.needed_gib(phases)
-    outside = f"{memory.OUTSIDE_GIB:g} of them for the CUDA context and workspaces (assumed)"
+    outside = f"{memory.OUTSIDE_GIB:g} of them for the driver's context and workspaces (assumed)"
     head = f"predicted for a CUDA card, not measured: {gib:.1f} GiB, {outside}"
     report.event("memory", f"memory   {head}", gib=round(gib, 3))
     for line in [*_table(phases), *notes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_booth import export, families
+from lora_booth import export, families, names
 from lora_booth.adapter.decompose import Approximation, approximate, require_choice, tell_errors, whole_error
 from lora_booth.adapter.weights import (
     AdapterWeights,
@@ -23,7 +22,7 @@ from lora_booth.adapter.weights import (
     weight_change,
 )
 from lora_booth.config_file import base_named
-from lora_booth.errors import ConfigError, ModelError
+from lora_booth.errors import ModelError
 from lora_booth.export.family import family_of
 from lora_booth.export.metadata import base_name, carried, network_fields
 from lora_booth.export.rewrite import read_layout
@@ -88,8 +87,7 @@ def resize(
 
 
 def _check(out: Path, format: str | None, dtype: str | None) -> None:
-    if os.path.lexists(out):
-        raise ConfigError(f"{out} exists and is not replaced; choose another name, or remove it first.")
+    names.require_new(out, "--out")
     export.require_choices(format and [format], dtype)
 
 

@@ -115,6 +115,7 @@ def test_help_answers_without_torch_and_in_well_under_a_second() -> None:
         (["generate", "--base", "sd15", "--prompt", "x", "--steps", "0"], 2, "--steps is 0; give a number from 1"),
         (["generate", "--base", "sd15", "--prompt", "x", "--guidance", "nan"], 2, "--guidance is nan"),
         (["generate", "--base", "sd15", "--prompt", "x", "--seed", "-1"], 2, "--seed is -1"),
+        (["generate", "--base", "sd15", "--prompt", "x", "--device", "tpu"], 2, '--device is "tpu", but torch finds'),
         (["generate", "--base", "sd15", "--prompt", "x", "--vram", "0"], 2, "--vram is 0"),
         (["generate", "--base", "sd15", "--prompt", "x", "--at-once", "0"], 2, "--at-once is 0"),
         (["generate", "--base", "sd15", "--prompt", "x", "--sampler", "k"], 2, '--sampler "k" is unknown; use dpm++'),

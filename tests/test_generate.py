@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_booth import export, generate
 from lora_booth.adapter.weights import LowRank
@@ -174,6 +174,20 @@ def test_how_pictures_are_kept_in_memory_changes_them_by_rounding_alone(bases: d
     chosen = [text for kind, text in recorder.events if kind == "memory"]
     assert "2 pictures at once, to stay within 100.0 GiB" in chosen[-1]
     assert "1 pictures at once" in chosen[0] and "the denoiser aside" in chosen[0]
+
+
+def test_what_cannot_be_drawn_is_left_out_by_name(bases: dict[str, Path], tmp_path: Path) -> None:
+    plain = adapter_file(tmp_path / "plain.safetensors", 0, scale=4.0)
+    more = load_file(plain) | {"lora_unet_conv_norm_out.w_norm": torch.ones(16)}
+    save_file(more, tmp_path / "more.safetensors", export.read_metadata(plain))
+    settings: dict[str, Any] = {"base": str(bases["sd1"]), "prompts": ["a dog"], "picture": PICTURE, "device": "cpu"}
+    with pytest.raises(ModelError, match="export, generate, merge and resize take --leave-out norm"):
+        generate.generate(**settings, adapters=[(tmp_path / "more.safetensors", 1.0)], folder=tmp_path / "no")
+    left_out = {"adapters": [(tmp_path / "more.safetensors", 1.0)], "leave_out": ["norm"], "folder": tmp_path / "less"}
+    generate.generate(**settings, **left_out)
+    generate.generate(**settings, adapters=[(plain, 1.0)], folder=tmp_path / "plain")
+    assert np.array_equal(pixels(tmp_path / "less", "00_a_dog_1.png"), pixels(tmp_path / "plain", "00_a_dog_1.png"))
+    assert not (tmp_path / "no").exists()
 
 
 class FullDevice(OutOfMemory):

@@ -233,7 +233,9 @@ def test_a_run_of_a_version_that_kept_less_is_not_continued(again: Path) -> None
         resumed(config_of(again))
 
 
-@pytest.mark.parametrize("harm", [{"inputs": None}, {"pinned": 1}, {"started_at": "x"}, {"inputs": {"base": 1}}])
+@pytest.mark.parametrize(
+    "harm", [{"inputs": None}, {"pinned": 1}, {"started_at": "x"}, {"started_at": 1e300}, {"inputs": {"base": 1}}]
+)
 def test_inputs_of_another_shape_are_told_as_damaged(harm: dict[str, Any], again: Path) -> None:
     path = again / "run" / "inputs.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | harm))

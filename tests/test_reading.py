@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -365,3 +366,26 @@ def test_a_change_of_another_shape_is_never_bent_into_the_weight(
     with pytest.raises(LoraBoothError, match=r"changes shape|has a diff of shape"):
         merge.merge_into_base(base=str(bases["sd1"]), adapters=[(file, 1.0)], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_input_blocks_#_1_proj_in",
+        "lora_unet_output_blocks_#_1_proj_in",
+        "lora_unet_middle_block_#_proj_in",
+        "lora_unet_down_blocks_#_attentions_0_proj_in",
+        "lora_te_text_model_encoder_layers_#_mlp_fc1",
+        "diffusion_model.input_blocks.#.1.proj_in",
+        "unet.down_blocks.#.attentions.0.proj_in",
+    ],
+)
+def test_a_block_of_thousands_of_digits_ends_in_a_message_or_in_facts(name: str, tmp_path: Path) -> None:
+    file = saved(tmp_path / "a.safetensors", pair(name.replace("#", "1" * 5000), inputs=16))
+    told = []
+    for verb in (partial(inspect, file), partial(merge.merge_adapters, adapters=[(file, 1.0)], out=tmp_path / "b")):
+        try:
+            verb(report=Recorder())
+        except LoraBoothError as error:
+            told.append(str(error))
+    assert max(map(len, told), default=0) < 2000

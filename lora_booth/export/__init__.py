@@ -187,20 +187,25 @@ def read_all(paths: Sequence[Path], leave_out: Sequence[str], report: Report) ->
 
 
 def read(path: Path) -> AdapterWeights:
-    """The adapter in a sound file of plain LoRA or DoRA over the outputs, float32 on the CPU: what can be trained on.
+    """The adapter in a sound file, float32 on the CPU. Raises ModelError as `read_any` and `trainable` do."""
+    return trainable(path.name, read_any(path))
 
-    Raises ModelError as `read_any` does, and for other kinds.
+
+def trainable(name: str, weights: AnyWeights) -> AdapterWeights:
+    """`weights` of the adapter file `name` as what PEFT computes: plain LoRA, or DoRA over the outputs.
+
+    Raises ModelError for other kinds.
     """
-    weights = low_rank(path.name, read_any(path))
-    for component, layers in weights.items():
+    found = low_rank(name, weights)
+    for component, layers in found.items():
         for module, update in layers.items():
             if update.over_inputs:
                 raise ModelError(
-                    f"{path.name} is DoRA over the inputs at {component}.{module}, as LyCORIS and OneTrainer write it, "
+                    f"{name} is DoRA over the inputs at {component}.{module}, as LyCORIS and OneTrainer write it, "
                     "which PEFT cannot compute: `lora-booth merge --base` merges it into a base, `lora-booth resize "
                     "--base` makes a plain LoRA of it."
                 )
-    return weights
+    return found
 
 
 def low_rank(name: str, weights: AnyWeights) -> AdapterWeights:
@@ -229,8 +234,8 @@ def require_matrices(name: str, weights: AnyWeights) -> None:
         found = {kind: found[kind] for kind in VECTORS if kind in found}
         told = " and ".join(f"{len(names)} {LEAVABLE[kind]}, first {names[0]}" for kind, names in found.items())
         raise ModelError(
-            f"{name} also changes {told}, which no LoRA can hold. To go on without them, export, merge and resize take "
-            f"--leave-out {','.join(found)}; `lora-booth merge --base` takes them all."
+            f"{name} also changes {told}, which no LoRA can hold. To go on without them, export, generate, "
+            f"merge and resize take --leave-out {','.join(found)}; `lora-booth merge --base` takes them all."
         )
 
 

@@ -26,7 +26,7 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_BLOCK = re.compile(r"(down|mid|up)_blocks?\.?(\d*)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.+)")
+_BLOCK = re.compile(r"(down|mid|up)_blocks?\.?(\d{0,3})\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.+)")
 
 
 def original_name(module: str) -> str:
@@ -54,7 +54,7 @@ def original_name(module: str) -> str:
 def diffusers_name(name: str) -> str:
     """The diffusers name, in underscores, of an original one in underscores; any other name as it is."""
     outside = {_underscored(ldm): _underscored(module) for module, ldm in _OUTSIDE.items()}
-    match = re.fullmatch(r"(input_blocks|middle_block|output_blocks)_(\d+)_(?:([0-2])_)?(.+)", name)
+    match = re.fullmatch(r"(input_blocks|middle_block|output_blocks)_(\d{1,3})_(?:([0-2])_)?(.+)", name)
     if match is None or name in outside:
         return outside.get(name, name)
     side, place, column, rest = match[1], int(match[2]), match[3], match[4]

@@ -19,6 +19,7 @@ from lora_booth.export import strangers
 from lora_booth.export.diffusers import scale_from
 from lora_booth.export.keys import BIASES, EXTRAS, WHOLE_KINDS, Key, is_norm, parse
 from lora_booth.export.kinds import flat_axis_of, rank_of, update_of
+from lora_booth.inputs import shown
 
 LEAVABLE = {
     "norm": "weights and biases of normalisations",
@@ -121,11 +122,11 @@ def unreadable(words: Mapping[str, tuple[str, str]]) -> list[str]:
             strange.setdefault(kind, []).append(key)
     if not strange:
         return []
-    texts = [f"{_keys(len(keys))} of {kind}, first {keys[0]}" for kind, keys in strange.items()]
+    texts = [f"{_keys(len(keys))} of {kind}, first {shown(keys[0])}" for kind, keys in strange.items()]
     options = ",".join(word for word in ("unknown", "embedding") if word in {word for word, _ in words.values()})
     return [
-        f"The adapter file holds {'; '.join(texts)}. To go on without them, export, merge and resize take --leave-out "
-        f"{options}."
+        f"The adapter file holds {'; '.join(texts)}. To go on without them, export, generate, merge and resize take "
+        f"--leave-out {options}."
     ]
 
 
