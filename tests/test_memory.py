@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_booth import budget, cards, devices, families, memory, optim, plan, trial
+from lora_booth import budget, cards, devices, families, memory, optim, plan, tracing, trial
 from lora_booth.adapter import inject
 from lora_booth.batch import sample_losses
 from lora_booth.budget import Way
@@ -56,6 +56,36 @@ class TestTheCount:
             assert live.live == 1536, "a view keeps the storage"
             del view, second
             assert (live.live, live.peak) == (0, 1536)
+
+    def test_what_is_remembered_of_an_operation_is_what_torch_gives(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole, net = torch.empty(2, 3, dtype=torch.int64, device="meta"), nn.Conv2d(3, 8, 3, device="meta")
+        picture = torch.empty(2, 3, 8, 8, device="meta").to(memory_format=torch.channels_last)
+
+        def asked() -> list[Any]:
+            found = [
+                whole + 1,
+                whole + 1.0,
+                whole + True,
+                whole.clone(),
+                whole.half(),
+            ]
+            found += [torch.native_dropout(whole.float(), 0.0, False)[0], whole.float().add_(2), whole.t() + 1]
+            found += [functional.group_norm(net(picture), 2), torch.empty(4), torch.empty(4, device="meta")]
+            found[-3].sum().backward()  # the picture's gradient is not asked for
+            return [*((f.shape, f.stride(), f.dtype, f.device) if isinstance(f, Tensor) else f for f in found)]
+
+        def counted() -> tuple[Any, ...]:
+            net.zero_grad()
+            with LiveBytes("meta", [whole, picture, *net.parameters()]) as live:
+                shapes = asked()
+            return shapes, live.live, live.peak, live.work.flops, live.work.seconds(cards.named("RTX 3060"))
+
+        monkeypatch.setattr(tracing, "_KNOWN", {})
+        first, again = counted(), counted()
+        kept = list(tracing._KNOWN.values())
+        assert kept.count("the first input") >= 1 and sum(isinstance(one, tuple) for one in kept) > 10
+        monkeypatch.setattr(tracing, "_without_numbers", lambda func, args, kwargs: func(*args, **kwargs))
+        assert first == again == counted()
 
     def test_only_what_was_born_before_the_peak_is_in_it(self) -> None:
         with LiveBytes("meta", []) as live:
