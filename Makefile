@@ -11,8 +11,9 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/$(CONSTRAINTS)
 EXTRAS := dev,optim,tracking,heic,miniature
 # The one version that is chosen by hand: another torch computes other last bits.
 LOCKED_TORCH := 2.13.0
-# Processes that run tests: one a core. Each holds torch and diffusers, about 1 GB, so never more than 8.
-WORKERS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((cores < 8 ? cores : 8)))
+# Processes that run tests: one a core, and one more, since some wait for a disk or a process of their own. Each holds
+# torch and diffusers, about 1 GB, so never more than 8.
+WORKERS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((cores < 8 ? cores + 1 : 8)))
 
 .PHONY: demo test check lint types tests test-slow test-gpu test-oldest test-newest test-next soak lock \
 	miniature-data miniature-weights clean

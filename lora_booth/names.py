@@ -11,7 +11,7 @@ import unicodedata
 from pathlib import Path
 
 from lora_booth.errors import ConfigError
-from lora_booth.inputs import shown
+from lora_booth.inputs import shown, shown_path
 
 MAX_UNITS = 255
 """Of one name: bytes of UTF-8 on Linux, units of UTF-16 on Windows, and on macOS of its decomposed form."""
@@ -56,7 +56,7 @@ def require_new(out: Path, key: str) -> None:
     """Raises ConfigError, naming the option `key`, when something is at `out`, or some system would refuse its name."""
     if os.path.lexists(out):
         raise ConfigError(
-            f"{key} {shown(str(out))} exists and is not replaced; choose another name, or remove it first."
+            f"{key} {shown_path(out)} exists and is not replaced; choose another name, or remove it first."
         )
     why = fault(out.name, room=0)
     if why is not None:

@@ -64,7 +64,7 @@ def test_a_step_s_time_memory_and_operations_are_measured(base: Path, tmp_path: 
     for name in ("pictures", "class"):
         (tmp_path / name).mkdir()
         tiny.tiny_pictures(tmp_path / name, 3)
-    arguments = argparse.Namespace(out=tmp_path, precision="fp32", resolution=64, steps=5)
+    arguments = argparse.Namespace(out=tmp_path, precision="fp32", resolution=64, steps=4)
     card = step_time.measured_card()
     assert card.tflops > 1e-3
     assert card.gb_per_s > 0.1

@@ -167,6 +167,16 @@ def real_modules(architecture: str) -> dict[str, nn.Module]:
     return modules
 
 
+def real_paths(architecture: str, *kinds: type[nn.Module]) -> set[tuple[str, str]]:
+    """Component and path of each module that is of one of `kinds`."""
+    return {
+        (component, plain_path(name))
+        for component, module in real_modules(architecture).items()
+        for name, child in module.named_modules()
+        if isinstance(child, kinds)
+    }
+
+
 @pytest.mark.parametrize(("architecture", "family", "counts"), [
     ("sd1", "sd1", {"unet": 282, "text_encoder": 72}),
     ("sd2_base", "sd2", {"unet": 282, "text_encoder": 138}),
@@ -176,12 +186,7 @@ def real_modules(architecture: str) -> dict[str, nn.Module]:
 def test_module_paths_are_the_linear_and_convolutional_layers_of_the_real_models(
     architecture: str, family: str, counts: dict[str, int]
 ) -> None:
-    real = {
-        (component, plain_path(name))
-        for component, module in real_modules(architecture).items()
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Linear | nn.Conv2d)
-    }
+    real = real_paths(architecture, nn.Linear, nn.Conv2d)
     assert real == module_paths(family)
     assert {name: sum(c == name for c, _ in real) for name in counts} == counts
 
@@ -461,12 +466,7 @@ def norms(family: str, pattern: str = ".", component: str = "unet") -> list[tupl
 def test_norm_paths_are_the_normalisations_of_the_real_models(
     architecture: str, family: str, counts: dict[str, int]
 ) -> None:
-    real = {
-        (component, plain_path(name))
-        for component, module in real_modules(architecture).items()
-        for name, child in module.named_modules()
-        if isinstance(child, nn.GroupNorm | nn.LayerNorm)
-    }
+    real = real_paths(architecture, nn.GroupNorm, nn.LayerNorm)
     assert real == norm_paths(family)
     assert {name: sum(c == name for c, _ in real) for name in counts} == counts
 
