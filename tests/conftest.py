@@ -53,9 +53,9 @@ def crash_reports() -> list[str]:
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Family name to a tiny base of it."""
+    """Family name to a tiny base of it; "ends" is one of sd1 with its outermost blocks alone."""
     root = tmp_path_factory.mktemp("bases")
-    makers = {"sd1": tiny.tiny_sd, "sd2": tiny.tiny_sd2, "sdxl": tiny.tiny_sdxl}
+    makers = {"ends": tiny.tiny_ends, "sd1": tiny.tiny_sd, "sd2": tiny.tiny_sd2, "sdxl": tiny.tiny_sdxl}
     return {name: make(root / name) for name, make in makers.items()}
 
 
@@ -80,7 +80,7 @@ MakeConfig = Callable[..., Config]
 def make_config(bases: dict[str, Path], pictures: Path, shared_cache: Path, tmp_path: Path) -> MakeConfig:
     """A config of a few fast steps on a tiny base; keyword arguments replace whole keys, e.g. train={"steps": 3}."""
 
-    def make(family: str = "sd1", name: str = "run", **sections: dict[str, Any]) -> Config:
+    def make(family: str = "ends", name: str = "run", **sections: dict[str, Any]) -> Config:
         values: dict[str, dict[str, Any]] = {
             "model": {"base": str(bases[family])},
             "subject": {"images": pictures, "class_noun": "dog"},

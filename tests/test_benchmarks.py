@@ -16,7 +16,7 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.tiny_sd(tmp_path_factory.mktemp("benchmarks") / "base")
+    return tiny.tiny_ends(tmp_path_factory.mktemp("benchmarks") / "base")
 
 
 def run(who: str, steps: int, processor_s: float, peak_mib: float = 100.0) -> peers.Run:

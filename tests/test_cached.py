@@ -156,7 +156,9 @@ def test_a_run_keeps_the_cache_within_its_limit(make_config: MakeConfig, tmp_pat
     root = tmp_path / "cache"
     fill(root, "latents", "old", days_ago=9)
     recorder = Recorder()
-    config = make_config(run={"cache": root, "folder": tmp_path / "run", "cache_limit_gib": 1e-6}, train={"steps": 1})
+    config = make_config(
+        "sd1", run={"cache": root, "folder": tmp_path / "run", "cache_limit_gib": 1e-6}, train={"steps": 1}
+    )
     train.train(config, report=recorder)
     assert [text for kind, text in recorder.events if kind == "cache"]
     assert sum(entry.num_bytes for entry in cached.entries(root)) <= 1e-6 * 2**30

@@ -115,7 +115,7 @@ def test_an_adapter_that_cannot_be_continued_is_told_before_anything_is_written(
         (tmp_path, {"rank": 2}, "adapter.continue_from .* cannot be read: it is a folder"),
     ]
     for path, settings, told in cases:
-        config = make_config(adapter=small["adapter"] | settings | {"continue_from": path})
+        config = make_config("sd1", adapter=small["adapter"] | settings | {"continue_from": path})
         with pytest.raises((ConfigError, ModelError), match=told):
             train.train(config)
         assert not plan.run_folder(config).exists()

@@ -19,13 +19,15 @@ CORNERS = ((2, 2), (61, 2), (2, 61), (61, 61))
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, train.Summary]:
-    """The demo itself, on one thread: two that share their cores with other tests take four times as long.
+    """The demo at half its length, after which the mascot is learnt, on one thread: two that share their cores with
+    other tests take four times as long.
 
     Of several processes that run tests, the first trains, and the others find the run finished.
     """
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    config = demo_config(shared / "demo" / "run")
+    half = {"train": {"steps": 100}, "preview": {"images_per_prompt": 1}}
+    config = demo_config(shared / "demo" / "run").with_values(half)
     with FileLock(shared / "demo.lock"):
         return config, train.train(config)
 
@@ -68,3 +70,12 @@ def test_a_background_that_was_not_in_the_pictures_is_drawn_when_asked(
     corners = [p.convert("RGB").getpixel(at) for p in drawn["after", IN_CONTEXT] for at in CORNERS]
     greener = sum(g > r and g > b for r, g, b in corners)  # type: ignore[misc]
     assert greener > len(corners) / 2, corners
+
+
+@pytest.mark.slow
+def test_at_its_full_length_it_draws_the_mascot_and_no_other_dog(tmp_path: Path) -> None:
+    config = demo_config(tmp_path / "run")
+    summary = train.train(config)
+    drawn = draw_both(Path(summary.files["kohya"]), config.preview)
+    assert likeness(drawn["after", SUBJECT]) > 0.35
+    assert likeness(drawn["after", CLASS]) < 0.1

@@ -113,7 +113,7 @@ def test_a_picture_without_its_latents_or_with_damaged_ones_is_drawn_again(
 
 
 def test_what_is_trained_on_are_the_latents_that_the_solver_left(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(run={"cache": tmp_path / "cache"})
+    config = make_config("sd1", run={"cache": tmp_path / "cache"})
     family = families.load(config.model, device="cpu", dtype=torch.float32)
     pictures = subject.find_pictures(config, Silent())
     prepared = prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest())

@@ -59,7 +59,7 @@ class Recorder(Silent):
 
 def test_a_run_leaves_adapter_files_pictures_metrics_and_a_summary(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(
-        preview={"images_per_prompt": 1, "sampler_steps": 2, "every_steps": 2, "prompts": ["a {class}"]}
+        "sd1", preview={"images_per_prompt": 1, "sampler_steps": 2, "every_steps": 2, "prompts": ["a {class}"]}
     )
     recorder = Recorder()
     summary = train.train(config, report=recorder)
@@ -142,7 +142,7 @@ def test_what_a_run_lost_of_its_pictures_and_metrics_is_made_again_or_told(
 
 
 def test_both_files_hold_the_same_update(make_config: MakeConfig, tmp_path: Path) -> None:
-    train.train(make_config(export={"dtype": "fp32"}))
+    train.train(make_config("sd1", export={"dtype": "fp32"}))
     kohya = export.read(tmp_path / "run" / "sks_dog.safetensors")["unet"]
     diffusers = export.read(tmp_path / "run" / "sks_dog_diffusers.safetensors")["unet"]
     assert kohya.keys() == diffusers.keys()
@@ -458,7 +458,7 @@ def test_layers_without_a_gradient_are_named_at_the_first_step(
 
     monkeypatch.setattr(loop, "losses_of", cut)
     recorder = Recorder()
-    train.train(make_config(name="one", train={"steps": 2}), report=recorder)
+    train.train(make_config("sd1", "one", train={"steps": 2}), report=recorder)
     (told,) = [text for text in recorder.warnings if "gradient" in text]
     assert "1 of 128 adapted layers get no gradient and will not learn, first unet.mid_block" in told
     is_dead = re.compile("")

@@ -90,7 +90,7 @@ def changed_inputs(count: int, folder: Path, seed: int = 0) -> Result:
 
 def _bench(folder: Path) -> Bench:
     """A job that reads everything a run can read, an adapter to go on from too."""
-    read = materials(folder / "read", tiny.tiny_sd)
+    read = materials(folder / "read", tiny.tiny_ends)
     tiny.tiny_pictures(folder / "read" / "classes", 3)
     for pictures in ("pictures", "held_out", "classes"):
         first = min((folder / "read" / pictures).iterdir())

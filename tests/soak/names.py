@@ -45,7 +45,7 @@ COLLISIONS = (
 
 def names(count: int, folder: Path, seed: int = 0) -> Result:
     """Odd names of pictures, captions, folders, configs, bases and adapters: train, resume, export, inspect work."""
-    base, rng, failures = tiny.tiny_sd(folder / "base"), random.Random(seed), []
+    base, rng, failures = tiny.tiny_ends(folder / "base"), random.Random(seed), []
     odd_names = NAMES[:: max(1, len(NAMES) // count)]  # a few tries take some of each kind
     expected = _tensors(_trained(folder / "expected", base, ("a", "b", "c"), "plain"))
     for i in range(count):

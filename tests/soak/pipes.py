@@ -66,7 +66,7 @@ def pipes(count: int, folder: Path, seed: int = 0) -> Result:
 
 def job(folder: Path) -> Path:
     """A folder with all that commands read: base, pictures, adapters, a config, and a run that lacks its end."""
-    tiny.tiny_sd(folder / "base")
+    tiny.tiny_ends(folder / "base")
     (picture, *_) = tiny.tiny_pictures(folder / "pictures", 3)
     picture.with_suffix(".txt").write_text("a photo of {token} {class}")
     shutil.copy(picture, folder / "cover.png")

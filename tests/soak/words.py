@@ -55,7 +55,7 @@ def words(count: int, folder: Path, seed: int = 0) -> Result:
 
 def _sound_commands(folder: Path) -> dict[str, list[tuple[str, str]]]:
     """Verb to options and their values, with which it works; "" for what has no option's name."""
-    base = str(tiny.tiny_sd(folder / "base"))
+    base = str(tiny.tiny_ends(folder / "base"))
     tiny.tiny_pictures(folder / "pictures", 3)
     adapter = str(adapter_file(folder / "dog.safetensors", 0))
     settings = {
