@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ def find(path: Path, step: str | None) -> Kept | None:
     folder = path.parent if path.name == "adapter.safetensors" else path
     if folder.name.startswith("step-") and folder.parent.name == "checkpoints":
         path, step = folder.parent.parent, step or folder.name[5:]
-    if not (path / "config.toml").is_file() or not (path / "checkpoints").is_dir():
+    # Unlike Path.is_file, these say no for a name that is too long.
+    if not os.path.isfile(path / "config.toml") or not os.path.isdir(path / "checkpoints"):
         return None
     run, config, stored = Run(path), config_file.load(path / "config.toml"), identity.read(path)
     assert stored is not None, "there is a config.toml"

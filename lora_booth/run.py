@@ -39,6 +39,8 @@ from lora_booth.identity import Inputs
 OWNER_FILE = ".owner.json"
 OWN_BEFORE_CONFIG = re.compile(r"\.lock|(\.owner|inputs)\.json|\.(\.owner\.json|inputs\.json|config\.toml)\..+\.tmp")
 """What a run killed in its first moment may leave before its config is written."""
+MAX_METRICS_BYTES = 2**30
+"""Of metrics.jsonl; two million steps write less."""
 CHECKPOINT_NAME = re.compile("step-[0-9]{1,18}")
 
 
@@ -178,6 +180,8 @@ class Run:
         """Raises DiskError where metrics.jsonl is a pipe, a folder, or a link, which may lead out of the run folder."""
         path = self.metrics_path
         why = "it is a link" if path.is_symlink() else inputs.why_unreadable(path)
+        if why is None and path.stat().st_size > MAX_METRICS_BYTES:
+            why = f"it has more than {MAX_METRICS_BYTES >> 20} MiB"
         if why not in (None, "it is missing"):
             raise DiskError(f"{path} cannot be written: {why}; remove it, and the same command goes on.")
 

@@ -23,6 +23,7 @@ HUGE = (
     ("unet", "transformer_layers_per_block", [[100] * 100] * 4, "asks for .* transformer blocks"),
     ("unet", "transformer_layers_per_block", [[[1]]], "no number of layers"),
     ("unet", "layers_per_block", 100, "asks for .* transformer blocks"),
+    ("unet", "downsample_padding", 16384, "no size up to 9"),
     ("unet", "block_out_channels", [1 << 20] * 4, "no size up to 8192"),
     ("unet", "block_out_channels", [8192] * 4, "billion weights"),
     ("unet", "block_out_channels", [[16]] * 4, "no size"),

@@ -43,6 +43,7 @@ MOST: dict[str, dict[str, int]] = {
         "attention_head_dim": 1024,
         "num_attention_heads": 1024,
         "norm_num_groups": 1024,
+        "downsample_padding": 9,
         "time_embedding_dim": 16_384,
         "addition_time_embed_dim": 4096,
         "projection_class_embeddings_input_dim": 65_536,

@@ -72,7 +72,7 @@ def _fault(code: int, out: str, err: str, report: str) -> str:
         return f"a traceback: {err[-500:]}"
     if code not in REFUSALS | {0}:
         return f"ended with {code}: {err[-300:]}"
-    if code and not err.startswith("lora-booth: "):
+    if code and not err.startswith("lora-booth: ") and "must be mended first" not in out:  # of doctor
         return f"ended with {code} and no message: {err[-300:]!r}"
     return f"a message of {len(err)} characters" if len(err) > MAX_MESSAGE else ""
 
