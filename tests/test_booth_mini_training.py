@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -199,7 +200,11 @@ def test_an_export_of_the_autoencoder_alone_leaves_every_other_file_as_it_is(tmp
     training.save()
     export_model(data, train, out, ["vae"])
     for path in sorted(path for path in MODEL.rglob("*") if path.is_file() and path.parent.name != "vae"):
-        assert path.read_bytes() == (out / path.relative_to(MODEL)).read_bytes(), path
+        before, after = (
+            re.sub(rb'"_diffusers_version": "[^"]*"', b"", p.read_bytes())
+            for p in (path, out / path.relative_to(MODEL))
+        )
+        assert before == after, path
     exported = load_parts(out)[0]
     assert exported.config.scaling_factor == model.config.scaling_factor
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
