@@ -23,6 +23,14 @@ os.environ["LORA_BOOTH_REPORTS"] = str(CRASH_REPORTS)
 atexit.register(shutil.rmtree, CRASH_REPORTS, ignore_errors=True)
 
 
+LONGEST = ("test_demo.py", "test_windows.py", "test_reliability.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that at the end no process works alone."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Bit-exact comparisons need one order of summation; two test processes on two cores need no more."""

@@ -32,6 +32,7 @@ def test_a_step_is_the_median_of_what_more_steps_took_longer_and_the_rest_is_the
     assert row["peak_mib"] == 120.0
 
 
+@pytest.mark.slow
 def test_the_job_of_the_peers_runs_and_is_measured(base: Path, tmp_path: Path) -> None:
     script = tmp_path / "peer.py"
     script.write_text(f"import json, sys; json.dump(sys.argv, open({str(tmp_path / 'argv')!r}, 'w'))")

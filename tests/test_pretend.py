@@ -44,7 +44,7 @@ def _own_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("xpu", "sd2", {"adapter": {"rank": 2, "dora": True}, "train": FEW | {"gradient_checkpointing": True}}),
         (
             "cuda",
-            "sd1",
+            "ends",
             {
                 "memory": {"denoiser_aside": True, "offload_activations": True},
                 "train": FEW | {"gradient_checkpointing": 0.5},

@@ -97,7 +97,7 @@ def test_training_on_it_resumes_exactly_and_moves_the_adapter_as_the_plain_base_
 ) -> None:
     def config(name: str, quantize: str) -> Config:
         return make_config(
-            "sdxl",
+            "ends",
             name,
             model={"quantize": quantize, "precision": "bf16"},
             adapter={"rank": 4, "text_encoder": True},

@@ -36,7 +36,7 @@ class Campaign:
 
 
 CAMPAIGNS = {
-    "kills_at_random": Campaign(kills.kills_at_random, 6, 100),
+    "kills_at_random": Campaign(kills.kills_at_random, 4, 100),
     "kills_at_changes": Campaign(kills.kills_at_changes, 9, 321),
     "kills_in_phases": Campaign(kills.kills_in_phases, 8, 150),
     "signals": Campaign(kills.signals, 6, 50),
@@ -51,9 +51,9 @@ CAMPAIGNS = {
     "clocks": Campaign(sabotage.clocks, 4, 24),
     "damaged_checkpoints": Campaign(kills.damaged_checkpoints, 200, 5_000),
     "same_result": Campaign(same.same_result, 1, 10),
-    "resume_matrix": Campaign(kills.resume_matrix, 6, 96),
+    "resume_matrix": Campaign(kills.resume_matrix, 4, 96),
     "changed_inputs": Campaign(changed.changed_inputs, 6, 300),
-    "lost_processes": Campaign(kills.lost_processes, 3, 25),
+    "lost_processes": Campaign(kills.lost_processes, 2, 25),
     "leaks": Campaign(kills.leaks, 200, 20_000),
     "adapters": Campaign(adapters.adapters, 150, 100_000),
     "configs": Campaign(hostile.configs, 2_000, 50_000),
