@@ -27,7 +27,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """
     values = _read_toml(path) if path is not None else {}
     faults = _apply_(values, overrides)
-    if path is not None and path.name == "config.toml" and (path.parent / "inputs.json").is_file():
+    if path is not None and path.name == "config.toml" and inputs.is_plain_file(path.parent / "inputs.json"):
         run = values.setdefault("run", {})  # of a run, which lies where it lies
         if isinstance(run, dict):
             run.setdefault("folder", str(path.parent))
@@ -101,7 +101,8 @@ def differing_keys(one: Config, other: Config, *, ignore: Iterable[str] = ()) ->
 
 
 def _read_toml(path: Path) -> Values:
-    near = [] if os.path.lexists(path) else difflib.get_close_matches(path.name, _neighbours(path), n=1)
+    names = [] if os.path.lexists(path) else _neighbours(path)
+    near = [] if path.name in names else difflib.get_close_matches(path.name, names, n=1)  # in: it may not be read
     hint = f'the nearest name is "{path.parent / near[0]}"' if near else "name a config file, in UTF-8"
     return inputs.read_toml(path, hint, ConfigError)
 

@@ -27,6 +27,8 @@ MAX_SHOWN = 80
 """Characters of a user's word that a message repeats."""
 MAX_PATH = 1000
 """Of a path in a message; real ones are shorter."""
+MISSING = "it is missing"
+"""What `why_unreadable` says of a path where nothing is."""
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -71,7 +73,7 @@ def why_unreadable(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        return f"it is a link to {shown(os.readlink(path))}, which is missing" if path.is_symlink() else "it is missing"
+        return f"it is a link to {shown(os.readlink(path))}, which is missing" if path.is_symlink() else MISSING
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         return reason(error)
     return next((f"it is {kind}" for is_kind, kind in _KINDS if is_kind(mode)), None)

@@ -10,12 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_booth import checkpoints, config_file, export, identity
+from lora_booth import checkpoints, config_file, export, identity, inputs
 from lora_booth.adapter.numbers import weights_of
 from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config import Config
 from lora_booth.errors import ConfigError, ModelError
-from lora_booth.inputs import shown
 from lora_booth.run import Run
 
 PACKAGES = ("lora-booth", "torch", "diffusers", "transformers", "peft")
@@ -63,8 +62,7 @@ def find(path: Path, step: str | None) -> Kept | None:
     folder = path.parent if path.name == "adapter.safetensors" else path
     if folder.name.startswith("step-") and folder.parent.name == "checkpoints":
         path, step = folder.parent.parent, step or folder.name[5:]
-    # Unlike Path.is_file, these say no for a name that is too long.
-    if not os.path.isfile(path / "config.toml") or not os.path.isdir(path / "checkpoints"):
+    if not inputs.is_plain_file(path / "config.toml") or not os.path.isdir(path / "checkpoints"):
         return None
     run, config, stored = Run(path), config_file.load(path / "config.toml"), identity.read(path)
     assert stored is not None, "there is a config.toml"
@@ -91,6 +89,6 @@ def _step(wanted: str, losses: Mapping[int, float | None], best: int | None, fol
     if number not in losses:
         kept = ", ".join(map(str, losses))
         raise ConfigError(
-            f"--step {shown(wanted)}: run folder {folder} keeps the steps {kept}; name one, or best or last."
+            f"--step {inputs.shown(wanted)}: run folder {folder} keeps the steps {kept}; name one, or best or last."
         )
     return number

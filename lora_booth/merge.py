@@ -29,7 +29,7 @@ from lora_booth.export.rewrite import FLOATS, Layout, read_layout, rewrite
 from lora_booth.families.identify import BaseFacts, identify
 from lora_booth.families.sources import PICKLES, WEIGHT_STEMS, read_json, resolve
 from lora_booth.families.weight_names import Place, find, weight_sets
-from lora_booth.inputs import require_plain_file
+from lora_booth.inputs import is_plain_file, require_plain_file
 from lora_booth.report import Report, Silent
 
 QUANTISED_MARKS = (
@@ -188,7 +188,7 @@ def _require_suffix(out: Path, suffix: str) -> None:
 def _refuse_quantised_config(base: Path) -> None:
     for component in WEIGHT_STEMS:
         config = base / component / "config.json"
-        if base.is_dir() and config.is_file() and "quantization_config" in read_json(config):
+        if base.is_dir() and is_plain_file(config) and "quantization_config" in read_json(config):
             raise ModelError(_quantised(config, "has a quantization_config"))
 
 

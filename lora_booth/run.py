@@ -177,12 +177,15 @@ class Run:
         return step - len(kept)
 
     def _require_own_metrics(self) -> None:
-        """Raises DiskError where metrics.jsonl is a pipe, a folder, or a link, which may lead out of the run folder."""
+        """Raises DiskError where metrics.jsonl is no plain file, is larger than any run makes it, or is a link, which
+        may lead out of the run folder."""
         path = self.metrics_path
         why = "it is a link" if path.is_symlink() else inputs.why_unreadable(path)
-        if why is None and path.stat().st_size > MAX_METRICS_BYTES:
-            why = f"it has more than {MAX_METRICS_BYTES >> 20} MiB"
-        if why not in (None, "it is missing"):
+        if why is None:
+            with files.writing(path):
+                size = path.stat().st_size
+            why = f"it has more than {MAX_METRICS_BYTES >> 20} MiB" if size > MAX_METRICS_BYTES else None
+        if why not in (None, inputs.MISSING):
             raise DiskError(f"{path} cannot be written: {why}; remove it, and the same command goes on.")
 
     def has_picture(self, path: Path) -> bool:
@@ -327,9 +330,12 @@ def _require_own(folder: Path) -> None:
     """Raises ConfigError, before anything is written, when `folder` is a file or holds something else than a run."""
     if os.path.exists(folder) and not folder.is_dir():
         raise ConfigError(f"run folder {folder} is a file; choose another folder with run.folder.")
-    if not os.path.exists(folder) or (folder / "config.toml").exists():
+    if not os.path.exists(folder):
         return
-    strangers = sorted(p.name for p in folder.iterdir() if not OWN_BEFORE_CONFIG.fullmatch(p.name))
+    with files.writing(folder):  # it may not be entered, or not listed
+        if (folder / "config.toml").exists():
+            return
+        strangers = sorted(p.name for p in folder.iterdir() if not OWN_BEFORE_CONFIG.fullmatch(p.name))
     if strangers:
         raise ConfigError(
             f"run folder {folder} holds other files ({', '.join(strangers[:5])}) and no run; "

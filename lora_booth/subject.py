@@ -52,26 +52,30 @@ def find_pictures(config: Config, report: Report) -> Pictures:
     that would be trained as it stands.
     """
 
-    def found_in(folder: Path | None) -> Found | None:
+    def found_in(folder: Path | None, remedy: str) -> Found | None:
         if folder is None:
             return None
         captions = config.subject.captions == "auto"
-        found = images.find(folder, max_megapixels=config.data.max_megapixels, captions=captions)
+        found = images.find(folder, max_megapixels=config.data.max_megapixels, captions=captions, remedy=remedy)
         for fault in found.left_out:
             report.warn(f"left out: {fault}")
         for fault in found.warnings:
             report.warn(str(fault))
         return found
 
-    instances = found_in(config.subject.images)
+    instances = found_in(config.subject.images, f"Put {MIN_PICTURES} or more pictures there")
     assert instances is not None
     if len(instances.pictures) < MIN_PICTURES:
         raise DataError(
             f"subject.images {config.subject.images} has {len(instances.pictures)} usable pictures, at least "
             f"{MIN_PICTURES} are needed; add some."
         )
-    classes = found_in(config.prior.folder if config.has_prior else None)
-    pictures = Pictures(instances, classes, found_in(config.subject.held_out))
+    own = config.prior.folder if config.has_prior else None
+    classes = found_in(own, "Leave prior.folder out, or put pictures of its class there")
+    held_out = found_in(
+        config.subject.held_out, "Leave subject.held_out out, or put other pictures of the subject there"
+    )
+    pictures = Pictures(instances, classes, held_out)
     written = [p for found in pictures.all for p in found.pictures if p.caption]
     faults = [fault for p in written for fault in slot_faults(str(p.path.with_suffix(".txt")), p.caption or "", SLOTS)]
     if faults:

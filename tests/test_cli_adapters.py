@@ -149,6 +149,8 @@ def test_a_name_that_is_too_long_for_any_disk_is_told(dog: str, run: Run, tmp_pa
     for words in (["merge", dog, "--out", out], ["resize", dog, "--rank", "1", "--out", out]):
         code, _, message = in_process(words, *run)
         assert code == 2 and "is 312 long, and 255 is the most a name takes" in message, message
+    code, _, message = in_process(["export", "x" * 300, "--out", "x"], *run)
+    assert code == 4 and "x cannot be read: File name too long" in message, message
 
 
 def test_a_file_that_is_no_adapter_is_told_apart(dog: str, run: Run, tmp_path: Path) -> None:

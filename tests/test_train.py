@@ -339,6 +339,18 @@ def test_fewer_than_three_pictures_are_refused(make_config: MakeConfig, tmp_path
         train.train(make_config(subject={"images": tmp_path / "two"}))
 
 
+@pytest.mark.parametrize("section", ["subject", "prior"])
+def test_another_folder_without_pictures_is_not_asked_for_three(
+    section: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "none").mkdir()
+    name = {"subject": "held_out", "prior": "folder"}[section]
+    with pytest.raises(
+        DataError, match=rf"no usable picture in .*none; it is empty\nLeave {section}\.{name} out, or put"
+    ):
+        train.train(make_config(**{section: {name: tmp_path / "none"}}))
+
+
 def test_unreadable_pictures_are_named_and_left_out(make_config: MakeConfig, tmp_path: Path) -> None:
     tiny.tiny_pictures(tmp_path / "some", 4)
     (tmp_path / "some" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")

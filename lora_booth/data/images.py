@@ -72,12 +72,14 @@ class _Listing:
     folders: list[Fault] = field(default_factory=list)
 
 
-def find(folder: Path, *, max_megapixels: float, captions: bool = True) -> Found:
+def find(
+    folder: Path, *, max_megapixels: float, captions: bool = True, remedy: str = "Put 3 or more pictures there"
+) -> Found:
     """All pictures directly in `folder`, each decoded once to prove that it can be.
 
     Left out: what cannot be read, has too many pixels, or has a caption file that cannot be read. Warned about:
     duplicates, long or empty captions, animations, sub-folders with pictures, JPEGs that seem to end early.
-    Raises DataError if there is no such folder or no usable picture in it.
+    Raises DataError if there is no such folder, and with `remedy` if there is no usable picture in it.
     """
     listing = _list(folder)
     left_out, remarks = list(listing.strangers), list(listing.folders)
@@ -98,7 +100,7 @@ def find(folder: Path, *, max_megapixels: float, captions: bool = True) -> Found
         remarks += [Fault(path, note) for note in noted]
         remarks += [Fault(blamed, note) for note in caption_notes]
     if not pictures:
-        raise DataError(_nothing(folder, left_out + listing.folders))
+        raise DataError(_nothing(folder, left_out + listing.folders, remedy))
     return Found(tuple(pictures), tuple(left_out), (*remarks, *_duplicates(pictures, looks)))
 
 
@@ -197,10 +199,10 @@ def _sub_folder(path: Path) -> list[Fault]:
     return []
 
 
-def _nothing(folder: Path, faults: Sequence[Fault]) -> str:
+def _nothing(folder: Path, faults: Sequence[Fault], remedy: str) -> str:
     seen = "it is empty" if not faults else "there is:\n" + "\n".join(f"  {fault}" for fault in faults[:5])
     more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
-    return f"no usable picture in {folder}; {seen}{more}\nPut 3 or more pictures there: {TAKEN}."
+    return f"no usable picture in {folder}; {seen}{more}\n{remedy}: {TAKEN}."
 
 
 def _caption(path: Path, picture_path: Path) -> tuple[str | None, list[str]]:

@@ -28,7 +28,7 @@ from lora_booth.families.sources import (
     read_json,
     require_small_files,
 )
-from lora_booth.inputs import read_text
+from lora_booth.inputs import MISSING, is_plain_file, read_text, why_unreadable
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -203,10 +203,11 @@ def _check_component(base: Path, name: str, *, has_weights: bool) -> None:
     """Refuse a component whose config names another class or code, or whose weights are missing or unsafe."""
     folder, classes = base / name, CLASSES[name][1]
     if name.startswith("tokenizer"):
-        if has_weights and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        vocabularies = (folder / "tokenizer.json", folder / "vocab.json")
+        if has_weights and not any(map(is_plain_file, vocabularies)):
             raise ModelError(f"{folder} holds no vocab.json; the base is incomplete, copy or download it again.")
         path = folder / "tokenizer_config.json"
-        config = read_json(path) if path.is_file() else {}
+        config = {} if why_unreadable(path) == MISSING else read_json(path)
         named = [config[key] for key in ("tokenizer_class",) if key in config]
         classes = classes | {"TokenizersBackend", "PreTrainedTokenizerFast"}
     else:

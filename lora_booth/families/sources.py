@@ -87,7 +87,7 @@ def resolve(config: ModelConfig, *, needs_weights: bool = True, pinned: Found | 
     base = config.base
     if base == "booth-mini":
         _refuse_revision(config)
-        if not (EMBEDDED / "model_index.json").is_file():
+        if not inputs.is_plain_file(EMBEDDED / "model_index.json"):
             raise ModelError(f"model.base is booth-mini, but {EMBEDDED} is missing; install lora-booth again.")
         return Found(EMBEDDED)
     if is_local(config):
@@ -97,7 +97,10 @@ def resolve(config: ModelConfig, *, needs_weights: bool = True, pinned: Found | 
         return Found(ARCHITECTURES / SHIPPED[base])
     homes, revision = BASE_ALIASES.get(base, (base,)), config.revision
     if not all(map(_is_hub_id, homes)):
-        raise ModelError(f'model.base "{inputs.shown(base)}" is no file or folder here{_nearby(base)}.')
+        why = inputs.why_unreadable(_path(base))
+        is_refused = why is not None and why != inputs.MISSING
+        told = f"cannot be read: {why}; correct it" if is_refused else f"is no file or folder here{_nearby(base)}"
+        raise ModelError(f'model.base "{inputs.shown(base)}" {told}.')
     if pinned is not None and pinned.repository in homes:
         homes, revision = (pinned.repository,), pinned.revision
     faults = []
@@ -211,8 +214,11 @@ def _checked_local(path: Path) -> Path:
         if path.suffix != ".safetensors":
             raise ModelError(f"model.base {path} is no .safetensors checkpoint; pass one, or a diffusers folder.")
         return path
-    if (path / "model_index.json").is_file():
+    why = inputs.why_unreadable(path / "model_index.json")
+    if why is None:
         return path
+    if why != inputs.MISSING:
+        raise ModelError(f"model.base {path} cannot be read: its model_index.json: {why}; correct that.")
     checkpoints = sorted(p.name for p in path.glob("*.safetensors"))
     pickles = sorted(p.name for p in path.glob("*") if p.suffix in PICKLES)
     if checkpoints:

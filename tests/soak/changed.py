@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_booth import identity
 from lora_booth.config import Config
-from lora_booth.errors import ConfigError
+from lora_booth.errors import ConfigError, DataError
 from tests import tiny
 from tests.soak import crash
 from tests.soak.bench import FEW_LAYERS, STEPS, Bench, Materials, Result, differences, made, materials
@@ -136,6 +136,7 @@ def _try(bench: Bench, number: int, kind: str, name: str, rng: random.Random) ->
 def _with_changed_file(bench: Bench, config: Config, path: Path, rng: random.Random) -> tuple[str, str]:
     content = path.read_bytes()
     is_removed = rng.random() < 0.2
+    is_last = len([*path.parent.glob("*.png"), *path.parent.glob("*.jpg")]) == 1
     try:
         path.unlink() if is_removed else path.write_bytes(_harmed(path, content, rng))
         outcome = crash.run(config)
@@ -145,6 +146,8 @@ def _with_changed_file(bench: Bench, config: Config, path: Path, rng: random.Ran
     if not told and path.is_relative_to(bench.read.base) and outcome.code in (3, 4):
         told = str(bench.read.base) in outcome.output
     few = "at least 3 are needed" in outcome.output  # of three pictures
+    if is_removed and is_last and path.suffix in (".png", ".jpg"):
+        few = outcome.code == DataError.exit_code and f"no usable picture in {path.parent}; " in outcome.output
     fault = "" if told or few else f"{path.name} changed, ended with {outcome.code}: {outcome.output[-400:]}"
     return fault, "files refused by name"
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -18,12 +19,18 @@ from pathlib import Path
 from types import FrameType
 from unittest.mock import patch
 
+import psutil
+
 from lora_booth import cli, crash
 from lora_booth.errors import ConfigError, DataError, DiskError, ModelError, NumericError
 
 REFUSALS = {kind.exit_code for kind in (ConfigError, DataError, ModelError, DiskError, NumericError)}
 """Not DeviceMemoryError: nothing that is tried needs much."""
-MAX_SECONDS = 60
+MAX_PROCESSOR_SECONDS = 60.0
+MAX_STILL_SECONDS = 60
+"""In which neither the command nor a process that it began used the processor; on a busy machine each uses a little."""
+STILL_SECONDS = 0.002
+"""Of the processor in one second, below which nothing goes on."""
 MAX_GROWTH_BYTES = 4 << 30
 """Of the address space while a command runs."""
 MAX_MESSAGE = 20_000
@@ -39,6 +46,10 @@ class Ended:
     fault: str
 
 
+class Endless(BaseException):
+    """A command did not end. No Exception, so that nothing takes it for a fault of what it was doing."""
+
+
 def run(words: Sequence[str], folder: Path) -> Ended:
     """`lora-booth` with `words`, in `folder`, with a home of its own there."""
     reports, home = folder / ".reports", folder / ".home"
@@ -46,7 +57,7 @@ def run(words: Sequence[str], folder: Path) -> Ended:
         place.mkdir(parents=True, exist_ok=True)
     changed = {crash.REPORTS: str(reports), "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    before, code = Path.cwd(), 0
+    before, code, endless = Path.cwd(), 0, ""
     os.chdir(folder)
     try:
         typed = patch.object(sys, "argv", ["lora-booth", *words])
@@ -54,6 +65,8 @@ def run(words: Sequence[str], folder: Path) -> Ended:
             cli.main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
+    except Endless as error:
+        endless = str(error)
     finally:
         os.chdir(before)
     texts = []
@@ -62,7 +75,7 @@ def run(words: Sequence[str], folder: Path) -> Ended:
         texts.append(stream.read())
     report = next((path.read_text(encoding="utf-8") for path in reports.iterdir()), "")
     shutil.rmtree(reports)
-    return Ended(code, *texts, _fault(code, *texts, report))
+    return Ended(code, *texts, endless or _fault(code, *texts, report))
 
 
 def _fault(code: int, out: str, err: str, report: str) -> str:
@@ -72,22 +85,34 @@ def _fault(code: int, out: str, err: str, report: str) -> str:
         return f"a traceback: {err[-500:]}"
     if code not in REFUSALS | {0}:
         return f"ended with {code}: {err[-300:]}"
-    if code and not err.startswith("lora-booth: ") and "must be mended first" not in out:  # of doctor
+    if code and not err.startswith("lora-booth: "):
         return f"ended with {code} and no message: {err[-300:]!r}"
     return f"a message of {len(err)} characters" if len(err) > MAX_MESSAGE else ""
 
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """Inside, what takes too long is interrupted, also where it waits for a pipe, and memory is bounded."""
+    """Inside, memory is bounded, and what never ends raises `Endless`: it uses the processor for too long, or waits.
+
+    The clock alone never ends a command: beside other work all of them take as long as they must.
+    """
 
     import resource
 
-    def late(_number: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"not done within {MAX_SECONDS} s")
+    began = used = _processor_seconds()
+    still = 0
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    def tick(_number: int, _frame: FrameType | None) -> None:
+        nonlocal used, still
+        still = still + 1 if _processor_seconds() - used < STILL_SECONDS else 0
+        used = _processor_seconds()  # again: to ask takes a little too
+        if still >= MAX_STILL_SECONDS:
+            raise Endless(f"waits for {MAX_STILL_SECONDS} s and does nothing")
+        if used - began > MAX_PROCESSOR_SECONDS:
+            raise Endless(f"not done within {MAX_PROCESSOR_SECONDS:.0f} s of the processor")
+
+    before = signal.signal(signal.SIGALRM, tick)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MAX_GROWTH_BYTES, limits[1]))
@@ -97,6 +122,15 @@ def _limited() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _processor_seconds() -> float:
+    """Of this process and of all that it began, ended ones too."""
+    used = time.process_time() + sum(os.times()[2:4])
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ended meanwhile
+            used += sum(child.cpu_times()[:4])
+    return used
 
 
 def _socket(path: Path) -> None:
