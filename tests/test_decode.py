@@ -165,8 +165,10 @@ def test_an_srgb_profile_changes_no_value_and_costs_no_conversion(monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "profile", [b"nonsense", swapped_profile()[:200]], ids=["nonsense", "cut"]
-)  # it holds the time
+    "profile",
+    [b"nonsense", swapped_profile()[:200]],
+    ids=["nonsense", "cut"],  # its own name would hold the time
+)
 def test_a_broken_colour_profile_is_ignored(profile: bytes) -> None:
     assert pixel(decoded(Image.new("RGB", (4, 4), RED), icc_profile=profile)) == RED
 

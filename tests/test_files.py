@@ -201,10 +201,10 @@ def test_what_a_killed_writer_left_goes_whatever_the_clock_says(days: int, tmp_p
 
 def test_a_term_signal_while_writing_leaves_nothing_half_written(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path\n"
+        "import signal, sys; from pathlib import Path\n"
         "from lora_booth import files; from lora_booth.interrupts import exit_on_term\n"
         "with exit_on_term(), files.replacing(Path(sys.argv[1])) as temporary:\n"
-        "    temporary.write_text('half'); print('writing', flush=True); time.sleep(60)\n"
+        "    temporary.write_text('half'); print('writing', flush=True); signal.pause()\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "a.txt")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -91,13 +91,13 @@ def test_every_component_is_loaded_quantised(kind: str, family: str, miniatures:
     assert 0 < max(errors) < 0.25
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "base"), list(zip(KINDS, ("sdxl", "ends"), strict=True)))
 def test_training_on_it_resumes_exactly_and_moves_the_adapter_as_the_plain_base_does(
-    kind: str, make_config: MakeConfig, tmp_path: Path
+    kind: str, base: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     def config(name: str, quantize: str) -> Config:
         return make_config(
-            "ends",
+            base,
             name,
             model={"quantize": quantize, "precision": "bf16"},
             adapter={"rank": 4, "text_encoder": True},

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from lora_booth import checkpoints, config_file, files
@@ -437,17 +438,25 @@ def test_a_folder_that_cannot_be_locked_is_told(tmp_path: Path) -> None:
         Run.open(tmp_path / "run", config(), INPUTS)
 
 
-def test_a_holder_that_has_not_yet_said_who_it_is_gets_a_moment(tmp_path: Path) -> None:
+def test_a_holder_that_has_not_yet_said_who_it_is_gets_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         lock = _locked(tmp_path)
         os.write(write, b"locked")
-        time.sleep(0.3)
-        (tmp_path / ".owner.json").write_text(json.dumps({"pid": os.getpid(), "host": "here", "started": "now"}))
-        time.sleep(60 if lock else 0)
-        os._exit(0)
+        while lock.is_locked:
+            signal.pause()
     assert os.read(read, 6) == b"locked"
+    honest = FileLock.acquire
+
+    def acquire(lock: FileLock, timeout: float, **options: Any) -> Any:
+        assert timeout >= 1
+        (tmp_path / ".owner.json").write_text(json.dumps({"pid": child, "host": "here", "started": "now"}))
+        return honest(lock, timeout=0, **options)  # that moment has passed
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
     try:
         with pytest.raises(DiskError, match=f"in use by process {child} on here since now"):
             _locked(tmp_path)

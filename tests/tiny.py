@@ -41,8 +41,7 @@ SECOND_TEXT_WIDTH = 48
 
 def tiny_sd(folder: Path, *, prediction_type: Prediction = "epsilon", seed: int = 0) -> Path:
     """A base shaped like Stable Diffusion 1.x: four levels, OpenAI-like CLIP, convolutional projections."""
-    scheduler = _scheduler("PNDMScheduler", prediction_type, skip_prk_steps=True, set_alpha_to_one=False)
-    return _write_base(folder, seed, _sd_unet(), [_text_config(1)], scheduler)
+    return _write_sd(folder, seed, _sd_unet(), prediction_type)
 
 
 def tiny_ends(folder: Path, *, seed: int = 0) -> Path:
@@ -50,8 +49,7 @@ def tiny_ends(folder: Path, *, seed: int = 0) -> Path:
     ends = {"block_out_channels": [16, 16], "layers_per_block": 1}
     ends |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
     ends |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
-    scheduler = _scheduler("PNDMScheduler", "epsilon", skip_prk_steps=True, set_alpha_to_one=False)
-    return _write_base(folder, seed, _sd_unet() | ends, [_text_config(1)], scheduler)
+    return _write_sd(folder, seed, _sd_unet() | ends, "epsilon")
 
 
 def tiny_sd2(folder: Path, *, prediction_type: Prediction = "v_prediction", seed: int = 0) -> Path:
@@ -211,6 +209,11 @@ def _sd_unet() -> dict[str, Any]:
         "cross_attention_dim": TEXT_WIDTH,
         "attention_head_dim": 2,
     }
+
+
+def _write_sd(folder: Path, seed: int, unet: dict[str, Any], prediction_type: Prediction) -> Path:
+    scheduler = _scheduler("PNDMScheduler", prediction_type, skip_prk_steps=True, set_alpha_to_one=False)
+    return _write_base(folder, seed, unet, [_text_config(1)], scheduler)
 
 
 def _scheduler(name: str, prediction_type: str, **extra: Any) -> tuple[str, dict[str, Any]]:
