@@ -61,7 +61,7 @@ def closed(tmp_path: Path) -> Path:
         (
             "generate --base ./base/x --prompt x",
             4,
-            '"./base/x" cannot be read: Permission denied; correct it',
+            '"./base/x" is no file or folder here (Permission denied).',
         ),
         ("merge a --base base --out b", 4, "base cannot be read: its model_index.json: Permission denied"),
         ("extract --base base --tuned base --rank 1 --out o.safetensors", 4, "cannot be read: its model_index.json"),

@@ -98,9 +98,8 @@ def resolve(config: ModelConfig, *, needs_weights: bool = True, pinned: Found | 
     homes, revision = BASE_ALIASES.get(base, (base,)), config.revision
     if not all(map(_is_hub_id, homes)):
         why = inputs.why_unreadable(_path(base))
-        is_refused = why is not None and why != inputs.MISSING
-        told = f"cannot be read: {why}; correct it" if is_refused else f"is no file or folder here{_nearby(base)}"
-        raise ModelError(f'model.base "{inputs.shown(base)}" {told}.')
+        hint = _nearby(base) if why in (None, inputs.MISSING) else f" ({why})"
+        raise ModelError(f'model.base "{inputs.shown(base)}" is no file or folder here{hint}.')
     if pinned is not None and pinned.repository in homes:
         homes, revision = (pinned.repository,), pinned.revision
     faults = []
