@@ -99,16 +99,17 @@ def _limited() -> Iterator[None]:
 
     import resource
 
-    began = used = _processor_seconds()
-    still = 0
+    began = time.process_time() + _seconds_of_children()
+    own, children, still = time.process_time(), _seconds_of_children(), 0
 
     def tick(_number: int, _frame: FrameType | None) -> None:
-        nonlocal used, still
-        still = still + 1 if _processor_seconds() - used < STILL_SECONDS else 0
-        used = _processor_seconds()  # again: to ask takes a little too
+        nonlocal own, children, still
+        used, used_by_children = time.process_time(), _seconds_of_children()
+        still = still + 1 if used - own + used_by_children - children < STILL_SECONDS else 0
+        own, children = time.process_time(), used_by_children  # its own again, since asking takes a little too
         if still >= MAX_STILL_SECONDS:
             raise Endless(f"waits for {MAX_STILL_SECONDS} s and does nothing")
-        if used - began > MAX_PROCESSOR_SECONDS:
+        if own + children - began > MAX_PROCESSOR_SECONDS:
             raise Endless(f"not done within {MAX_PROCESSOR_SECONDS:.0f} s of the processor")
 
     before = signal.signal(signal.SIGALRM, tick)
@@ -124,9 +125,9 @@ def _limited() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _processor_seconds() -> float:
-    """Of this process and of all that it began, ended ones too."""
-    used = time.process_time() + sum(os.times()[2:4])
+def _seconds_of_children() -> float:
+    """Of the processor, used by all that this process began, ended ones too."""
+    used = sum(os.times()[2:4])
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it ended meanwhile
             used += sum(child.cpu_times()[:4])
