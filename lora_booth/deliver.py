@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_booth import export, families, inputs, kept, names
+from lora_booth import export, families, files, inputs, kept, names
 from lora_booth.adapter.decompose import approximate, tell_errors
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, find_module, uses_dora, weight_change
 from lora_booth.config_file import base_named
@@ -69,14 +69,18 @@ def forms(
 def write_files(delivery: Delivery, forms: Mapping[str, AdapterWeights], report: Report) -> dict[str, Path]:
     """Write `forms`, format to weights, and the sidecar and cover of the portable one; returns the paths by format.
 
-    Raises ModelError and DiskError as `export.Format.write` does.
+    Raises ModelError, NumericError and DiskError as `export.Format.write` does. Nothing is written before every format
+    has taken the adapter.
     """
     header, dtype = delivery.header, export.DTYPES[delivery.dtype]
     if delivery.cover is not None:
         header = header | cover_fields(delivery.cover)
+    contents = {}
     for name, weights in forms.items():
-        fields = header | network_fields(weights)
-        export.FORMATS[name].write(delivery.path(name), weights, delivery.family, dtype, fields)
+        fields, file = header | network_fields(weights), delivery.path(name)
+        contents[file] = export.FORMATS[name].content(file.name, weights, delivery.family, dtype, fields)
+    for file, content in contents.items():
+        files.write_bytes(file, content)
     if "kohya" in forms:
         path = delivery.path("kohya")
         description = header.get("modelspec.description", "")

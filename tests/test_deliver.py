@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,21 @@ def test_the_portable_form_of_dora_is_near_and_its_error_is_told(bases: dict[str
     assert f"{(lost / whole) ** 0.5:.3%}" in told[-1]
     files = deliver.write_files(deliver.Delivery(tmp_path, "dog", "sd1", {}, "fp32"), forms, Silent())
     assert not any("dora" in key or "magnitude" in key for key in load_file(files["kohya"]))
+
+
+def test_an_adapter_that_one_format_cannot_hold_leaves_no_file_of_the_other(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Scaled by 1e37 its numbers overflow where the scale is multiplied in, and not where it stands beside them."""
+    weights, _ = adapted.trained_mixed("sd1", bases)
+    huge = {name: {path: replace(low, scale=1e37) for path, low in layers.items()} for name, layers in weights.items()}
+    large = {name: {p: replace(low, up=low.up * 1e3) for p, low in layers.items()} for name, layers in huge.items()}
+    source = tmp_path / "source.safetensors"
+    export.FORMATS["kohya"].write(source, large, "sd1", torch.float32, HEADER)
+    with pytest.raises(ModelError, match=r"more than fp32 holds .*; lower its strength"):
+        deliver.convert(file=source, out=tmp_path / "out", dtype="fp32")
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+    assert deliver.convert(file=source, out=tmp_path / "out", dtype="fp32", formats=("kohya",))
 
 
 def test_a_dora_file_needs_its_base_for_the_portable_form_and_not_for_the_other(

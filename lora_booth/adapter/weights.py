@@ -258,9 +258,11 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     for name, tensor in tensors.items():
         result[name] = tensor.detach().to("cpu", dtype).contiguous()
         if not torch.isfinite(result[name]).all():
+            is_largest = dtype in (torch.float32, torch.bfloat16)  # both reach as far
+            remedy = "lower its strength" if is_largest else "store it as fp32 (export.dtype, or --dtype fp32)"
             raise ModelError(
                 f"{name} reaches {tensor.abs().max().item():.3g}, more than {_short(dtype)} holds "
-                f"({torch.finfo(dtype).max:.5g}); store it as fp32 (export.dtype, or --dtype fp32)."
+                f"({torch.finfo(dtype).max:.5g}); {remedy}."
             )
     return result
 

@@ -74,17 +74,23 @@ class Format:
         Raises ModelError when the format cannot hold the adapter, NumericError when the adapter is not finite,
         DiskError when the file cannot be written.
         """
+        files.write_bytes(path, self.content(path.name, weights, family, dtype, metadata))
+
+    def content(
+        self, name: str, weights: AdapterWeights, family: str, dtype: torch.dtype, metadata: Mapping[str, str]
+    ) -> bytes:
+        """What `write` writes into a file of that `name`. Raises as it does, but no DiskError."""
         tensors = self.to_tensors(weights, family, dtype)
         if not tensors:
-            raise ModelError(f"{path.name} would be empty: the adapter has no layers.")
+            raise ModelError(f"{name} would be empty: the adapter has no layers.")
         content = in_order(save(tensors, with_hashes({**metadata, **self.fields}, tensors)))
         header = int.from_bytes(content[:8], "little")
         if header > MAX_HEADER_BYTES:
             raise ModelError(
-                f"The header of {path.name} would take {header} bytes, and ComfyUI reads {MAX_HEADER_BYTES}; shorten "
+                f"The header of {name} would take {header} bytes, and ComfyUI reads {MAX_HEADER_BYTES}; shorten "
                 "the metadata."
             )
-        files.write_bytes(path, content)
+        return content
 
 
 FORMATS = {
