@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lora_booth.families.components import shipped_tokenizer
-from lora_booth.families.sources import ARCHITECTURES
+from lora_booth.models.bases.sources import ARCHITECTURES
+from lora_booth.models.families.components import shipped_tokenizer
 
 _VAE = {"block_out_channels": [32, 64, 128, 128]}
 _TEXT = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_booth import families
-from lora_booth.config import ModelConfig, PreviewConfig
-from lora_booth.demo import MASCOT, demo_config
-from lora_booth.families.base import Family
-from lora_booth.families.sampling import Sampling, draw
+from lora_booth.cli.demo import MASCOT, demo_config
+from lora_booth.config.settings import ModelConfig, PreviewConfig
+from lora_booth.models import loading
+from lora_booth.models.families.family import Family
+from lora_booth.models.sampling import Sampling, draw
 from tools.booth_mini.export import load_evaluator
 
 MODEL = MASCOT.parent / "booth_mini"
@@ -45,7 +45,7 @@ def draw_both(
     seeds: Sequence[int] = SEEDS,
 ) -> Drawn:
     """Every prompt by the base alone and through the adapter file, from the same noise."""
-    family = families.load(ModelConfig(base=base), device="cpu", dtype=torch.float32)
+    family = loading.load(ModelConfig(base=base), device="cpu", dtype=torch.float32)
     before = {("before", prompt): sketch(family, prompt, preview, seeds) for prompt in prompts}
     family.pipeline("ddim").load_lora_weights(str(adapter.parent), weight_name=adapter.name)
     return before | {("after", prompt): sketch(family, prompt, preview, seeds) for prompt in prompts}

@@ -26,11 +26,13 @@ import torch
 
 from benchmarks import record
 from benchmarks.bases import noise_pictures, random_base
-from lora_booth import families, memory, presets, trial
 from lora_booth.adapter import inject
-from lora_booth.config import Config
-from lora_booth.objectives import objective_for
-from lora_booth.tracing import held_bytes, tensors_of
+from lora_booth.config import presets
+from lora_booth.config.settings import Config
+from lora_booth.models import loading
+from lora_booth.planning import memory, trial
+from lora_booth.planning.tracing import held_bytes, tensors_of
+from lora_booth.training.objective import objective_for
 
 ARCHITECTURE_OF = {"sd15": "sd1", "sd21": "sd2_v", "sdxl": "sdxl"}
 GIB = 2**30
@@ -89,11 +91,11 @@ def on_cpu(base: Path, share: float, side_px: int) -> Row:
     values = {"model": {"base": str(base), "precision": "fp32"}, "subject": {"images": "x", "class_noun": "dog"}}
     values |= {"train": {"gradient_checkpointing": share}, "data": {"resolution": side_px, "bucket_step": 64}}
     config = Config.model_validate(values)
-    modules = memory.Modules.of(config, families.facts(config.model))
+    modules = memory.Modules.of(config, loading.facts(config.model))
     step, shape = modules.step(config, None), modules.latent_shape(modules.square(config))
     predicted = sum(step.parts[part] for part in ("base", "adapter", "gradients", "inputs", "activations"))
 
-    family = families.load(config.model, device="cpu", dtype=torch.float32, needs_vae=False)
+    family = loading.load(config.model, device="cpu", dtype=torch.float32, needs_vae=False)
     parameters = inject.inject_({"unet": family.denoiser}, config.adapter)["unet"]
     family.denoiser.train()
     family.prepare_denoiser_(gradient_checkpointing=share, attention="sdpa")

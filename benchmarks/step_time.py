@@ -7,7 +7,7 @@ Every row is a whole `lora-booth train` in a process of its own: two instance an
 16 on attention, no pictures on the way, pictures of noise. Seconds are the median over all steps but the first three,
 as the run's metrics.jsonl has them; memory is the device's peak of tensors, on a CPU the process's. "at least" is the
 time that the step's operations, counted on tensors without data, need at the rates that a large matrix product and a
-large copy reach here (`lora_booth.tracing.Work.seconds`).
+large copy reach here (`lora_booth.planning.tracing.Work.seconds`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ import torch
 
 from benchmarks import record
 from benchmarks.bases import ARCHITECTURE_NAMES, noise_pictures, random_base
-from lora_booth import charts, config_file, families, memory
-from lora_booth.cards import Card
+from lora_booth.config import toml
+from lora_booth.data import charts
+from lora_booth.models import loading
+from lora_booth.models.cards import Card
+from lora_booth.planning import memory
 
 LEVERS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -93,8 +96,8 @@ def measure(lever: str, base: str, card: Card, arguments: argparse.Namespace) ->
     warm_up = sum(line["seconds"] - seconds for line in lines[:WARM_UP_STEPS])
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     loss = statistics.mean(line["instance_loss"] for line in lines)
-    config = config_file.load(None, words)
-    work = memory.Modules.of(config, families.facts(config.model)).step_work(config, None)
+    config = toml.load(None, words)
+    work = memory.Modules.of(config, loading.facts(config.model)).step_work(config, None)
     peak, tflop, least = round(summary["peak_gib"], 2), round(work.flops / 1e12, 4), round(work.seconds(card), 4)
     return Row(lever, round(seconds, 4), peak, round(loss, 4), tflop, least, round(warm_up, 2))
 

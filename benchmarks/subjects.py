@@ -32,10 +32,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.likeness import SEEDS, Drawn, draw_both, features
-from lora_booth import config_file, files, presets, train
-from lora_booth.console import PlainReport
+from lora_booth.cli.console import PlainReport
+from lora_booth.cli.demo import MASCOT
+from lora_booth.config import presets, toml
 from lora_booth.data.grid import labelled_grid
-from lora_booth.demo import MASCOT
+from lora_booth.run import disk
+from lora_booth.verbs import train
 from tools.booth_mini.compose import COLOURS, article, paste
 from tools.booth_mini.data import load_icons
 from tools.booth_mini.subjects import SUBJECT_PX
@@ -93,7 +95,7 @@ def judge(folder: Path, class_noun: str, out: Path, means: Mapping[str, Tensor])
         f"run.folder={out / folder.name}",
         f"run.cache={out / 'cache'}",
     ]
-    config = config_file.load(presets.MINIATURE, overrides)
+    config = toml.load(presets.MINIATURE, overrides)
     summary = train.train(config, report=PlainReport())
     subject, plain = f"a {config.subject.token} {class_noun}", article(class_noun)
     others = [prompt for prompt in OTHERS if prompt.removeprefix("a ") not in class_noun]
@@ -160,7 +162,7 @@ def main() -> None:
     columns = ("unseen", "unseen", "before", "before", "after", "after", "on red", "on red", "class before", "after")
     sheet = [(f"{row.subject}: a emo {row.class_noun}", pictures) for row, pictures in judged]
     grid = labelled_grid(sheet, columns=columns, title="The demo's settings on every held-out subject")
-    files.write_png(arguments.out / "sheet.png", grid)
+    disk.write_png(arguments.out / "sheet.png", grid)
     for row in rows:
         print(
             f"{row.subject:<12} likeness {row.likeness_before:+.3f} -> {row.likeness_after:+.3f}  class "

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from benchmarks import record
 from benchmarks.bases import ARCHITECTURE_NAMES, noise_pictures, random_base
-from lora_booth import charts, presets
+from lora_booth.config import presets
+from lora_booth.data import charts
 
 
 def measure(words: list[str], out: Path, name: str) -> dict[str, float]:

@@ -4,7 +4,7 @@ The Python API has the verbs of the command line:
 
     import lora_booth
     config = lora_booth.load_config("configs/sd15_subject_12gb.toml", ["subject.images=./my_dog"])
-    summary = lora_booth.train(config)
+    summary = lora_booth.verbs.train(config)
 
 Names are loaded when they are first used, so that importing the package costs nothing.
 """
@@ -15,23 +15,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_booth.config import Config
-    from lora_booth.config_file import load as load_config
+    from lora_booth.config.settings import Config
+    from lora_booth.config.toml import load as load_config
     from lora_booth.errors import LoraBoothError
-    from lora_booth.generate import generate
-    from lora_booth.run import Summary
-    from lora_booth.train import train
+    from lora_booth.run.folder import Summary
+    from lora_booth.verbs.generate import generate
+    from lora_booth.verbs.train import train
 
 __version__ = "0.1.0"
 __all__ = ["Config", "LoraBoothError", "Summary", "__version__", "generate", "load_config", "train"]
 
 _HOMES = {
-    "Config": ("config", "Config"),
+    "Config": ("config.config", "Config"),
     "LoraBoothError": ("errors", "LoraBoothError"),
-    "Summary": ("run", "Summary"),
-    "generate": ("generate", "generate"),
-    "load_config": ("config_file", "load"),
-    "train": ("train", "train"),
+    "Summary": ("run.folder", "Summary"),
+    "generate": ("verbs.generate", "generate"),
+    "load_config": ("config.toml", "load"),
+    "train": ("verbs.train", "train"),
 }
 
 

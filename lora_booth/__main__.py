@@ -8,9 +8,9 @@ import sys
 def main() -> None:
     """Entry point of both; an interrupt ends it quietly, also while the command line is still being loaded."""
     try:
-        from lora_booth import cli
+        from lora_booth.cli import app
 
-        cli.main()
+        app.main()
     except KeyboardInterrupt:
         sys.exit(130)
 

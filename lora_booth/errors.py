@@ -1,7 +1,7 @@
 """The errors a user can meet, and the exit code of each.
 
 A message has three parts: what is wrong with which value, where (config key or file name), and what to do about it.
-Anything that is not a `LoraBoothError` is a fault of ours, of which `crash.py` writes a report.
+Anything that is not a `LoraBoothError` is a fault of ours, of which `cli/crash.py` writes a report.
 """
 
 from __future__ import annotations

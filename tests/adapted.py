@@ -12,10 +12,10 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from lora_booth import export
 from lora_booth.adapter import inject
+from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import AdapterWeights, LowRank
-from lora_booth.config import AdapterConfig
+from lora_booth.config.settings import AdapterConfig
 
 PIPELINES = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 MIXED = {
@@ -124,5 +124,5 @@ def adapter_file(path: Path, seed: int, scale: float = 1.0) -> Path:
         n: LowRank(torch.randn(2, 16, generator=generator), torch.randn(16, 2, generator=generator), scale)
         for n in names
     }
-    export.FORMATS["kohya"].write(path, {"unet": layers}, "sd1", torch.float32, {})
+    storage.FORMATS["kohya"].write(path, {"unet": layers}, "sd1", torch.float32, {})
     return path

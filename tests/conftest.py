@@ -15,7 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
-from lora_booth.config import Config
+from lora_booth.config.settings import Config
 from tests import tiny
 
 CRASH_REPORTS = Path(tempfile.mkdtemp(prefix="lora-booth-reports-"))

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_booth import devices
+from lora_booth.models import devices
 
 CPU = torch.device("cpu")
 _REAL_DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_booth.data.batches import Item, Order, Role, micro_batches
+from lora_booth.training.order import Item, Order, Role, micro_batches
 
 SQUARE, WIDE = (4, 8, 8), (4, 4, 8)
 

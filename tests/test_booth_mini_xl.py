@@ -9,8 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from benchmarks.likeness import CLASS, SUBJECT, change, draw_both, likeness
-from lora_booth import config_file, presets, train
-from lora_booth.demo import MASCOT
+from lora_booth.cli.demo import MASCOT
+from lora_booth.config import presets, toml
+from lora_booth.verbs import train
 from tools.booth_mini.sdxl import write_sdxl
 
 MODEL = MASCOT.parent / "booth_mini"
@@ -57,7 +58,7 @@ def test_the_sdxl_family_learns_the_mascot_on_it(xl: Path, tmp_path: Path) -> No
         f"run.cache={tmp_path / 'cache'}",
         'export.formats=["diffusers"]',
     ]
-    config = config_file.load(presets.MINIATURE, overrides)
+    config = toml.load(presets.MINIATURE, overrides)
     summary = train.train(config)
     drawn = draw_both(Path(summary.files["diffusers"]), config.preview, base=str(xl))
     before, after = (likeness(drawn[when, SUBJECT]) for when in ("before", "after"))

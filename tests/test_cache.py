@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from lora_booth.data import cache
 from lora_booth.data.buckets import Bucket, Crop
-from lora_booth.data.cache import TensorCache, key, latent_key, prompt_key, require_finite
-from lora_booth.data.cached import digest_and_words
 from lora_booth.errors import DiskError, NumericError
+from lora_booth.run import cache
+from lora_booth.run.cache import TensorCache, key, latent_key, prompt_key, require_finite
+from lora_booth.run.cached import digest_and_words
 
 CROP = Crop(Bucket(512, 448), 1000, 900, 512, 461, 1, 6)
 TENSORS = {

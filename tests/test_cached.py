@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from lora_booth import cache, export, train
-from lora_booth.data import cached
-from lora_booth.data.cache import TensorCache, key
+from lora_booth.adapter.files import storage
 from lora_booth.errors import ConfigError, DiskError
+from lora_booth.run import cached
+from lora_booth.run.cache import TensorCache, key
+from lora_booth.verbs import cache, train
 from tests.conftest import MakeConfig
 from tests.test_cli import in_process
 from tests.test_train import Recorder
@@ -240,7 +241,7 @@ def test_a_run_whose_cache_is_cleared_at_every_moment_makes_it_again_to_the_same
     for name, report in (("plain", Recorder()), ("cleared", Clearing(tmp_path / "cleared-cache"))):
         config = make_config(name=name, run={"folder": tmp_path / name, "cache": tmp_path / f"{name}-cache"})
         summary = train.train(config, report=report)
-        hashes.append(export.read_metadata(Path(summary.files["kohya"]))["sshs_model_hash"])
+        hashes.append(storage.read_metadata(Path(summary.files["kohya"]))["sshs_model_hash"])
     assert hashes[0] == hashes[1]
     assert isinstance(report, Clearing)
     assert {"class_images", "encode images 1", "draw class images 3", "encode prompts 1"} <= report.met

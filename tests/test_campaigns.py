@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_booth import cli
+from lora_booth.cli import app
 from tests.soak import commands
 
 
@@ -45,5 +45,5 @@ def test_a_command_that_never_ends_is_a_fault_that_the_command_cannot_catch(
     if body is _waits:
         monkeypatch.setattr(commands, "MAX_STILL_SECONDS", 2)
     monkeypatch.setattr(commands, "MAX_PROCESSOR_SECONDS", 2.0)
-    monkeypatch.setattr(cli, "main", body)
+    monkeypatch.setattr(app, "main", body)
     assert commands.run([], tmp_path).fault == fault

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lora_booth import cards
 from lora_booth.errors import ConfigError
+from lora_booth.models import cards
 
 
 @pytest.mark.parametrize(

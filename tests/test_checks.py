@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from lora_booth import config_file, plan, train
-from lora_booth.config import Config
+from lora_booth.config import toml
+from lora_booth.config.settings import Config
 from lora_booth.errors import ConfigError, DataError, LoraBoothError, ModelError
-from lora_booth.report import Silent
+from lora_booth.planning import decide
+from lora_booth.run.report import Silent
+from lora_booth.verbs import train
 from tests import tiny
 from tests.conftest import MakeConfig
 from tests.test_train import Recorder
@@ -19,7 +21,7 @@ MINIMAL = {"model": {"base": "booth-mini"}, "subject": {"images": "x", "class_no
 
 
 def build(section: str, **pairs: Any) -> Config:
-    return config_file.build({**MINIMAL, section: MINIMAL.get(section, {}) | pairs}, source="test")
+    return toml.build({**MINIMAL, section: MINIMAL.get(section, {}) | pairs}, source="test")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -64,7 +66,7 @@ def test_a_caption_with_a_typing_error_is_refused_by_its_file(
     config = make_config(subject={"images": tmp_path / "captioned"})
     with pytest.raises(DataError, match=r"picture_01\.txt .* slot.*the slots are \{class\}, \{token\}"):
         train.train(config)
-    assert not plan.run_folder(config).exists()
+    assert not decide.run_folder(config).exists()
 
 
 @pytest.mark.parametrize("key", ["subject.prompt", "preview.negative_prompt"])
@@ -92,9 +94,9 @@ def test_what_does_not_fit_the_base_is_told_before_anything_is_written(what: str
     config = make_config(**sections)
     with pytest.raises(LoraBoothError, match=told):
         train.train(config)
-    assert not plan.run_folder(config).exists(), "a mended config can begin in this folder"
+    assert not decide.run_folder(config).exists(), "a mended config can begin in this folder"
     with pytest.raises(LoraBoothError, match=told):
-        plan.show(config, Silent())
+        decide.show(config, Silent())
 
 
 def test_an_adapter_that_cannot_be_continued_is_told_before_anything_is_written(
@@ -118,12 +120,12 @@ def test_an_adapter_that_cannot_be_continued_is_told_before_anything_is_written(
         config = make_config("sd1", adapter=small["adapter"] | settings | {"continue_from": path})
         with pytest.raises((ConfigError, ModelError), match=told):
             train.train(config)
-        assert not plan.run_folder(config).exists()
+        assert not decide.run_folder(config).exists()
 
 
 def test_a_picture_that_must_be_enlarged_is_told_with_its_size(make_config: MakeConfig, tmp_path: Path) -> None:
     tiny.tiny_pictures(tmp_path / "small", 3, sizes=[(20, 24), (48, 48)])
     recorder, config = Recorder(), make_config(subject={"images": tmp_path / "small"})
-    plan.resolve(config, plan.look(config, recorder), recorder, free_gib=None)
+    decide.resolve(config, decide.look(config, recorder), recorder, free_gib=None)
     told = [text for text in recorder.warnings if "enlarged" in text]
     assert [text.partition(" pixels")[0] for text in told] == ["picture_00.png has 20×24", "picture_02.png has 20×24"]

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_booth import cli, names
+from lora_booth.cli import app
+from lora_booth.config import names
 from lora_booth.errors import LoraBoothError
-from lora_booth.interrupts import SIGNALS
+from lora_booth.run.interrupts import SIGNALS
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -34,7 +35,7 @@ def in_process(
     monkeypatch.setattr(sys, "argv", ["lora-booth", *words])
     code = 0
     try:
-        cli.main()
+        app.main()
     except SystemExit as stop:
         code = int(stop.code or 0)
     captured = capsys.readouterr()
@@ -56,7 +57,7 @@ def test_a_lack_of_memory_anywhere_is_told_in_one_line(
         except RuntimeError as error:
             raise OSError("Unable to load weights") from error  # as diffusers does
 
-    monkeypatch.setattr(cli, "app", load)
+    monkeypatch.setattr(app, "app", load)
     code, _, told = in_process([], capsys, monkeypatch)
     assert code == 5
     assert told.startswith("lora-booth: there is not enough memory (Unable to load weights); close other programs")
@@ -87,7 +88,8 @@ def test_help_answers_without_torch_and_in_well_under_a_second() -> None:
     assert processor_seconds_of_children() - began < 1.5  # 0.3 measured
     assert all(verb in done.stdout for verb in ("demo", "train", "plan", "generate", "config"))
     check = (
-        "import sys, lora_booth.cli; sys.exit(any(m in sys.modules for m in ('torch', 'pydantic', 'rich.progress')))"
+        "import sys, lora_booth.cli.app\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'pydantic', 'rich.progress')))"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
@@ -204,7 +206,7 @@ def test_a_plan_whose_memory_cannot_be_traced_is_shown_all_the_same(
     def fail(*_: object) -> None:
         raise KeyError("no such operator")
 
-    monkeypatch.setattr("lora_booth.memory.Modules.of", fail)
+    monkeypatch.setattr("lora_booth.planning.memory.Modules.of", fail)
     code, text, told = in_process(["plan", *short, "--out", str(tmp_path / "run")], capsys, monkeypatch)
     assert (code, told) == (0, "")
     assert "a new run:" in text and "warning: memory and time cannot be predicted ('no such operator')" in text
@@ -239,7 +241,7 @@ def test_plan_of_an_alias_downloads_nothing(pictures: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["2024", "2024-05-01", "true", '"q"', " a ", "a=b", "-rf", "a\nb", "é"])
 def test_a_folder_given_as_an_option_may_have_any_name(name: str) -> None:
     out = name if names.fault(name) is None else "run"  # what is written has a name that every system takes
-    config = cli._config(None, subject=Path(name), class_noun="1e5", base="sd15", vram=12, out=Path(out))
+    config = app._config(None, subject=Path(name), class_noun="1e5", base="sd15", vram=12, out=Path(out))
     assert (str(config.subject.images), str(config.run.folder)) == (name, out)
     assert (config.subject.class_noun, config.memory.budget_gib) == ("1e5", 12)
 
@@ -247,7 +249,7 @@ def test_a_folder_given_as_an_option_may_have_any_name(name: str) -> None:
 def test_a_config_file_may_have_an_equals_sign_in_its_path(tmp_path: Path) -> None:
     path = tmp_path / "run=3.toml"
     path.write_text('model.base = "sd15"\nsubject = { images = "x", class_noun = "dog" }\n')
-    assert cli._config([str(path), "train.steps=7"]).train.steps == 7
+    assert app._config([str(path), "train.steps=7"]).train.steps == 7
 
 
 def test_config_prints_a_file_that_train_takes(

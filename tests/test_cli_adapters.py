@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_booth import export
+from lora_booth.adapter.files import storage
 from tests import adapted
 from tests.test_cli import in_process
 
@@ -22,7 +22,7 @@ def dog(tmp_path: Path, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch)
     """A portable file in the folder where the commands run."""
     monkeypatch.chdir(tmp_path)
     weights, _ = adapted.trained_mixed("sd1", bases)
-    export.FORMATS["kohya"].write(tmp_path / "dog.safetensors", weights, "sd1", torch.float16, HEADER)
+    storage.FORMATS["kohya"].write(tmp_path / "dog.safetensors", weights, "sd1", torch.float16, HEADER)
     return "dog.safetensors"
 
 

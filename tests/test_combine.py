@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_booth import export, files
 from lora_booth.adapter.combine import METHODS, WITH_RANK, Adapter, Recipe, combine
+from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, delta
 from lora_booth.errors import ConfigError, ModelError
-from lora_booth.merge import merge_adapters, merge_into_base
+from lora_booth.run import disk
+from lora_booth.verbs.merge import merge_adapters, merge_into_base
 from tests import adapted
 from tests.test_train import Recorder
 
@@ -194,7 +195,7 @@ def test_what_cannot_be_combined_is_refused(
 
 def written(path: Path, seed: int, *, width: int = 768, family: str = "sd1", **header: str) -> Path:
     weights: AnyWeights = {"unet": {LAYER: layer(inputs=width, outputs=32, seed=seed)}}
-    export.FORMATS["kohya"].write(path, weights, family, torch.float32, header)
+    storage.FORMATS["kohya"].write(path, weights, family, torch.float32, header)
     return path
 
 
@@ -210,10 +211,10 @@ def test_a_merged_file_says_what_went_in_and_keeps_what_the_others_agree_on(tmp_
         dtype="fp32",
         report=recorder,
     )
-    expected = delta(export.read(one)["unet"][LAYER]) + 0.5 * delta(export.read(two)["unet"][LAYER])
+    expected = delta(storage.read(one)["unet"][LAYER]) + 0.5 * delta(storage.read(two)["unet"][LAYER])
     for path in (out, tmp_path / "both_diffusers.safetensors"):
-        assert torch.allclose(delta(export.read(path)["unet"][LAYER]), expected, atol=1e-5)
-        found = export.read_metadata(path)
+        assert torch.allclose(delta(storage.read(path)["unet"][LAYER]), expected, atol=1e-5)
+        found = storage.read_metadata(path)
         assert found["modelspec.merged_from"] == "dog.safetensors, cat.safetensors"
         assert found["modelspec.trigger_phrase"] == "sks dog, ohwx cat"
         assert found["modelspec.architecture"] == "stable-diffusion-v1/lora"
@@ -221,7 +222,7 @@ def test_a_merged_file_says_what_went_in_and_keeps_what_the_others_agree_on(tmp_
         assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("4", "4.0")
         assert (found["modelspec.title"], found["modelspec.resolution"]) == ("both", "512x512")
         merged = json.loads(found["lora_booth.merged"])
-        assert merged["adapters"][1] == {"file": "cat.safetensors", "sha256": files.sha256(two), "strength": 0.5}
+        assert merged["adapters"][1] == {"file": "cat.safetensors", "sha256": disk.sha256(two), "strength": 0.5}
         assert merged["method"] == "concat"
         assert str(tmp_path) not in json.dumps(found)
     assert recorder.tasks == {"layers": 1}
@@ -251,7 +252,7 @@ def test_the_family_is_told_by_the_files_and_must_be_one(tmp_path: Path) -> None
     assert "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k.alpha" in load_file(out)
     told = written(tmp_path / "told.safetensors", 1, width=32, ss_base_model_version="sd_v2_v")
     merge_adapters(adapters=[(told, 1.0)], out=tmp_path / "v.safetensors")
-    found = export.read_metadata(tmp_path / "v.safetensors")
+    found = storage.read_metadata(tmp_path / "v.safetensors")
     assert (found["ss_base_model_version"], found["modelspec.prediction_type"]) == ("sd_v2_v", "v")
     assert found["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
 
@@ -285,9 +286,9 @@ def test_errors_of_the_low_rank_step_are_reported(tmp_path: Path) -> None:
     out = merge_adapters(
         adapters=adapters, out=tmp_path / "out.safetensors", method="ties", rank=2, density=0.5, report=recorder
     )
-    assert export.read(out)["unet"][LAYER].rank == 2
+    assert storage.read(out)["unet"][LAYER].rank == 2
     assert any(kind == "error" and "mid_block" in text for kind, text in recorder.events)
-    assert json.loads(export.read_metadata(out)["lora_booth.merged"])["density"] == 0.5
+    assert json.loads(storage.read_metadata(out)["lora_booth.merged"])["density"] == 0.5
 
 
 def test_merging_one_by_one_and_merging_the_combined_adapter_give_the_same_base(
@@ -295,7 +296,7 @@ def test_merging_one_by_one_and_merging_the_combined_adapter_give_the_same_base(
 ) -> None:
     weights, _ = adapted.trained_mixed("sdxl", bases)
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    export.FORMATS["kohya"].write(one, weights, "sdxl", torch.float32, {"ss_base_model_version": "sdxl_base_v1-0"})
+    storage.FORMATS["kohya"].write(one, weights, "sdxl", torch.float32, {"ss_base_model_version": "sdxl_base_v1-0"})
     save_file({key: tensor * 0.7 for key, tensor in load_file(one).items()}, two)
     adapters = [(one, 0.8), (two, -0.4)]
     whole = merge_adapters(adapters=adapters, out=tmp_path / "whole.safetensors", dtype="fp32")

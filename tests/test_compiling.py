@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from lora_booth import compiling, loop, train
-from lora_booth.compiling import Trial
 from lora_booth.errors import ConfigError
+from lora_booth.training import compiling, loop
+from lora_booth.training.compiling import Trial
+from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 from tests.test_invariants import assert_near, session_of, trained
 

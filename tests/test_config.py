@@ -12,22 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lora_booth import config_file
-from lora_booth.config import BASE_ALIASES, Config
+from lora_booth.config import toml
+from lora_booth.config.inputs import MAX_BYTES
+from lora_booth.config.settings import BASE_ALIASES, Config
 from lora_booth.errors import ConfigError
-from lora_booth.inputs import MAX_BYTES
 
 GOOD = ["model.base=sd15", "subject.images=./my_dog", "subject.class_noun=dog"]
 
 
 def faults_of(overrides: list[str]) -> str:
     with pytest.raises(ConfigError) as caught:
-        config_file.load(None, overrides)
+        toml.load(None, overrides)
     return str(caught.value)
 
 
 def test_three_settings_are_enough() -> None:
-    config = config_file.load(None, GOOD)
+    config = toml.load(None, GOOD)
     assert (config.model.base, config.subject.images, config.adapter.rank) == ("sd15", Path("my_dog"), 16)
 
 
@@ -38,7 +38,7 @@ def test_all_faults_are_listed_at_once_with_key_value_and_remedy(tmp_path: Path)
         '[optimizer]\nname = "adamw8"\nlearning_rate = "fast"\n[trian]\nsteps = 3\n'
     )
     with pytest.raises(ConfigError) as caught:
-        config_file.load(path, ["train.steps=-3", "nonsense", "adapter.targets=attn"])
+        toml.load(path, ["train.steps=-3", "nonsense", "adapter.targets=attn"])
     message = str(caught.value)
     for expected in (
         '"nonsense" is not an override',
@@ -93,16 +93,16 @@ def test_offloading_the_inputs_of_blocks_that_recompute_nothing_is_refused() -> 
 def test_dora_on_a_quantised_base_is_refused_with_the_reason(tmp_path: Path) -> None:
     words = ["model.base=sd15", "subject.images=x", "subject.class_noun=dog", "model.quantize=nf4", "adapter.dora=true"]
     with pytest.raises(ConfigError, match=r'adapter\.dora is true but model\.quantize is "nf4"; DoRA needs the base'):
-        config_file.load(None, words)
+        toml.load(None, words)
 
 
 def test_prodigy_with_two_learning_rates_is_refused() -> None:
     words = ["model.base=sd15", "subject.images=x", "subject.class_noun=dog", "optimizer.name=prodigy"]
-    config_file.load(None, words)
+    toml.load(None, words)
     words.append("adapter.text_encoder=true")
     with pytest.raises(ConfigError, match="prodigy finds one rate for all, so set both to the same number"):
-        config_file.load(None, words)
-    config_file.load(None, [*words, "optimizer.learning_rate=1", "optimizer.text_encoder_learning_rate=1"])
+        toml.load(None, words)
+    toml.load(None, [*words, "optimizer.learning_rate=1", "optimizer.text_encoder_learning_rate=1"])
 
 
 def test_a_folder_whose_name_no_config_file_can_hold_is_refused_by_its_key() -> None:
@@ -112,11 +112,11 @@ def test_a_folder_whose_name_no_config_file_can_hold_is_refused_by_its_key() -> 
 
 def test_values_are_not_coerced() -> None:
     with pytest.raises(ConfigError):
-        config_file.load(None, [*GOOD, 'train.steps="400"'])
+        toml.load(None, [*GOOD, 'train.steps="400"'])
 
 
 def test_a_config_does_not_change() -> None:
-    config = config_file.load(None, GOOD)
+    config = toml.load(None, GOOD)
     with pytest.raises(ValidationError):
         config.train.steps = 5  # type: ignore[misc]
 
@@ -128,25 +128,25 @@ def test_what_is_written_reads_back_equal(noun: str, folder: str) -> None:
         config = Config.model_validate(values)
     except ValidationError:
         return
-    assert Config.model_validate(tomllib.loads(config_file.to_toml(config))) == config
+    assert Config.model_validate(tomllib.loads(toml.to_toml(config))) == config
 
 
 @given(st.lists(st.text(max_size=30), max_size=4))
 def test_no_override_makes_a_traceback(overrides: list[str]) -> None:
     with contextlib.suppress(ConfigError):
-        config_file.load(None, [*GOOD, *overrides])
+        toml.load(None, [*GOOD, *overrides])
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "sd15_subject.toml").write_text("")
     with pytest.raises(ConfigError, match=r"it is missing; the nearest name is .*sd15_subject"):
-        config_file.load(tmp_path / "sd15_subjekt.toml")
+        toml.load(tmp_path / "sd15_subjekt.toml")
 
 
 def test_broken_toml_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("[model]\nbase = \n")
     with pytest.raises(ConfigError, match="line 2"):
-        config_file.load(tmp_path / "x.toml")
+        toml.load(tmp_path / "x.toml")
 
 
 def test_every_setting_has_a_sentence() -> None:
@@ -165,8 +165,8 @@ def test_the_schema_describes_every_section() -> None:
 
 
 def test_differing_keys_name_old_and_new() -> None:
-    one, other = config_file.load(None, GOOD), config_file.load(None, [*GOOD, "train.seed=3", "train.keep_last=9"])
-    assert config_file.differing_keys(one, other, ignore=["train.keep_last"]) == ["train.seed: 0 -> 3"]
+    one, other = toml.load(None, GOOD), toml.load(None, [*GOOD, "train.seed=3", "train.keep_last=9"])
+    assert toml.differing_keys(one, other, ignore=["train.keep_last"]) == ["train.seed: 0 -> 3"]
 
 
 def test_aliases_are_hub_ids_or_the_miniature() -> None:
@@ -192,14 +192,14 @@ def test_a_named_pipe_a_device_a_loop_and_a_folder_as_a_config_are_refused(tmp_p
     }
     for name, why in whys.items():
         with pytest.raises(ConfigError, match=why) as told:
-            config_file.load(tmp_path / f"{name}.toml")
+            toml.load(tmp_path / f"{name}.toml")
         assert str(tmp_path / f"{name}.toml") in str(told.value)
         assert "\n" not in str(told.value)
 
 
 def test_a_config_file_whose_name_holds_a_nul_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="null"):
-        config_file.load(tmp_path / "do\0g.toml")
+        toml.load(tmp_path / "do\0g.toml")
 
 
 def test_patterns_are_checked_with_all_other_settings_and_their_number_is_bounded() -> None:

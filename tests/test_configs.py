@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_booth import budget, config_file, presets
-from lora_booth.demo import MASCOT, demo_config
+from lora_booth.cli.demo import MASCOT, demo_config
+from lora_booth.config import presets, toml
+from lora_booth.planning import budget
 from tests.test_memory import full_size
 
 FILES = sorted(presets.FOLDER.glob("*.toml"))
@@ -24,7 +25,7 @@ def test_the_promised_files_are_there() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem != "demo"], ids=lambda path: path.stem)
 def test_a_shipped_config_fits_the_card_in_its_name_by_prediction(path: Path) -> None:
-    config = config_file.load(path)
+    config = toml.load(path)
     assert config.memory.budget_gib == int(path.stem.rpartition("_")[2].removesuffix("gb"))
     facts = full_size({"sd15": "sd1", "sd21": "sd2"}.get(config.model.base, config.model.base))
     resolved = config.with_values({"data": {"bucket_step": 64}})
@@ -33,7 +34,7 @@ def test_a_shipped_config_fits_the_card_in_its_name_by_prediction(path: Path) ->
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_shipped_config_parses_and_names_its_base(path: Path) -> None:
-    config = config_file.load(path)
+    config = toml.load(path)
     assert config.model.base == {"demo": "booth-mini"}.get(path.stem, path.stem.split("_")[0])
     assert tomllib.loads(path.read_text())["data" if path.stem != "demo" else "train"]
 

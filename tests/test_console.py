@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lora_booth import console
-from lora_booth.console import JsonReport, LiveReport, Meter, PlainReport, QuietReport, clock
+from lora_booth.cli import console
+from lora_booth.cli.console import JsonReport, LiveReport, Meter, PlainReport, QuietReport, clock
 
 STEP = {"instance_loss": 0.25, "class_loss": 0.5, "learning_rate": 1e-4, "grad_norm": 1.0, "memory_gib": 5.8}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_booth import cli, crash
+from lora_booth.cli import app, crash
 from lora_booth.errors import DiskError
 from tests.conftest import CRASH_REPORTS, crash_reports
 from tests.test_cli import ENVIRONMENT, in_process
@@ -33,7 +33,7 @@ def ending_with(error: BaseException | Callable[[], None], run: Run, *words: str
         else:
             raise error
 
-    run[1].setattr(cli, "app", fall)
+    run[1].setattr(app, "app", fall)
     code, out, told = in_process(list(words), *run)
     assert out == "" and "Traceback" not in told
     return code, told
@@ -48,7 +48,14 @@ def test_what_nobody_foresaw_is_one_sentence_and_a_report(run: Run, tmp_path: Pa
     assert told.startswith("lora-booth: an unexpected TypeError (no ") and told.count("\n") == 1
     assert str(CRASH_REPORTS) in told and "issue" in told
     (report,) = crash_reports()
-    for part in ("lora-booth inspect /typed/e.png", "torch 2.", "peft", "Traceback", "lora_booth/cli.py", "TypeError"):
+    for part in (
+        "lora-booth inspect /typed/e.png",
+        "torch 2.",
+        "peft",
+        "Traceback",
+        "lora_booth/cli/app.py",
+        "TypeError",
+    ):
         assert part in report
     shown = "no ~/models/dog.json, ./pictures/a.png, '…/b.png', …/d.png, /typed/e.png"
     assert shown in report
@@ -120,7 +127,7 @@ def test_ctrl_c_in_a_command_is_no_success(run: Run) -> None:
     def pressed() -> None:
         raise KeyboardInterrupt
 
-    run[1].setattr("lora_booth.config_file.load", lambda *_: pressed())
+    run[1].setattr("lora_booth.config.toml.load", lambda *_: pressed())
     assert in_process(["config", "model.base=x"], *run)[::2] == (130, "lora-booth: stopped.\n")
 
 

@@ -87,7 +87,7 @@ def test_a_picture_that_needs_too_much_memory_is_left_out(tmp_path: Path, monkey
 def test_memory_is_bounded_where_the_system_grants_any_address_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unbound = "import lora_booth.systems\nlora_booth.systems.bound_own_memory = lambda max_bytes: None\n_serve"
+    unbound = "import lora_booth.run.systems\nlora_booth.run.systems.bound_own_memory = lambda max_bytes: None\n_serve"
     monkeypatch.setattr(worker, "_START", worker._START.replace("_serve(", unbound + "("))
     Image.new("RGBA", (9000, 9000)).save(tmp_path / "large.png")
     monkeypatch.setattr(worker, "MAX_BYTES", 400 * 2**20)

@@ -10,9 +10,9 @@ from filelock import FileLock
 from PIL import Image
 
 from benchmarks.likeness import CLASS, IN_CONTEXT, OTHERS, SEEDS, SUBJECT, Drawn, change, draw_both, likeness
-from lora_booth import train
-from lora_booth.config import Config
-from lora_booth.demo import demo_config
+from lora_booth.cli.demo import demo_config
+from lora_booth.config.settings import Config
+from lora_booth.verbs import train
 
 CORNERS = ((2, 2), (61, 2), (2, 61), (61, 61))
 

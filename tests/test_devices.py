@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from lora_booth import devices, plan, systems, train
-from lora_booth.config import Config
-from lora_booth.devices import LACKS, NAMES
+from lora_booth.config.settings import Config
 from lora_booth.errors import ConfigError, ModelError, lacks_memory
+from lora_booth.models import devices
+from lora_booth.models.devices import LACKS, NAMES
+from lora_booth.planning import decide
+from lora_booth.run import systems
+from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 
 CPU, CUDA, XPU, MPS = (torch.device(name) for name in ("cpu", "cuda", "xpu", "mps"))
@@ -184,7 +187,7 @@ def test_a_run_that_the_device_cannot_do_is_refused_before_anything(make_config:
 def test_a_plan_warns_of_what_would_be_refused_here(make_config: MakeConfig) -> None:
     told: list[str] = []
     report = SimpleNamespace(event=lambda *_, **__: None, warn=told.append, progress=lambda *_, **__: None)
-    plan.show(make_config(memory={"device": "mps"}), report)
+    decide.show(make_config(memory={"device": "mps"}), report)
     assert [line for line in told if 'memory.device is "mps"' in line]
 
 

@@ -13,12 +13,11 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from lora_booth import export
 from lora_booth.adapter import inject
+from lora_booth.adapter.files import diffusers, reading, storage
 from lora_booth.adapter.weights import AdapterWeights, LowRank, delta
-from lora_booth.config import AdapterConfig
+from lora_booth.config.settings import AdapterConfig
 from lora_booth.errors import ModelError
-from lora_booth.export import diffusers, reading
 from tests import adapted
 
 DORA = adapted.MIXED | {"targets": adapted.FEW, "dora": True}
@@ -26,7 +25,7 @@ PAIR = {"unet.mid_block.x.lora_A.weight": torch.ones(2, 4), "unet.mid_block.x.lo
 
 
 def load(weights: AdapterWeights, family: str, dtype: str, bases: dict[str, Path], path: Path) -> Any:
-    export.FORMATS["diffusers"].write(path, weights, family, export.DTYPES[dtype], {"note": "x"})
+    storage.FORMATS["diffusers"].write(path, weights, family, storage.DTYPES[dtype], {"note": "x"})
     pipe = adapted.pipeline(family, bases)
     pipe.load_lora_weights(path)
     return pipe
@@ -75,10 +74,10 @@ def test_a_run_continues_from_the_file_with_the_same_effect(dora: bool, bases: d
     trained = adapted.adapted_pipeline("sdxl", bases, **settings)
     path = tmp_path / "adapter.safetensors"
     weights = inject.collect(adapted.components(trained))
-    export.FORMATS["diffusers"].write(path, weights, "sdxl", torch.float32, {})
+    storage.FORMATS["diffusers"].write(path, weights, "sdxl", torch.float32, {})
     fresh = adapted.pipeline("sdxl", bases)
     inject.inject_(adapted.components(fresh), AdapterConfig(**settings), seed=2)
-    inject.load_into_(adapted.components(fresh), export.read(path))
+    inject.load_into_(adapted.components(fresh), storage.read(path))
     assert adapted.relative_difference(adapted.draw(fresh), adapted.draw(trained)) < 1e-4
     # scale 1 in the file, the trained scale in the module: a second rounding of `up`, nothing else
     again = inject.collect(adapted.components(fresh))
@@ -130,8 +129,8 @@ def test_a_file_that_diffusers_wrote_is_read_with_its_scales(
     metadata = _collate_lora_metadata(modules)
     StableDiffusionPipeline.save_lora_weights(tmp_path, **layers, **metadata)
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    assert "lora_adapter_metadata" in export.read_metadata(path)
-    read, truth = export.read(path), inject.collect(modules)
+    assert "lora_adapter_metadata" in storage.read_metadata(path)
+    read, truth = storage.read(path), inject.collect(modules)
     assert {name: list(read[name]) for name in truth} == {name: sorted(truth[name]) for name in truth}
     scales = set()
     for name, low_ranks in truth.items():
@@ -184,8 +183,8 @@ def test_files_of_another_kind_are_refused(extra: dict[str, tuple[int, ...]], me
 def test_the_file_needs_no_metadata_for_its_strength(bases: dict[str, Path], tmp_path: Path) -> None:
     trained = adapted.adapted_pipeline("sd1", bases, targets=adapted.FEW, rank=4, alpha=2.0)
     weights = inject.collect(adapted.components(trained))
-    export.FORMATS["diffusers"].write(tmp_path / "a.safetensors", weights, "sd1", torch.float32, {})
-    assert "lora_adapter_metadata" not in export.read_metadata(tmp_path / "a.safetensors")
+    storage.FORMATS["diffusers"].write(tmp_path / "a.safetensors", weights, "sd1", torch.float32, {})
+    assert "lora_adapter_metadata" not in storage.read_metadata(tmp_path / "a.safetensors")
     tensors = load_file(tmp_path / "a.safetensors")
     for path, low_rank in weights["unet"].items():
         product = tensors[f"unet.{path}.lora_B.weight"].flatten(1) @ tensors[f"unet.{path}.lora_A.weight"].flatten(1)

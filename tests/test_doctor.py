@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from lora_booth import doctor, versions
-from lora_booth.versions import Need
+from lora_booth.run import versions
+from lora_booth.run.versions import Need
+from lora_booth.verbs import doctor
 
-PACKAGE = Path(doctor.__file__).parent
+PACKAGE = Path(doctor.__file__).parents[1]
 Findings = list[dict[str, Any]]
 
 
@@ -117,7 +118,7 @@ def test_a_missing_package_and_a_wrong_version_say_what_to_install(
 
 
 def test_it_works_where_no_package_is_installed_at_all(tmp_path: Path) -> None:
-    code, findings = real(tmp_path, start=("-S", "-m", "lora_booth.doctor"))
+    code, findings = real(tmp_path, start=("-S", "-m", "lora_booth.verbs.doctor"))
     assert code == 2 and findings[0]["about"] == "lora-booth"
     assert broken(findings), findings
 

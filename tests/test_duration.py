@@ -12,15 +12,17 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_booth import duration, families, plan, train, trial
 from lora_booth.adapter import inject
-from lora_booth.batch import sample_losses
-from lora_booth.cards import Card, named
-from lora_booth.config import Config
-from lora_booth.memory import Modules
-from lora_booth.objectives import objective_for
-from lora_booth.report import Silent
-from lora_booth.tracing import LiveBytes, Operation, Work, fused_attention
+from lora_booth.config.settings import Config
+from lora_booth.models import loading
+from lora_booth.models.cards import Card, named
+from lora_booth.planning import decide, duration, trial
+from lora_booth.planning.memory import Modules
+from lora_booth.planning.tracing import LiveBytes, Operation, Work, fused_attention
+from lora_booth.run.report import Silent
+from lora_booth.training.batch import sample_losses
+from lora_booth.training.objective import objective_for
+from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 from tests.test_memory import config_of, full_size
 
@@ -63,11 +65,11 @@ class TestTheCount:
 
     def test_a_real_pass_on_the_cpu_does_what_was_counted_on_meta(self, make_config: MakeConfig) -> None:
         config = make_config(model={"precision": "fp32"})
-        modules = Modules.of(config, families.facts(config.model))
+        modules = Modules.of(config, loading.facts(config.model))
         square = modules.square(config)
         with inject.disabled(modules.adapted):
             counted = modules.draw_work(config, square, 1, is_guided=True)
-        family = families.load(config.model, device="cpu", dtype=torch.float32)
+        family = loading.load(config.model, device="cpu", dtype=torch.float32)
         shape = modules.latent_shape(square)
         batch = trial.make_batch(family, 2, shape, is_text_trained=False, device=torch.device("cpu"))
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -124,7 +126,7 @@ def test_a_run_passes_as_many_rows_through_its_denoiser_as_predicted(
         run={"cache": make_config().run.folder},
     )
     rows = {True: 0, False: 0}
-    load = families.load
+    load = loading.load
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         family = load(*args, **kwargs)
@@ -136,11 +138,11 @@ def test_a_run_passes_as_many_rows_through_its_denoiser_as_predicted(
         return family
 
     report = Silent()
-    inputs = plan.look(config, report)
-    filled = plan.filled(config, inputs)
-    modules = Modules.of(config, families.facts(config.model))
+    inputs = decide.look(config, report)
+    filled = decide.filled(config, inputs)
+    modules = Modules.of(config, loading.facts(config.model))
     predicted = duration.predict(modules, filled, inputs.pictures)
-    monkeypatch.setattr(families, "load", counted)
+    monkeypatch.setattr(loading, "load", counted)
     train.train(config, report=report, continue_command="")
 
     row = modules.draw_work(filled, modules.square(filled), 1, is_guided=False).flops
@@ -154,9 +156,9 @@ def test_a_run_passes_as_many_rows_through_its_denoiser_as_predicted(
 
 def test_class_images_of_a_folder_and_previews_that_are_off_take_no_time(make_config: MakeConfig) -> None:
     def predicted(config: Config) -> duration.Duration:
-        inputs = plan.look(config, Silent())
-        modules = Modules.of(config, families.facts(config.model))
-        return duration.predict(modules, plan.filled(config, inputs), inputs.pictures)
+        inputs = decide.look(config, Silent())
+        modules = Modules.of(config, loading.facts(config.model))
+        return duration.predict(modules, decide.filled(config, inputs), inputs.pictures)
 
     alone = predicted(make_config(prior={"loss_weight": 0.0}))
     folder = predicted(make_config(prior={"folder": make_config().subject.images}))

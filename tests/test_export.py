@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from lora_booth import export
+from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import AdapterWeights, LowRank, delta
 from lora_booth.errors import ConfigError, DiskError, ModelError, NumericError
 from tests.adapted import relative_difference
@@ -37,16 +37,16 @@ def adapter() -> AdapterWeights:
     }
 
 
-@pytest.mark.parametrize("dtype", export.DTYPES)
+@pytest.mark.parametrize("dtype", storage.DTYPES)
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize("name", export.FORMATS)
+@pytest.mark.parametrize("name", storage.FORMATS)
 def test_every_format_comes_back_with_the_same_updates(name: str, family: str, dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     weights = adapter()
-    export.FORMATS[name].write(path, weights, family, export.DTYPES[dtype], {"note": "é"})
-    assert export.detect(path) == name
-    assert export.read_metadata(path)["note"] == "é"
-    back = export.read(path)
+    storage.FORMATS[name].write(path, weights, family, storage.DTYPES[dtype], {"note": "é"})
+    assert storage.detect(path) == name
+    assert storage.read_metadata(path)["note"] == "é"
+    back = storage.read(path)
     assert {c: set(layers) for c, layers in back.items()} == {c: set(layers) for c, layers in weights.items()}
     for component, layers in weights.items():
         for module, low_rank in layers.items():
@@ -63,23 +63,23 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
     broken = adapter()
     broken["unet"][LINEAR].up[0, 0] = math.nan
     with pytest.raises(NumericError):
-        export.FORMATS["kohya"].write(path, broken, "sd1", torch.float16, {})
+        storage.FORMATS["kohya"].write(path, broken, "sd1", torch.float16, {})
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskError, match="free some space"):
-        export.FORMATS["kohya"].write(path, adapter(), "sd1", torch.float16, {})
+        storage.FORMATS["kohya"].write(path, adapter(), "sd1", torch.float16, {})
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
 def test_a_header_that_comfyui_would_not_show_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="header of a would take"):
-        export.FORMATS["kohya"].write(tmp_path / "a", adapter(), "sd1", torch.float16, {"x": "y" * (1 << 20)})
+        storage.FORMATS["kohya"].write(tmp_path / "a", adapter(), "sd1", torch.float16, {"x": "y" * (1 << 20)})
     with pytest.raises(ModelError, match="no layers"):
-        export.FORMATS["kohya"].write(tmp_path / "a", {}, "sd1", torch.float16, {})
+        storage.FORMATS["kohya"].write(tmp_path / "a", {}, "sd1", torch.float16, {})
     assert os.listdir(tmp_path) == []
 
 
@@ -99,14 +99,14 @@ def test_pickles_are_refused_and_not_run(
         torch.save({"x": Bomb()}, path)
     else:
         path.write_bytes(pickle.dumps(Bomb()))
-    for function in (export.read, export.detect, export.read_metadata):
+    for function in (storage.read, storage.detect, storage.read_metadata):
         with pytest.raises(ModelError, match="pickle, which can run any program"):
             function(path)
     assert not (tmp_path / "exploded").exists()
 
 
 def good_bytes() -> bytes:
-    return save(export.FORMATS["kohya"].to_tensors(adapter(), "sd1", torch.float16))
+    return save(storage.FORMATS["kohya"].to_tensors(adapter(), "sd1", torch.float16))
 
 
 @pytest.mark.parametrize(
@@ -129,32 +129,32 @@ def test_damaged_and_foreign_files_are_refused_by_name(content: bytes, message: 
     path = tmp_path / "some_file.safetensors"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=f"some_file.*{message}"):
-        export.read(path)
+        storage.read(path)
 
 
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be read: it is missing"):
-        export.read(tmp_path / "none.safetensors")
+        storage.read(tmp_path / "none.safetensors")
     with pytest.raises(ModelError, match="cannot be read: it is a folder"):
-        export.read(tmp_path)
+        storage.read(tmp_path)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", export.FORMATS)
+@pytest.mark.parametrize("name", storage.FORMATS)
 def test_a_file_with_nan_or_infinity_is_refused(name: str, value: float, tmp_path: Path) -> None:
-    tensors = export.FORMATS[name].to_tensors(adapter(), "sd1", torch.float32)
+    tensors = storage.FORMATS[name].to_tensors(adapter(), "sd1", torch.float32)
     key = next(key for key in tensors if "weight" in key and "attn1" in key)
     tensors[key][0, 0] = value
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match=r"NaN or infinity in 1 layers, first unet\.mid_block"):
-        export.read(tmp_path / "a.safetensors")
+        storage.read(tmp_path / "a.safetensors")
 
 
 def test_the_hashes_in_the_header_are_those_of_the_final_files_data(tmp_path: Path) -> None:
     import hashlib
 
     path = tmp_path / "a.safetensors"
-    export.FORMATS["kohya"].write(path, adapter(), "sd1", torch.float16, {"z": "1", "a": "2"})
+    storage.FORMATS["kohya"].write(path, adapter(), "sd1", torch.float16, {"z": "1", "a": "2"})
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     digest = hashlib.sha256(content[start:]).hexdigest()
@@ -169,11 +169,11 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path: Path) -> N
     }
     path = tmp_path / "x.safetensors"
     for padding in range(256):
-        export.FORMATS["diffusers"].write(path, {"unet": layers}, "sd1", torch.float32, {"note": "x" * padding})
+        storage.FORMATS["diffusers"].write(path, {"unet": layers}, "sd1", torch.float32, {"note": "x" * padding})
         if path.read_bytes()[0] == 0x80:
             break
     assert path.read_bytes()[0] == 0x80
-    assert list(export.read(path)["unet"]) == list(layers)
+    assert list(storage.read(path)["unet"]) == list(layers)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,9 @@ def test_an_unknown_choice_is_told_with_the_known_ones(
     formats: list[str] | None, dtype: str | None, expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(expected)):
-        export.require_choices(formats, dtype)
-    export.require_choices(None, None)
-    export.require_choices(["diffusers", "kohya"], "bf16")
+        storage.require_choices(formats, dtype)
+    storage.require_choices(None, None)
+    storage.require_choices(["diffusers", "kohya"], "bf16")
 
 
 def test_another_kind_can_be_shown_and_not_trained_on(tmp_path: Path) -> None:
@@ -198,11 +198,11 @@ def test_another_kind_can_be_shown_and_not_trained_on(tmp_path: Path) -> None:
         f"lora_unet_mid_block_attentions_0_proj_in.hada_w{n}": torch.ones(2, 2) for n in ("1_a", "1_b", "2_a", "2_b")
     }
     save_file(tensors, tmp_path / "x.safetensors")
-    assert export.read_any(tmp_path / "x.safetensors")["unet"]
+    assert storage.read_any(tmp_path / "x.safetensors")["unet"]
     with pytest.raises(
         ModelError, match=r"x\.safetensors is loha at unet\.mid_block.*`lora-booth resize x\.safetensors"
     ):
-        export.read(tmp_path / "x.safetensors")
+        storage.read(tmp_path / "x.safetensors")
 
 
 def test_what_is_wrong_names_the_file_once(tmp_path: Path) -> None:
@@ -210,5 +210,5 @@ def test_what_is_wrong_names_the_file_once(tmp_path: Path) -> None:
         {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors"
     )
     with pytest.raises(ModelError, match=r"^x\.safetensors: ") as caught:
-        export.read_any(tmp_path / "x.safetensors")
+        storage.read_any(tmp_path / "x.safetensors")
     assert str(caught.value).count("x.safetensors") == 1

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_booth import export
 from lora_booth.adapter import inject
+from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import AdapterWeights, delta
 from lora_booth.errors import ConfigError, ModelError
-from lora_booth.extract import extract
-from lora_booth.families import identify
+from lora_booth.models.bases import identify
+from lora_booth.verbs.extract import extract
 from tests.adapted import adapted_pipeline, components, draw, pipeline, relative_difference
 from tests.test_train import Recorder
 from tests.tiny import tiny_sd, tiny_sd2, tiny_sdxl, tiny_single_file
@@ -67,7 +67,7 @@ def told(recorder: Recorder, kind: str) -> list[str]:
     return [text for found, text in recorder.events if found == kind]
 
 
-@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("format", storage.FORMATS)
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_an_adapter_merged_into_a_base_comes_back(
     family: str, format: str, bases: dict[str, Path], tmp_path: Path
@@ -85,8 +85,8 @@ def test_an_adapter_merged_into_a_base_comes_back(
         dtype="fp32",
         report=recorder,
     )
-    assert (out, export.detect(out)) == (tmp_path / "found.safetensors", format)
-    found = export.read(out)
+    assert (out, storage.detect(out)) == (tmp_path / "found.safetensors", format)
+    found = storage.read(out)
     assert {c: set(layers) for c, layers in found.items()} == {c: set(layers) for c, layers in weights.items()}
     for component, layers in weights.items():
         for path, low in layers.items():
@@ -144,14 +144,14 @@ def test_text_encoders_are_compared_unless_they_are_not_wanted(bases: dict[str, 
     unet = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
     tuned = edited(bases["sdxl"], tmp_path / "tuned", {"text_encoder_2": edit, "unet": change(f"{unet}.weight")})
     settings = {"base": str(bases["sdxl"]), "tuned": str(tuned), "rank": 2}
-    whole = export.read(extract(**settings, out=tmp_path / "whole.safetensors"))
+    whole = storage.read(extract(**settings, out=tmp_path / "whole.safetensors"))
     assert {c: set(found) for c, found in whole.items()} == {
         "unet": {unet},
         "text_encoder_2": {f"encoder.layers.0.{layer}" for layer in layers},
     }
     recorder = Recorder()
     part = extract(**settings, out=tmp_path / "part.safetensors", text_encoders=False, report=recorder)
-    assert {c: set(found) for c, found in export.read(part).items()} == {"unet": {unet}}
+    assert {c: set(found) for c, found in storage.read(part).items()} == {"unet": {unet}}
     assert "text_encoder" not in recorder.tasks
 
 
@@ -169,7 +169,7 @@ def test_what_no_target_holds_is_told_as_a_share_of_the_change(bases: dict[str, 
     (text,) = told(recorder, "outside")
     assert text.startswith("23.810% of the change")  # (2^2 + 1^2) / (4^2 + 2^2 + 1^2)
     assert "2 tensors" in text and f"unet.{norm}" in text
-    note = json.loads(export.read_metadata(out)["lora_booth.extracted"])
+    note = json.loads(storage.read_metadata(out)["lora_booth.extracted"])
     assert note["outside"] == pytest.approx(5 / 21, abs=1e-5)
     assert (note["error"], note["energy"], note["base"]) == (pytest.approx(0, abs=1e-5), 0.9, "sd1")
     assert "rank" not in note
@@ -186,7 +186,7 @@ def test_the_told_error_is_that_of_the_file(bases: dict[str, Path], tmp_path: Pa
         for folder in (bases["sd1"], tuned)
     )
     true = after - before
-    lost = float((delta(export.read(out)["unet"][name]) - true).norm() / true.norm())
+    lost = float((delta(storage.read(out)["unet"][name]) - true).norm() / true.norm())
     lines = [text.split() for text in told(recorder, "error")]
     assert [line[0] for line in lines] == ["up_blocks.2", "all"]
     assert all(float(line[-1].rstrip("%")) / 100 == pytest.approx(lost, abs=1e-5) for line in lines)
@@ -197,7 +197,7 @@ def test_the_told_error_is_that_of_the_file(bases: dict[str, Path], tmp_path: Pa
 def test_the_file_says_what_it_is_for(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
     tuned = edited(bases[family], tmp_path / "tuned", {"unet": change("mid_block.resnets.0.conv1.weight")})
     out = extract(base=str(bases[family]), tuned=str(tuned), out=tmp_path / "my style.safetensors", rank=2)
-    fields = export.read_metadata(out)
+    fields = storage.read_metadata(out)
     version, architecture = {
         "sd1": ("sd_v1", "stable-diffusion-v1/lora"),
         "sd2": ("sd_v2_v", "stable-diffusion-v2-768-v/lora"),
@@ -251,7 +251,7 @@ def test_rounding_alone_is_no_change(
         extract(base=pair[0], tuned=pair[1], out=tmp_path / "a.safetensors", rank=2)
     tuned = edited(bases["sd1"], tmp_path / "tuned", {"unet": changed_and_rounded, **texts})
     out = extract(base=str(bases["sd1"]), tuned=str(tuned), out=tmp_path / "a.safetensors", rank=2)
-    assert list(export.read(out)["unet"]) == [name.removesuffix(".weight")]
+    assert list(storage.read(out)["unet"]) == [name.removesuffix(".weight")]
 
 
 def test_models_of_another_family_or_build_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ import pytest
 import torch
 import transformers
 
-from lora_booth import devices, families
-from lora_booth.config import ModelConfig
+from lora_booth.config.settings import ModelConfig
 from lora_booth.errors import ConfigError, LoraBoothError, lacks_memory
-from lora_booth.families import components, sdxl, stable_diffusion, vae
-from lora_booth.families import quantize as quantized
-from lora_booth.families.base import Conditioning, Family
+from lora_booth.models import devices, loading
+from lora_booth.models.families import components, sdxl, stable_diffusion, vae
+from lora_booth.models.families import quantize as quantized
+from lora_booth.models.families.family import Conditioning, Family
 from tests.soak.sabotage import OutOfMemory
 from tests.tiny import PROMPT_TOKENS, tiny_sd, tiny_sd2, tiny_sdxl
 
@@ -80,7 +80,7 @@ def half(base: Base) -> Family:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **needs: bool) -> Family:
-    return families.load(ModelConfig(base=str(folder)), device="cpu", dtype=dtype, **needs)
+    return loading.load(ModelConfig(base=str(folder)), device="cpu", dtype=dtype, **needs)
 
 
 def pixels(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
@@ -179,7 +179,7 @@ def test_vae_works_in_chunks_with_the_same_result(family: Family, monkeypatch: p
 def test_tiles_change_a_decoded_picture_little_and_encoding_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    family = families.load(ModelConfig(base="booth-mini"), device="cpu", dtype=torch.float32)
+    family = loading.load(ModelConfig(base="booth-mini"), device="cpu", dtype=torch.float32)
     side, seen = torch.linspace(-1, 1, 128), []
     smooth = torch.stack([side.expand(128, 128), side.view(-1, 1).expand(128, 128), side.abs().expand(128, 128)])
     monkeypatch.setattr(vae, "TILE_PX", 96)
@@ -450,7 +450,7 @@ def test_a_base_is_loaded_with_the_denoiser_aside_and_never_beside_the_text_enco
     for module in (components, sdxl, stable_diffusion, quantized):
         monkeypatch.setattr(module, "move_frozen_", moved)
     config = ModelConfig(base=str(base.folder), quantize=quantize)
-    family = families.load(config, device="cpu", dtype=torch.bfloat16, is_denoiser_aside=True)
+    family = loading.load(config, device="cpu", dtype=torch.bfloat16, is_denoiser_aside=True)
     encoders = len(family.text_encoders())
     assert moves == [
         ("UNet2DConditionModel", "cpu"),
@@ -459,7 +459,7 @@ def test_a_base_is_loaded_with_the_denoiser_aside_and_never_beside_the_text_enco
         ("UNet2DConditionModel", "cpu"),
         *[("CLIPTextModel", "device")] * encoders,
     ]
-    beside = families.load(config, device="cpu", dtype=torch.bfloat16)
+    beside = loading.load(config, device="cpu", dtype=torch.bfloat16)
     row = family.encode_prompts([PROMPT])
     with torch.no_grad():
         found = [f.predict(latents(1), torch.tensor([10]), row, geometry(1)) for f in (family, beside)]
@@ -518,7 +518,7 @@ def test_libraries_keep_their_logging_settings(base: Base) -> None:
 @pytest.mark.parametrize("number", [1, 3000, 8000])
 def test_a_lack_of_memory_while_loading_is_not_taken_for_a_damaged_file(number: int, bases: dict[str, Path]) -> None:
     with pytest.raises(Exception) as caught, OutOfMemory(number):  # noqa: PT011 - whatever the libraries make of it
-        families.load(ModelConfig(base=str(bases["sd1"])), device="cpu", dtype=torch.float16)
+        loading.load(ModelConfig(base=str(bases["sd1"])), device="cpu", dtype=torch.float16)
     assert lacks_memory(caught.value)
     assert torch.get_default_dtype() is torch.float32
     assert not isinstance(caught.value, LoraBoothError)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_booth import optim
-from lora_booth.config import OptimizerConfig
-from lora_booth.flat import ALIGNMENT, Flat, aligned
+from lora_booth.config.settings import OptimizerConfig
+from lora_booth.training import optimizers
+from lora_booth.training.flat import ALIGNMENT, Flat, aligned
 
 SHAPES = ((16, 320), (320, 16), (33,), (8, 4, 3, 3), (48, 128))
 
@@ -73,7 +73,7 @@ def test_a_single_part_is_its_own_vector() -> None:
     assert [(one, other) for one, other in flat.gradients()] == [(part, gradient)]
 
 
-@pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
+@pytest.mark.parametrize("name", sorted(optimizers.OPTIMIZERS))
 def test_every_optimizer_computes_in_one_vector_what_it_computes_for_each_parameter(name: str) -> None:
     pytest.importorskip({"prodigy": "prodigyopt", "schedulefree": "schedulefree"}.get(name, "torch"))
     if name.startswith("paged"):
@@ -82,21 +82,21 @@ def test_every_optimizer_computes_in_one_vector_what_it_computes_for_each_parame
     shapes = [(16, 320), (320, 16), (64, 65), (33, 128)]  # bitsandbytes keeps fewer than 4,096 numbers in 32 bits
     alone, together = parameters(shapes), parameters(shapes)
     rate = {"lr": 1.0 if name == "prodigy" else 1e-3}
-    one = optim.make([{"params": alone, **rate}], config, device_type="cpu")
-    flats = optim.flatten(together, config, device_type="cpu")
+    one = optimizers.make([{"params": alone, **rate}], config, device_type="cpu")
+    flats = optimizers.flatten(together, config, device_type="cpu")
     assert len(flats) == (len(shapes) if name == "adafactor" else 1)
-    other = optim.make([{"params": [flat.vector for flat in flats], **rate}], config, device_type="cpu")
+    other = optimizers.make([{"params": [flat.vector for flat in flats], **rate}], config, device_type="cpu")
     start = [part.detach().clone() for part in alone]
     for step in range(4):
         for optimizer, parts in ((one, alone), (other, together)):
             give_gradients_(parts, step)
-            optim.set_mode_(optimizer, training=True)
+            optimizers.set_mode_(optimizer, training=True)
             if optimizer is other:
                 for flat in flats:
                     flat.collect_()
             optimizer.step()
             optimizer.zero_grad()
-            optim.set_mode_(optimizer, training=False)
+            optimizers.set_mode_(optimizer, training=False)
     for a, b, before in zip(alone, together, start, strict=True):
         assert (a - before).abs().max() > 0
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
@@ -106,13 +106,13 @@ def test_every_optimizer_computes_in_one_vector_what_it_computes_for_each_parame
 def test_optimizers_store_what_is_predicted(name: str) -> None:
     config = OptimizerConfig(name=name)  # type: ignore[arg-type]
     parts = parameters([(16, 320), (320, 16), (64, 1280), (1280, 64), (16, 33)])
-    flats = optim.flatten(parts, config, device_type="cpu")
-    optimizer = optim.make([{"params": [flat.vector for flat in flats], "lr": 1e-3}], config, device_type="cpu")
+    flats = optimizers.flatten(parts, config, device_type="cpu")
+    optimizer = optimizers.make([{"params": [flat.vector for flat in flats], "lr": 1e-3}], config, device_type="cpu")
     give_gradients_(parts, 0)
     for flat in flats:
         flat.collect_()
     optimizer.step()
     tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel() != 256}
-    predicted = optim.state_bytes([part.shape for part in parts], config, device_type="cpu")
+    predicted = optimizers.state_bytes([part.shape for part in parts], config, device_type="cpu")
     assert predicted == pytest.approx(sum(stored.values()), rel=0.01, abs=512 * len(tensors))

@@ -176,7 +176,8 @@ def test_the_command_line_needs_no_torch_for_help_errors_and_facts() -> None:
 def test_plan_tells_bad_input_and_all_facts_before_torch_is_imported(bases: dict[str, Path], pictures: Path) -> None:
     program = """
 import sys
-from lora_booth import cli, plan
+from lora_booth.cli import app
+from lora_booth.verbs import plan
 from lora_booth.errors import DataError
 
 class Told:
@@ -187,11 +188,11 @@ class Told:
 
 told, (folder, base) = [], sys.argv[1:]
 try:
-    plan.show(cli._config(None, "nowhere", "dog", None, base), Told())
+    plan.show(app._config(None, "nowhere", "dog", None, base), Told())
 except DataError:
     told.append("error")
 assert "torch" not in sys.modules
-plan.show(cli._config(["data.resolution=32", "data.bucket_step=16"], folder, "dog", None, base), Told())
+plan.show(app._config(["data.resolution=32", "data.bucket_step=16"], folder, "dog", None, base), Told())
 print(*dict.fromkeys(told))
 """
     words = [sys.executable, "-c", program, str(pictures), str(bases["sd1"])]

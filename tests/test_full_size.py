@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bases import random_base
-from lora_booth import export, train
-from lora_booth.config import Config
+from lora_booth.adapter.files import storage
+from lora_booth.config.settings import Config
+from lora_booth.verbs import train
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -40,7 +41,7 @@ def test_the_main_job_runs_end_to_end_on_a_full_size_base(
     )
     summary = train.train(config)
     for path in summary.files.values():
-        weights = export.read(Path(path))["unet"]
+        weights = storage.read(Path(path))["unet"]
         assert len(weights) == layers
         assert max(float(low.up.abs().max()) for low in weights.values()) > 0
     assert summary.num_parameters == {"sd1": 3_188_736, "sdxl": 23_224_320}[family]

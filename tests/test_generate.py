@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lora_booth import export, generate
+from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import LowRank
 from lora_booth.errors import ConfigError, DeviceMemoryError, ModelError
-from lora_booth.generate import PictureSettings, parse_adapter, parse_size, parse_strengths
-from lora_booth.merge import merge_into_base
+from lora_booth.verbs import generate
+from lora_booth.verbs.generate import PictureSettings, parse_adapter, parse_size, parse_strengths
+from lora_booth.verbs.merge import merge_into_base
 from tests.adapted import adapter_file
 from tests.soak.sabotage import ASK_FOR_NONE, OutOfMemory
 from tests.test_train import Recorder
@@ -56,7 +57,7 @@ def test_every_naming_draws_the_same_dora_too(bases: dict[str, Path], tmp_path: 
     down, up = torch.randn(2, 16, generator=generator), torch.randn(16, 2, generator=generator)
     magnitude = 3 * torch.rand(16, generator=generator)
     low = LowRank(down, up, 0.5, magnitude)
-    export.FORMATS["diffusers"].write(
+    storage.FORMATS["diffusers"].write(
         tmp_path / "diffusers.safetensors", {"unet": {path: low}}, "sd1", torch.float32, {}
     )
     for naming, prefix in (("kohya", "lora_unet_"), ("lycoris", "lycoris_")):
@@ -115,7 +116,7 @@ def test_dora_on_some_layers_only_draws_what_the_merged_base_draws(bases: dict[s
     }
     layers[f"{stem}.to_q"] = replace(layers[f"{stem}.to_q"], magnitude=3 * torch.rand(16, generator=generator))
     file = tmp_path / "a.safetensors"
-    export.FORMATS["diffusers"].write(file, {"unet": layers}, "sd1", torch.float32, {})
+    storage.FORMATS["diffusers"].write(file, {"unet": layers}, "sd1", torch.float32, {})
     settings = {"prompts": ["x"], "picture": PICTURE}
     generate.generate(base=str(bases["sd1"]), adapters=[(file, 1.0)], folder=tmp_path / "loaded", **settings)
     merge_into_base(base=str(bases["sd1"]), adapters=[(file, 1.0)], out=tmp_path / "merged")
@@ -179,7 +180,7 @@ def test_how_pictures_are_kept_in_memory_changes_them_by_rounding_alone(bases: d
 def test_what_cannot_be_drawn_is_left_out_by_name(bases: dict[str, Path], tmp_path: Path) -> None:
     plain = adapter_file(tmp_path / "plain.safetensors", 0, scale=4.0)
     more = load_file(plain) | {"lora_unet_conv_norm_out.w_norm": torch.ones(16)}
-    save_file(more, tmp_path / "more.safetensors", export.read_metadata(plain))
+    save_file(more, tmp_path / "more.safetensors", storage.read_metadata(plain))
     settings: dict[str, Any] = {"base": str(bases["sd1"]), "prompts": ["a dog"], "picture": PICTURE, "device": "cpu"}
     with pytest.raises(ModelError, match="export, generate, merge and resize take --leave-out norm"):
         generate.generate(**settings, adapters=[(tmp_path / "more.safetensors", 1.0)], folder=tmp_path / "no")

@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from benchmarks.bases import random_base
-from lora_booth import compiling, devices, families, loop, memory, plan, train
-from lora_booth.batch import Batch, sample_losses
-from lora_booth.config import Config
+from lora_booth.config.settings import Config
 from lora_booth.errors import Interrupted
-from lora_booth.objectives import Draws
-from lora_booth.report import Silent
+from lora_booth.models import devices, loading
+from lora_booth.planning import decide, memory
+from lora_booth.run.report import Silent
+from lora_booth.training import compiling, loop
+from lora_booth.training.batch import Batch, sample_losses
+from lora_booth.training.objective import Draws
+from lora_booth.verbs import train
 from tests import tiny
 from tests.conftest import MakeConfig
 from tests.test_invariants import At, assert_near, session_of, trained
@@ -44,7 +47,7 @@ def test_the_card_computes_the_losses_that_the_processor_computes(
     config = make_config(family, model={"precision": "fp32"})
     s = session_of(config, monkeypatch)
     micro = loop.micro_step(s, s.prepared.order.at(0)[:1], 0)
-    base = families.load(config.model, device="cpu", dtype=torch.float32)
+    base = loading.load(config.model, device="cpu", dtype=torch.float32)
     objective = replace(s.objective)
     with torch.no_grad():
         found, expected = loop.losses_of(s, micro), sample_losses(base, objective, on_cpu(micro.batch))
@@ -119,8 +122,8 @@ def test_a_full_size_run_takes_the_memory_that_was_predicted(saving: tuple[float
         "run": {"folder": tmp_path / "run", "cache": tmp_path / "cache"},
     }
     config = Config.model_validate(values)
-    inputs = plan.look(config, Silent())
-    resolved = plan.filled(config, inputs)
+    inputs = decide.look(config, Silent())
+    resolved = decide.filled(config, inputs)
     predicted = max(phase.gib for phase in memory.Modules.of(resolved, inputs.facts).phases(resolved, None))
     torch.cuda.reset_peak_memory_stats()
     assert train.train(config).peak_gib == pytest.approx(predicted, rel=0.1)

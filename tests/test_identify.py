@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from lora_booth import families
-from lora_booth.config import ModelConfig
+from lora_booth.config.settings import ModelConfig
 from lora_booth.errors import ModelError
-from lora_booth.families import identify, sources
-from lora_booth.families.components import CLIP_MERGES, shipped_tokenizer
+from lora_booth.models import loading
+from lora_booth.models.bases import identify, sources
+from lora_booth.models.families.components import CLIP_MERGES, shipped_tokenizer
 from tests.test_sources import header_bytes
 from tests.tiny import tiny_sd, tiny_sd2, tiny_sdxl, tiny_single_file
 
@@ -145,7 +145,7 @@ def test_other_incomplete_and_unsafe_folders_are_refused(tmp_path: Path, bases: 
     shutil.copytree(bases[which], folder)
     break_(folder)
     with pytest.raises(ModelError, match=message) as told:
-        families.load(ModelConfig(base=str(folder)), device="cpu", dtype=torch.float32)
+        loading.load(ModelConfig(base=str(folder)), device="cpu", dtype=torch.float32)
     assert str(folder) in str(told.value)
 
 
@@ -220,7 +220,7 @@ def test_a_single_file_gives_the_very_weights_of_its_folder(
     folder = write(tmp_path / "architectures" / architecture)
     file = tiny_single_file(folder, tmp_path / "one.safetensors", metadata=metadata)
     monkeypatch.setattr(identify, "ARCHITECTURES", tmp_path / "architectures")
-    one, many = (families.load(ModelConfig(base=str(b)), device="cpu", dtype=torch.float32) for b in (file, folder))
+    one, many = (loading.load(ModelConfig(base=str(b)), device="cpu", dtype=torch.float32) for b in (file, folder))
     assert (one.name, one.schedule.prediction_type) == (name, prediction_type)
     parts = [[f.denoiser, f.pipeline("ddim").vae, *f.text_encoders().values()] for f in (one, many)]
     for found, expected in zip(*parts, strict=True):
@@ -237,7 +237,7 @@ def test_a_single_file_in_half_precision_keeps_its_vae_in_float32(tmp_path: Path
     folder = tiny_sd(tmp_path / "architectures" / "sd1")
     file = tiny_single_file(folder, tmp_path / "one.safetensors")
     monkeypatch.setattr(identify, "ARCHITECTURES", tmp_path / "architectures")
-    family = families.load(ModelConfig(base=str(file)), device="cpu", dtype=torch.bfloat16)
+    family = loading.load(ModelConfig(base=str(file)), device="cpu", dtype=torch.bfloat16)
     assert {p.dtype for p in family.denoiser.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in family.pipeline("ddim").vae.parameters()} == {torch.float32}
 
@@ -255,7 +255,7 @@ def test_a_single_file_that_lacks_a_weight_is_refused(tmp_path: Path, monkeypatc
     ):
         save_file({key: value for key, value in weights.items() if key != name}, file)
         with pytest.raises(ModelError, match=r"one\.safetensors (lacks|cannot be loaded)"):
-            families.load(ModelConfig(base=str(file)), device="cpu", dtype=torch.float32)
+            loading.load(ModelConfig(base=str(file)), device="cpu", dtype=torch.float32)
 
 
 UNET = {"model.diffusion_model.input_blocks.0.0.weight": (2, 4, 3, 3)}
@@ -323,7 +323,7 @@ def test_an_sd2_file_that_says_nothing_is_not_guessed(tmp_path: Path) -> None:
 
 
 def test_a_file_marked_ztsnr_gets_a_zero_terminal_schedule(tmp_path: Path) -> None:
-    from lora_booth.families.schedules import noise_schedule
+    from lora_booth.models.families.schedules import noise_schedule
 
     file = header_file(tmp_path / "x.safetensors", UNET | VAE | SDXL | {"v_pred": (0,), "ztsnr": (0,)})
     scheduler = identify.identify(file).config("scheduler")
@@ -336,7 +336,7 @@ def test_a_file_marked_ztsnr_gets_a_zero_terminal_schedule(tmp_path: Path) -> No
 def test_schedules_are_those_of_diffusers(kind: str, is_zero: bool) -> None:
     from diffusers import DDIMScheduler
 
-    from lora_booth.families.schedules import noise_schedule
+    from lora_booth.models.families.schedules import noise_schedule
 
     config = {"beta_schedule": kind, "beta_start": 0.001, "beta_end": 0.01, "rescale_betas_zero_snr": is_zero}
     stock = DDIMScheduler(**config, clip_sample=False, steps_offset=1).alphas_cumprod.double()
@@ -346,7 +346,7 @@ def test_schedules_are_those_of_diffusers(kind: str, is_zero: bool) -> None:
 
 
 def test_unknown_schedules_are_refused() -> None:
-    from lora_booth.families.schedules import noise_schedule
+    from lora_booth.models.families.schedules import noise_schedule
 
     for config in ({"beta_schedule": "sigmoid"}, {"prediction_type": "sample"}):
         with pytest.raises(ModelError):
@@ -360,6 +360,6 @@ def test_loading_is_silent(tmp_path: Path, capfd: Any, caplog: Any, monkeypatch:
     capfd.readouterr()
     for base in (folder, file):
         with caplog.at_level(logging.WARNING):
-            families.load(ModelConfig(base=str(base)), device="cpu", dtype=torch.float32)
+            loading.load(ModelConfig(base=str(base)), device="cpu", dtype=torch.float32)
     captured = capfd.readouterr()
     assert captured.out + captured.err + caplog.text == ""

@@ -14,13 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_booth import config_file, identity, plan, train
 from lora_booth.adapter import inject
-from lora_booth.config import Config
+from lora_booth.config import toml
+from lora_booth.config.settings import Config
 from lora_booth.errors import ConfigError, DataError, DiskError, Interrupted, ModelError
-from lora_booth.families import sources
-from lora_booth.report import Silent
-from lora_booth.run import Run
+from lora_booth.models.bases import sources
+from lora_booth.planning import decide
+from lora_booth.run import identity
+from lora_booth.run.folder import Run
+from lora_booth.run.report import Silent
+from lora_booth.verbs import train
 from tests import tiny
 from tests.conftest import MakeConfig
 from tests.test_invariants import At, assert_equal, session_of, trained
@@ -73,9 +76,9 @@ def again(begun: Path, tmp_path: Path) -> Path:
 
 def resumed(config: Config) -> None:
     """As far as `train` goes before it computes anything."""
-    inputs = plan.look(config, Silent())
-    resolved = plan.resolve(train.decided(config, CPU), inputs, Silent(), free_gib=None)
-    Run.open(plan.run_folder(config), resolved, inputs.identity(), inputs.to_pin()).close()
+    inputs = decide.look(config, Silent())
+    resolved = decide.resolve(train.decided(config, CPU), inputs, Silent(), free_gib=None)
+    Run.open(decide.run_folder(config), resolved, inputs.identity(), inputs.to_pin()).close()
 
 
 def flip_last_byte(path: Path) -> None:
@@ -194,7 +197,7 @@ def test_a_run_is_continued_to_the_same_bytes_when_only_free_settings_change(aga
 
 
 def test_what_is_auto_is_settled_before_it_is_kept(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = config_file.load(begun / "run" / "config.toml")
+    stored = toml.load(begun / "run" / "config.toml")
     assert (stored.optimizer.name, stored.model.precision, stored.train.compile) == ("adamw", "fp32", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     cuda = train.decided(config_of(begun).with_values({"model": {"precision": "bf16"}}), torch.device("cuda"))
@@ -260,7 +263,7 @@ def test_a_run_goes_on_with_the_commit_of_the_base_that_it_began_with(
     assert json.loads((again / "of the hub" / "inputs.json").read_text())["pinned"]["revision"] == "commit1"
     train.train(config)
     assert asked[1:] == [("owner/name", "commit1")]
-    assert "owner/name at commit1" in plan.described(config, plan.look(config, Silent()).facts)
+    assert "owner/name at commit1" in decide.described(config, decide.look(config, Silent()).facts)
 
 
 def test_a_layer_of_another_rank_has_scale_one_unless_alpha_is_given(
@@ -285,7 +288,7 @@ class Other:
 
 def test_processes_that_would_train_different_runs_do_not_begin(begun: Path) -> None:
     config = config_of(begun)
-    given = plan.look(config, Silent()).identity()
+    given = decide.look(config, Silent()).identity()
     first = identity.digest(config, given)
     second = identity.digest(config, given | {"captions": {}})
     train._require_one_run(Other(first), first)  # type: ignore[arg-type]
@@ -295,7 +298,7 @@ def test_processes_that_would_train_different_runs_do_not_begin(begun: Path) -> 
 
 def test_the_digest_of_a_run_knows_all_that_counts_and_no_place(begun: Path, again: Path) -> None:
     one, other = config_of(begun), config_of(again, run="elsewhere")
-    given = plan.look(one, Silent()).identity()
+    given = decide.look(one, Silent()).identity()
     digest = identity.digest(one, given)
     assert digest == identity.digest(other, given)
     assert digest == identity.digest(one.with_values({"train": {"batch_size": 7}}), given)

@@ -18,9 +18,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_booth.adapter import inject
 from lora_booth.adapter.weights import delta
-from lora_booth.config import TARGET_PRESETS, AdapterConfig
+from lora_booth.config.patterns import Pattern
+from lora_booth.config.settings import TARGET_PRESETS, AdapterConfig
 from lora_booth.errors import ConfigError, ModelError
-from lora_booth.patterns import Pattern
 from tests import adapted
 
 KINDS: list[dict[str, Any]] = [

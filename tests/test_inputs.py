@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_booth import inputs
+from lora_booth.config import inputs
 from lora_booth.errors import ConfigError, ModelError
 
 

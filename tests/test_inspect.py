@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lora_booth import export
+from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import LowRank
 from lora_booth.errors import ModelError
-from lora_booth.inspect import base_family, block_norms, inspect
+from lora_booth.verbs.inspect import base_family, block_norms, inspect
 from tests.test_train import Recorder
 
 
@@ -39,7 +39,7 @@ def test_where_shapes_do_not_tell_the_family_the_header_does() -> None:
 def test_kind_layers_rank_scale_and_words_are_told(name: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     header = {"modelspec.trigger_phrase": "sks dog"}
-    export.FORMATS[name].write(path, adapter(768), "sd1", torch.float32, header)
+    storage.FORMATS[name].write(path, adapter(768), "sd1", torch.float32, header)
     recorder = Recorder()
     inspect(path, recorder)
     text = "\n".join(line for _, line in recorder.events)
@@ -108,7 +108,7 @@ def test_the_picture_of_norms_is_a_png_whose_bars_differ(tmp_path: Path) -> None
     weights = adapter(768)
     weights["unet"]["mid_block.attentions.0.proj_in"] = LowRank(torch.ones(1, 4), torch.ones(4, 1), 1.0)
     odd = tmp_path / "x $1{2 and 3$.safetensors"  # no formula, whatever matplotlib thinks of it
-    export.FORMATS["kohya"].write(odd, weights, "sd1", torch.float32, {})
+    storage.FORMATS["kohya"].write(odd, weights, "sd1", torch.float32, {})
     events_of(odd, tmp_path / "norms.png")
     with Image.open(tmp_path / "norms.png") as picture:
         assert picture.format == "PNG" and not picture.getexif()

@@ -13,15 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_booth import export, families, loop, train
 from lora_booth.adapter import inject
+from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import delta, find_module
-from lora_booth.config import Config
+from lora_booth.config.settings import Config
 from lora_booth.data import images
+from lora_booth.data.subject import crops_of, find_pictures
 from lora_booth.errors import Interrupted
-from lora_booth.objectives import draw
-from lora_booth.report import Silent
-from lora_booth.subject import crops_of, find_pictures
+from lora_booth.models import loading
+from lora_booth.run.report import Silent
+from lora_booth.training import loop
+from lora_booth.training.objective import draw
+from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -165,7 +168,7 @@ def test_the_loss_from_cached_inputs_equals_the_loss_without_a_cache(
     session_of(config, monkeypatch)
     s = session_of(config, monkeypatch)  # the second one reads what the first one stored
     row = s.prepared.order.at(0)[0]
-    fresh = families.load(config.model, device="cpu", dtype=torch.float32)
+    fresh = loading.load(config.model, device="cpu", dtype=torch.float32)
     picture = next(p for p in find_pictures(config, Silent()).instances.pictures if p.path.name == row.item.name)
     (crop,) = crops_of(s.config, [picture])
     pixels = torch.as_tensor(images.to_pixels(images.crop(images.read(picture.path), crop)))[None]
@@ -213,15 +216,15 @@ def test_an_exported_file_draws_the_same_picture_as_the_run_and_as_the_merged_ba
         parameter.data.normal_(0, 0.05, generator=generator)
     assert config.run.folder is not None
     path = config.run.folder / "x.safetensors"
-    export.FORMATS[name].write(path, inject.collect(s.adapted), family, torch.float32, {})
+    storage.FORMATS[name].write(path, inject.collect(s.adapted), family, torch.float32, {})
     expected = picture(s.family)
     with inject.disabled(s.adapted):
         base = picture(s.family)
 
-    loaded = families.load(config.model, device="cpu", dtype=torch.float32)
+    loaded = loading.load(config.model, device="cpu", dtype=torch.float32)
     loaded.pipeline("ddim").load_lora_weights(str(path.parent), weight_name=path.name)
-    merged = families.load(config.model, device="cpu", dtype=torch.float32)
-    for module_path, low_rank in export.read(path)["unet"].items():
+    merged = loading.load(config.model, device="cpu", dtype=torch.float32)
+    for module_path, low_rank in storage.read(path)["unet"].items():
         weight = find_module(merged.denoiser, module_path).weight
         weight.data += delta(low_rank).view_as(weight)
 

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from lora_booth import config_file, deliver, export, loop, train
-from lora_booth.adapter import inject
+from lora_booth.adapter import delivery, inject
+from lora_booth.adapter.files import storage
 from lora_booth.adapter.numbers import weights_of
-from lora_booth.config import Config
+from lora_booth.config import toml
+from lora_booth.config.settings import Config
 from lora_booth.errors import ConfigError, ModelError
-from lora_booth.run import Run
+from lora_booth.run.folder import Run
+from lora_booth.training import loop
+from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 from tests.test_invariants import session_of
 from tests.test_train import Recorder
@@ -33,38 +36,38 @@ def finished(make_config: MakeConfig) -> Config:
 
 
 def same(one: Path, other: Path) -> bool:
-    first, second = (export.read(path)["unet"] for path in (one, other))
+    first, second = (storage.read(path)["unet"] for path in (one, other))
     return all(torch.equal(first[name].up, second[name].up) for name in first) and first.keys() == second.keys()
 
 
 def test_any_kept_checkpoint_is_exported_by_its_step(finished: Config, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    last = deliver.convert(file=folder, step="last", dtype="fp32")
+    last = delivery.convert(file=folder, step="last", dtype="fp32")
     assert {path.name for path in last.values()} == {
         "sks_dog-000004.safetensors",
         "sks_dog-000004_diffusers.safetensors",
     }
     assert all(same(path, folder / path.name.replace("-000004", "")) for path in last.values())
-    header, own = (export.read_metadata(p) for p in (last["kohya"], folder / "sks_dog.safetensors"))
+    header, own = (storage.read_metadata(p) for p in (last["kohya"], folder / "sks_dog.safetensors"))
     assert header["modelspec.trigger_phrase"] == "sks dog"
-    assert header["lora_booth.identity"] == own["lora_booth.identity"]
+    assert header["lora_booth.run.identity"] == own["lora_booth.run.identity"]
     recorder = Recorder()
-    second = deliver.convert(file=folder, step="2", out=tmp_path / "second", dtype="fp32", report=recorder)
-    assert export.read_metadata(second["kohya"])["ss_steps"] == "2"
+    second = delivery.convert(file=folder, step="2", out=tmp_path / "second", dtype="fp32", report=recorder)
+    assert storage.read_metadata(second["kohya"])["ss_steps"] == "2"
     assert not same(second["kohya"], last["kohya"])
     told = dict(recorder.events)["checkpoint"]
     best = Run(folder).best_step()
     assert re.search(
         rf"step 2 of .*run; kept with their validation loss: 2 \(.*\), 4 \(.*\); the best is {best}$", told
     )
-    chosen = deliver.convert(file=folder, step="best", out=tmp_path / "best", dtype="fp32")
+    chosen = delivery.convert(file=folder, step="best", out=tmp_path / "best", dtype="fp32")
     assert same(chosen["kohya"], second["kohya"] if best == 2 else last["kohya"])
 
 
 def test_a_checkpoint_is_a_source_by_its_folder_or_file(finished: Config, tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
-    by_folder = deliver.convert(file=checkpoint, formats=("kohya",), out=tmp_path / "a")
-    by_file = deliver.convert(file=checkpoint / "adapter.safetensors", formats=("kohya",), out=tmp_path / "b")
+    by_folder = delivery.convert(file=checkpoint, formats=("kohya",), out=tmp_path / "a")
+    by_file = delivery.convert(file=checkpoint / "adapter.safetensors", formats=("kohya",), out=tmp_path / "b")
     assert by_folder["kohya"].read_bytes() == by_file["kohya"].read_bytes()
 
 
@@ -74,16 +77,16 @@ def test_a_step_that_is_not_kept_or_damaged_is_told(finished: Config, tmp_path: 
         with pytest.raises(
             ConfigError, match=rf"--step {step[:70]}.*: run folder .* keeps the steps 2, 4; name one, or best"
         ):
-            deliver.convert(file=folder, step=step)
+            delivery.convert(file=folder, step=step)
     with pytest.raises(ConfigError, match="is no run folder; leave it out"):
-        deliver.convert(file=folder / "sks_dog.safetensors", step="2")
+        delivery.convert(file=folder / "sks_dog.safetensors", step="2")
     (folder / "checkpoints" / "step-000002" / "adapter.safetensors").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"step-000002 is damaged .*; choose another --step"):
-        deliver.convert(file=folder, step="2")
+        delivery.convert(file=folder, step="2")
     shutil.rmtree(folder / "checkpoints")
     (folder / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match="keeps no checkpoint yet"):
-        deliver.convert(file=folder)
+        delivery.convert(file=folder)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +123,13 @@ def test_a_run_that_is_finished_again_gives_the_same_bytes(finished: Config, tmp
 def test_two_equal_runs_differ_in_their_start_alone(finished: Config, make_config: MakeConfig, tmp_path: Path) -> None:
     train.train(finished.with_values({"run": {"folder": tmp_path / "twin"}, "memory": {"pictures_at_once": 8}}))
     for name in ("sks_dog.safetensors", "sks_dog_diffusers.safetensors"):
-        one, other = (export.read_metadata(tmp_path / run / name) for run in ("run", "twin"))
+        one, other = (storage.read_metadata(tmp_path / run / name) for run in ("run", "twin"))
         apart = {key for key in one | other if one.get(key) != other.get(key)}
         assert apart <= {"ss_training_started_at", "modelspec.date"}
 
 
 def test_mirrored_pictures_are_counted_once(finished: Config, tmp_path: Path) -> None:
-    header = export.read_metadata(tmp_path / "run" / "sks_dog.safetensors")
+    header = storage.read_metadata(tmp_path / "run" / "sks_dog.safetensors")
     assert header["ss_num_train_images"] == "5"
     assert header["ss_optimizer"] == "adamw", "and auto is told as what it meant"
 
@@ -134,7 +137,7 @@ def test_mirrored_pictures_are_counted_once(finished: Config, tmp_path: Path) ->
 def test_a_finished_run_that_was_copied_names_its_new_place(finished: Config, tmp_path: Path) -> None:
     before = train.train(finished)
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    config = config_file.load(tmp_path / "moved" / "config.toml")
+    config = toml.load(tmp_path / "moved" / "config.toml")
     assert config.run.folder == tmp_path / "moved"
     summary = train.train(config)
     assert summary.files == {name: path.replace("/run/", "/moved/") for name, path in before.files.items()}
@@ -162,7 +165,7 @@ def test_a_run_folder_does_not_hold_the_name_of_its_user(
     texts = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(texts) > 8
     assert not any(str(tmp_path).encode() in text for text in texts)
-    loaded = config_file.load(kept)
+    loaded = toml.load(kept)
     assert (loaded.subject.images, loaded.model.base) == (config.subject.images, config.model.base)
     train.train(config)
 

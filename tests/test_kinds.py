@@ -13,12 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_booth import export
+from lora_booth.adapter.files import reading, storage
+from lora_booth.adapter.files.keys import leaf_of
+from lora_booth.adapter.files.kinds import MAX_LAYER_NUMBERS, update_of
 from lora_booth.adapter.weights import Dense, LowRank, delta, merged_weight, weight_shape
 from lora_booth.errors import ModelError
-from lora_booth.export import reading
-from lora_booth.export.keys import leaf_of
-from lora_booth.export.kinds import MAX_LAYER_NUMBERS, update_of
 
 GENERATOR = torch.Generator().manual_seed(0)
 LAYER = "lora_unet_mid_block_attentions_0_proj_in"
@@ -362,7 +361,7 @@ def test_files_of_the_field_are_read_whatever_their_naming(tmp_path: Path) -> No
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 1}))
     for name, tensors in spellings.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
-        weights = export.read(tmp_path / f"{name}.safetensors")
+        weights = storage.read(tmp_path / f"{name}.safetensors")
         assert list(weights) == ["unet"] and list(weights["unet"]) == [PATH], name
         assert torch.allclose(delta(weights["unet"][PATH]), 0.5 * up @ down, atol=1e-6), name
 
@@ -372,7 +371,7 @@ def test_lycoris_has_one_prefix_for_the_unet_and_the_text_encoder(tmp_path: Path
     save_file(
         {f"{name}.lora_down.weight": numbers(2, 4), f"{name}.lora_up.weight": numbers(5, 2)}, tmp_path / "a.safetensors"
     )
-    assert {c: list(layers) for c, layers in export.read(tmp_path / "a.safetensors").items()} == {
+    assert {c: list(layers) for c, layers in storage.read(tmp_path / "a.safetensors").items()} == {
         "text_encoder": ["encoder.layers.0.mlp.fc1"]
     }
 
@@ -383,7 +382,7 @@ def test_the_attention_names_of_2023_are_read(tmp_path: Path) -> None:
                (("down", (2, 4)), ("up", (4, 2)))}  # fmt: skip
     save_file(tensors, tmp_path / "a.safetensors")
     stem = "mid_block.attentions.0.transformer_blocks.0.attn1"
-    assert set(export.read(tmp_path / "a.safetensors")["unet"]) == {f"{stem}.to_q", f"{stem}.to_out.0"}
+    assert set(storage.read(tmp_path / "a.safetensors")["unet"]) == {f"{stem}.to_q", f"{stem}.to_out.0"}
 
 
 def test_pefts_text_encoder_file_is_known_by_its_layers(tmp_path: Path) -> None:
@@ -392,31 +391,31 @@ def test_pefts_text_encoder_file_is_known_by_its_layers(tmp_path: Path) -> None:
         {f"{stem}.lora_A.weight": numbers(2, 4), f"{stem}.lora_B.weight": numbers(4, 2)}, tmp_path / "a.safetensors"
     )
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
-        export.read(tmp_path / "a.safetensors")
+        storage.read(tmp_path / "a.safetensors")
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(ModelError, match="is not a JSON object"):
-        export.read(tmp_path / "a.safetensors")
+        storage.read(tmp_path / "a.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2, "init_lora_weights": "pissa_niter_4"}')
     with pytest.raises(ModelError, match="init_lora_weights = pissa_niter_4, which changed its base too"):
-        export.read(tmp_path / "a.safetensors")
+        storage.read(tmp_path / "a.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2}')
-    assert list(export.read(tmp_path / "a.safetensors")) == ["text_encoder"]
+    assert list(storage.read(tmp_path / "a.safetensors")) == ["text_encoder"]
 
 
 def test_what_cannot_be_trained_on_is_read_only_by_read_any(tmp_path: Path) -> None:
     save_file({f"{LAYER}.diff": numbers(3, 4)}, tmp_path / "a.safetensors")
-    assert isinstance(export.read_any(tmp_path / "a.safetensors")["unet"][PATH], Dense)
+    assert isinstance(storage.read_any(tmp_path / "a.safetensors")["unet"][PATH], Dense)
     with pytest.raises(ModelError, match="lora-booth resize"):
-        export.read(tmp_path / "a.safetensors")
+        storage.read(tmp_path / "a.safetensors")
 
 
 def test_contents_tell_every_fault_and_keep_the_sound_layers(tmp_path: Path) -> None:
     sound = {f"{LAYER}.lora_down.weight": numbers(2, 4), f"{LAYER}.lora_up.weight": numbers(5, 2)}
     broken = {"bundle_emb.cat.string_to_param": numbers(2), "lora_unet_conv_in.lora_down.weight": numbers(2, 4)}
     save_file(sound | broken, tmp_path / "a.safetensors")
-    found = export.contents(tmp_path / "a.safetensors")
+    found = storage.contents(tmp_path / "a.safetensors")
     assert list(found.weights["unet"]) == [PATH]
     assert len(found.faults) == 2
     assert found.dtypes == {"F32": 4}
     with pytest.raises(ModelError, match="1 more such fault"):
-        export.read_any(tmp_path / "a.safetensors")
+        storage.read_any(tmp_path / "a.safetensors")

@@ -14,11 +14,10 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_booth import export
 from lora_booth.adapter import inject
+from lora_booth.adapter.files import kohya, reading, storage
 from lora_booth.adapter.weights import AdapterWeights, LowRank, delta
 from lora_booth.errors import ModelError, NumericError
-from lora_booth.export import kohya, reading
 from tests import adapted
 
 LDM = re.compile(
@@ -151,7 +150,7 @@ def test_base_plus_scale_times_up_down_from_the_file_alone_is_the_adapted_model(
     family: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     weights, expected = adapted.trained_mixed(family, bases)
-    export.FORMATS["kohya"].write(tmp_path / "a.safetensors", weights, family, torch.float32, {})
+    storage.FORMATS["kohya"].write(tmp_path / "a.safetensors", weights, family, torch.float32, {})
     tensors = load_file(tmp_path / "a.safetensors")
     merged = adapted.pipeline(family, bases)
     assert adapted.relative_difference(adapted.draw(merged), expected) > 0.01, "the adapter is worth testing"
@@ -170,7 +169,7 @@ def test_base_plus_scale_times_up_down_from_the_file_alone_is_the_adapted_model(
 
 
 def load_and_draw(weights: AdapterWeights, family: str, dtype: str, bases: dict[str, Path], path: Path) -> Tensor:
-    export.FORMATS["kohya"].write(path, weights, family, export.DTYPES[dtype], {"ss_network_dim": "4"})
+    storage.FORMATS["kohya"].write(path, weights, family, storage.DTYPES[dtype], {"ss_network_dim": "4"})
     pipe = adapted.pipeline(family, bases)
     pipe.load_lora_weights(path)
     return adapted.draw(pipe)

@@ -12,7 +12,7 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
-from lora_booth.adapter import inject, lean
+from lora_booth.adapter import inject, peft_layers
 from tests import adapted
 from tests.test_inject import adapter, forward, tiny_unet
 
@@ -34,7 +34,7 @@ class Shared(nn.Module):
 
 def injected(module: nn.Module, *, by_peft: bool = False, **config: Any) -> list[nn.Parameter]:
     """Random adapter parameters put into `module` with our layers, or with PEFT's."""
-    with mock.patch.object(lean, "LAYERS", {} if by_peft else lean.LAYERS):
+    with mock.patch.object(peft_layers, "LAYERS", {} if by_peft else peft_layers.LAYERS):
         parameters = inject.inject_({"unet": module}, adapter(rank=RANK, **config))["unet"]
     adapted.randomise_({"unet": module})
     return parameters
@@ -59,7 +59,7 @@ def test_outputs_and_gradients_are_those_of_pefts_layers(dtype: torch.dtype, dro
     our_parameters, their_parameters = injected(ours, **config), injected(pefts, by_peft=True, **config)
     for parameter in their_parameters:
         parameter.data = parameter.data.to(dtype)  # else PEFT rounds its input to float32
-    assert layer_types(ours) == {lean.LeanLinear, lean.LeanConv2d}
+    assert layer_types(ours) == {peft_layers.LeanLinear, peft_layers.LeanConv2d}
     assert layer_types(pefts) == {peft_layer.Linear, peft_layer.Conv2d}
     one, other = output_and_gradients(ours, our_parameters), output_and_gradients(pefts, their_parameters)
     assert len(one) == len(other) == 1 + len(our_parameters) > 20

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from lora_booth.config import ModelConfig
+from lora_booth.config.inputs import MAX_BYTES
+from lora_booth.config.settings import ModelConfig
 from lora_booth.errors import ModelError
-from lora_booth.families import components, identify, limits, sources
-from lora_booth.inputs import MAX_BYTES
+from lora_booth.models.bases import identify, limits, sources
+from lora_booth.models.families import components
 from tests.test_identify import UNET, VAE, change, header_file
 
 HUGE = (

@@ -15,17 +15,17 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_booth import export
 from lora_booth.adapter import inject
+from lora_booth.adapter.files import storage
+from lora_booth.adapter.files.keys import SPELLINGS
+from lora_booth.adapter.programs.spelling import module_paths, norm_paths
+from lora_booth.adapter.programs.table import LOADERS
+from lora_booth.adapter.programs.verdicts import Verdict, verdicts, verdicts_of_file
 from lora_booth.adapter.weights import AdapterWeights, LowRank, plain_path
-from lora_booth.config import TARGET_PRESETS
+from lora_booth.config.settings import TARGET_PRESETS
 from lora_booth.errors import ModelError
-from lora_booth.export import ldm
-from lora_booth.export.keys import SPELLINGS
-from lora_booth.export.layers import module_paths, norm_paths
-from lora_booth.export.loader_table import LOADERS
-from lora_booth.export.loaders import Verdict, verdicts, verdicts_of_file
-from lora_booth.families.sources import ARCHITECTURES
+from lora_booth.models.bases import ldm
+from lora_booth.models.bases.sources import ARCHITECTURES
 from tests import adapted
 from tests.test_metadata import facts
 
@@ -337,7 +337,7 @@ def test_dora_keeps_its_form_in_few_programs(shape: tuple[int, ...], exact: set[
 
 def test_dora_in_diffusers_own_file_is_exact_but_for_text_encoders_under_pefts_key() -> None:
     def check(key: str, paths: list[tuple[str, str]]) -> Verdict:
-        file = File("sd1", {"lora_booth.versions": "{}"}).add(paths, dotted, leaves=PEFT)
+        file = File("sd1", {"lora_booth.run.versions": "{}"}).add(paths, dotted, leaves=PEFT)
         file.shapes |= {f"{dotted(component, path)}.{key}": (8,) for component, path in paths}
         return file.verdicts()[DIFFUSERS]
 
@@ -577,7 +577,7 @@ def test_a_file_for_another_model_is_called_by_its_name() -> None:
 def test_our_diffusers_file_does_not_warn_against_itself(tmp_path: Path) -> None:
     low = LowRank(torch.ones(2, 768), torch.ones(8, 2), 0.5)
     weights = {"unet": {path: low for _, path in unet("sd1", "attn2.to_k")}}
-    export.FORMATS["diffusers"].write(tmp_path / "a.safetensors", weights, "sd1", torch.float16, {})
+    storage.FORMATS["diffusers"].write(tmp_path / "a.safetensors", weights, "sd1", torch.float16, {})
     found = {verdict.loader: verdict for verdict in verdicts_of_file(tmp_path / "a.safetensors")}
     assert found[DIFFUSERS].is_exact and found[DIFFUSERS].notes == ()
 
@@ -651,9 +651,9 @@ def adapter(modules: Mapping[str, nn.Module], targets: str) -> AdapterWeights:
 )
 def test_our_kohya_files_of_full_size_load_exactly_everywhere(architecture: str, family: str, targets: str) -> None:
     prediction = "v_prediction" if architecture == "sd2_v" else "epsilon"
-    header = export.metadata(facts(family=family, prediction_type=prediction))
+    header = storage.metadata(facts(family=family, prediction_type=prediction))
     weights = adapter(real_modules(architecture), targets)
-    tensors = export.kohya.to_tensors(weights, family, torch.float16)
+    tensors = storage.kohya.to_tensors(weights, family, torch.float16)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
     total = sum(map(len, weights.values()))
@@ -665,14 +665,14 @@ def test_our_kohya_files_of_full_size_load_exactly_everywhere(architecture: str,
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_our_files_of_tiny_bases_are_judged_from_disk(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
     modules = adapted.components(adapted.pipeline(family, bases))
-    header, path = export.metadata(facts(family=family)), tmp_path / "a.safetensors"
+    header, path = storage.metadata(facts(family=family)), tmp_path / "a.safetensors"
     for targets in TARGET_PRESETS:
         weights = adapter(modules, targets)
         total = sum(map(len, weights.values()))
-        export.FORMATS["kohya"].write(path, weights, family, torch.float16, header)
+        storage.FORMATS["kohya"].write(path, weights, family, torch.float16, header)
         for verdict in verdicts_of_file(path):
             assert (verdict.matched, verdict.is_exact, verdict.notes) == (total, True, ()), verdict
-        export.FORMATS["diffusers"].write(path, weights, family, torch.float16, header)
+        storage.FORMATS["diffusers"].write(path, weights, family, torch.float16, header)
         found = {verdict.loader: verdict for verdict in verdicts_of_file(path, family)}
         assert (found[DIFFUSERS].matched, found[DIFFUSERS].is_exact, found[DIFFUSERS].notes) == (total, True, ())
         assert {found[name].matched for name in (A1111, FORGE, INVOKEAI, SDNEXT, SD_SCRIPTS)} == {0}
@@ -690,7 +690,7 @@ def test_a_file_of_the_miniature_is_judged_by_names_that_parse(tmp_path: Path) -
             "down_blocks.7.resnets.9.conv1": convolution,
         }
     }
-    export.FORMATS["kohya"].write(tmp_path / "a.safetensors", weights, "sd1", torch.float16, {})
+    storage.FORMATS["kohya"].write(tmp_path / "a.safetensors", weights, "sd1", torch.float16, {})
     assert all(verdict.matched == 2 and not verdict.notes for verdict in verdicts_of_file(tmp_path / "a.safetensors"))
 
 
@@ -743,7 +743,7 @@ def test_diffusers_itself_loads_as_many_layers_as_the_table_says(
         values = (down, up, torch.tensor(alpha_of(path)))
         tensors |= {f"{spell(family, component, path)}.{leaf}": v for leaf, v in zip(leaves, values, strict=False)}
     file = tmp_path / "a.safetensors"
-    save_file(tensors, file, {"lora_booth.versions": "{}"})
+    save_file(tensors, file, {"lora_booth.run.versions": "{}"})
     verdict = next(v for v in verdicts_of_file(file, family) if v.loader == DIFFUSERS)
     try:
         pipe.load_lora_weights(file)

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_booth import budget, cards, devices, families, memory, optim, plan, tracing, trial
 from lora_booth.adapter import inject
-from lora_booth.batch import sample_losses
-from lora_booth.budget import Way
-from lora_booth.config import Config, OptimizerConfig
+from lora_booth.config.settings import Config, OptimizerConfig
 from lora_booth.errors import ModelError
-from lora_booth.families.base import Family
-from lora_booth.families.components import without_weights
-from lora_booth.families.identify import BaseFacts
-from lora_booth.families.sources import ARCHITECTURES
-from lora_booth.objectives import objective_for
-from lora_booth.tracing import LiveBytes, fused_attention, held_bytes, tensors_of
+from lora_booth.models import cards, devices, loading
+from lora_booth.models.bases.identify import BaseFacts
+from lora_booth.models.bases.sources import ARCHITECTURES
+from lora_booth.models.families.components import without_weights
+from lora_booth.models.families.family import Family
+from lora_booth.planning import budget, decide, memory, tracing, trial
+from lora_booth.planning.budget import Way
+from lora_booth.planning.tracing import LiveBytes, fused_attention, held_bytes, tensors_of
+from lora_booth.training import optimizers
+from lora_booth.training.batch import sample_losses
+from lora_booth.training.objective import objective_for
 from tests.conftest import MakeConfig
 
 FULL_SIZE = {"sd1": ("sd1", 512), "sd2": ("sd2_v", 768), "sdxl": ("sdxl", 1024)}
@@ -120,10 +122,10 @@ def both(config: Config) -> list[tuple[Family, list[nn.Parameter], list[Tensor],
     found = []
     for device in (torch.device("cpu"), torch.device("meta")):
         if device.type == "cpu":
-            family = families.load(config.model, device=device, dtype=torch.float32)
+            family = loading.load(config.model, device=device, dtype=torch.float32)
         else:
-            facts = families.facts(config.model)
-            family = families.around(facts, without_weights(facts, torch.float32))
+            facts = loading.facts(config.model)
+            family = loading.around(facts, without_weights(facts, torch.float32))
         found.append((family, *adapted(config, family, list(family.text_encoders().values())), device))
     return found
 
@@ -212,17 +214,18 @@ def test_activations_of_a_full_size_step_lie_where_independent_counts_put_them(
 def test_optimizers_keep_what_they_really_store(name: str, size: int) -> None:
     config = OptimizerConfig(name=name)  # type: ignore[arg-type]
     shape = (16, 3200)
-    assert optim.state_bytes([shape], config, device_type="cuda") == pytest.approx(size, abs=512)
-    assert optim.state_bytes([shape, shape], config, device_type="cuda") == pytest.approx(2 * size, abs=512)
+    assert optimizers.state_bytes([shape], config, device_type="cuda") == pytest.approx(size, abs=512)
+    assert optimizers.state_bytes([shape, shape], config, device_type="cuda") == pytest.approx(2 * size, abs=512)
 
 
 def test_large_pictures_are_drawn_together_but_decoded_one_by_one(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_booth.config import ModelConfig
-    from lora_booth.families import sampling, vae
+    from lora_booth.config.settings import ModelConfig
+    from lora_booth.models import sampling
+    from lora_booth.models.families import vae
 
-    family = families.load(ModelConfig(base=str(bases["sd1"])), device="cpu", dtype=torch.float32)
+    family = loading.load(ModelConfig(base=str(bases["sd1"])), device="cpu", dtype=torch.float32)
     prompt = family.encode_prompts(["a dog"])
     seen: list[int] = []
     decoder = family.pipeline("ddim").vae.decoder
@@ -266,7 +269,7 @@ def test_the_fastest_way_that_fits_is_chosen_and_nothing_that_changes_the_result
     monkeypatch.setattr(budget, "SHARES", (0.0, 0.5, 1.0))  # a trace takes a second
     monkeypatch.setattr(devices, "OFFLOADED_BYTES", 0)  # all tensors are small here
     config = make_config(data={"resolution": 256, "bucket_step": 32}, optimizer={"name": "adamw"})
-    facts = families.facts(config.model)
+    facts = loading.facts(config.model)
     needs = needs_of(config, facts, savings=[(0.0, False), (0.5, False), (1.0, False), (1.0, True)])
     two = [need for way, need in needs.items() if way.rows == 2]
     assert sorted(set(two), reverse=True) == two, "each saves more than the one before"
@@ -297,7 +300,7 @@ def test_the_fastest_way_that_fits_is_chosen_and_nothing_that_changes_the_result
 def test_as_many_pictures_go_together_as_fit_and_tiles_only_where_whole_ones_do_not(make_config: MakeConfig) -> None:
     preview = {"images_per_prompt": 8}
     config = make_config(data={"resolution": 256, "bucket_step": 32}, preview=preview, prior={"num_images": 8})
-    facts = families.facts(config.model)
+    facts = loading.facts(config.model)
     modules = memory.Modules.of(config, facts)
 
     def need(at_once: int) -> float:
@@ -365,7 +368,7 @@ def test_a_tile_takes_the_memory_of_a_tile() -> None:
 def test_levers_in_order_save_what_the_smaller_run_does_not_hold(make_config: MakeConfig) -> None:
     adapter = {"rank": 2, "text_encoder": True}
     config = make_config(data={"resolution": 256, "bucket_step": 32}, optimizer={"name": "adamw"}, adapter=adapter)
-    facts = families.facts(config.model)
+    facts = loading.facts(config.model)
     found = budget.savings(config, facts)
     assert [lever.settings for lever in found] == [
         "train.batch_size = 1",
@@ -390,10 +393,10 @@ def test_training_tells_what_it_chose_and_warns_with_remedies_when_nothing_fits(
             self.lines.append(f"warning: {text}")
 
     report, config = Warned(), make_config()
-    plan.resolve(config, plan.look(config, Lines()), report, free_gib=100.0)
+    decide.resolve(config, decide.look(config, Lines()), report, free_gib=100.0)
     assert [line for line in report.lines if "of 100.0 GiB predicted, with train.batch_size = 2, train.grad" in line]
     assert not [line for line in report.lines if line.startswith("warning")]
-    plan.resolve(config, plan.look(config, Lines()), report, free_gib=0.1)
+    decide.resolve(config, decide.look(config, Lines()), report, free_gib=0.1)
     (warning,) = [line for line in report.lines if line.startswith("warning")]
     assert "of 0.1 GiB, so the run may end for want of memory. What would help: " in warning
     assert "model.quantize = nf4 (changes the result a little" in warning
@@ -402,7 +405,7 @@ def test_training_tells_what_it_chose_and_warns_with_remedies_when_nothing_fits(
 def test_targets_that_match_nothing_are_told_as_training_would(make_config: MakeConfig) -> None:
     config = make_config(adapter={"targets": "regex:nothing"})
     with pytest.raises(ModelError, match="matches none"):
-        memory.Modules.of(config, families.facts(config.model))
+        memory.Modules.of(config, loading.facts(config.model))
 
 
 class Lines:
@@ -420,7 +423,7 @@ class Lines:
 @pytest.mark.usefixtures("_modules_once")
 def test_plan_prints_every_part_aligned_and_with_a_budget_what_was_chosen_and_why(make_config: MakeConfig) -> None:
     report = Lines()
-    plan.show(make_config(preview={"images_per_prompt": 1}), report)
+    decide.show(make_config(preview={"images_per_prompt": 1}), report)
     start = next(i for i, line in enumerate(report.lines) if "predicted for a CUDA card, not measured" in line)
     end = next(i for i, line in enumerate(report.lines) if line.startswith("time"))
     table, times = report.lines[start + 1 : end], report.lines[end + 1 :]
@@ -432,7 +435,7 @@ def test_plan_prints_every_part_aligned_and_with_a_budget_what_was_chosen_and_wh
     for part in ("base", "adapter", "gradients", "optimizer", "activations", "VAE", "in all"):
         assert any(line.strip().startswith(part) for line in table), part
     report = Lines()
-    plan.show(make_config(memory={"budget_gib": 0.5}, prior={"loss_weight": 0.0}), report)
+    decide.show(make_config(memory={"budget_gib": 0.5}, prior={"loss_weight": 0.0}), report)
     text = "\n".join(report.lines)
     assert "for 0.5 GiB: train.gradient_checkpointing = 1 (same result" in text
     assert "of 0.5 GiB; what would help, in this order:" in text
@@ -447,12 +450,12 @@ def test_without_a_budget_nothing_is_traced_and_a_failing_trace_stops_nobody(
         raise NotImplementedError("no kernel")
 
     config = make_config()
-    inputs = plan.look(config, Lines())
+    inputs = decide.look(config, Lines())
     monkeypatch.setattr(budget, "choose", fail)
     monkeypatch.setattr(budget, "savings", fail)
-    assert plan.resolve(config, inputs, Lines(), free_gib=None).train.gradient_checkpointing == 0
+    assert decide.resolve(config, inputs, Lines(), free_gib=None).train.gradient_checkpointing == 0
     assert caplog.text == ""
-    resolved = plan.resolve(config, inputs, Lines(), free_gib=4.0)
+    resolved = decide.resolve(config, inputs, Lines(), free_gib=4.0)
     assert resolved.train.gradient_checkpointing == 1
     assert "no kernel" in caplog.text
-    assert "train.batch_size = 1 (same result" in plan.memory_advice(resolved, inputs.facts)
+    assert "train.batch_size = 1 (same result" in decide.memory_advice(resolved, inputs.facts)

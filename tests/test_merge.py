@@ -14,14 +14,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_booth import export, families, files
 from lora_booth.adapter import inject
+from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import Dense, LowRank
-from lora_booth.config import ModelConfig
+from lora_booth.config.settings import ModelConfig
 from lora_booth.errors import ConfigError, DiskError, ModelError, NumericError
-from lora_booth.export.rewrite import read_layout, rewrite
-from lora_booth.families import identify
-from lora_booth.merge import merge_into_base
+from lora_booth.models import loading
+from lora_booth.models.bases import identify
+from lora_booth.run import disk
+from lora_booth.run.safetensors import read_layout, rewrite
+from lora_booth.verbs.merge import merge_into_base
 from tests import adapted, tiny
 from tests.test_kohya import layers_by_kohya_name
 from tests.test_train import Recorder
@@ -41,14 +43,14 @@ def kohya_files(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     for family in FAMILIES:
         weights, _ = adapted.trained_mixed(family, bases)
         paths[family] = folder / f"{family}.safetensors"
-        export.FORMATS["kohya"].write(paths[family], weights, family, torch.float32, {})
+        storage.FORMATS["kohya"].write(paths[family], weights, family, torch.float32, {})
     return paths
 
 
 def one_layer(path: Path, value: float = 1.0, *, layer: str = LAYER, width: int = 16) -> Path:
     """A kohya file that adds `value` to every entry of one square layer of the tiny bases."""
     update = LowRank(torch.ones(1, width), torch.full((width, 1), value), 1.0)
-    export.FORMATS["kohya"].write(path, {"unet": {layer: update}}, "sd1", torch.float32, {})
+    storage.FORMATS["kohya"].write(path, {"unet": {layer: update}}, "sd1", torch.float32, {})
     return path
 
 
@@ -152,7 +154,7 @@ def test_a_merged_single_file_loads_and_draws_like_the_adapter(
     monkeypatch.setattr(identify, "ARCHITECTURES", tmp_path / "architectures")
     base = single_file(family, bases, tmp_path / "base.safetensors")
     out = merge_into_base(base=str(base), adapters=[(kohya_files[family], 1.0)], out=tmp_path / "out.safetensors")
-    loaded = families.load(ModelConfig(base=str(out)), device="cpu", dtype=torch.float32)
+    loaded = loading.load(ModelConfig(base=str(out)), device="cpu", dtype=torch.float32)
     pipe = adapted.pipeline(family, bases)
     with torch.no_grad():
         for component, module in adapted.components(pipe).items():
@@ -222,7 +224,7 @@ def test_a_change_of_q_alone_leaves_every_byte_of_k_and_v_in_their_common_tensor
         {"encoder.layers.1.self_attn.q_proj": LowRank(torch.ones(1, 32), torch.ones(32, 1), 1.0)},
     )
     adapter, key = tmp_path / "a.safetensors", "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight"
-    export.FORMATS["kohya"].write(adapter, {"text_encoder": layer}, "sd2", torch.float32, {})
+    storage.FORMATS["kohya"].write(adapter, {"text_encoder": layer}, "sd2", torch.float32, {})
     tensors = load_file(single_file("sd2", bases, tmp_path / "plain.safetensors"))
     tensors[key][width:, 0] = -0.0
     save_file(tensors, tmp_path / "base.safetensors", metadata=PREDICTION["sd2"])
@@ -237,7 +239,7 @@ def test_a_change_of_q_alone_leaves_every_byte_of_k_and_v_in_their_common_tensor
 def test_dora_is_merged_by_its_own_formula_as_peft_does(bases: dict[str, Path], tmp_path: Path) -> None:
     trained = adapted.adapted_pipeline("sd1", bases, targets=adapted.FEW, rank=4, alpha=3.0, dora=True)
     weights = inject.collect(adapted.components(trained))
-    export.FORMATS["diffusers"].write(tmp_path / "dora.safetensors", weights, "sd1", torch.float32, {})
+    storage.FORMATS["diffusers"].write(tmp_path / "dora.safetensors", weights, "sd1", torch.float32, {})
     out = merge_into_base(base=str(bases["sd1"]), adapters=[(tmp_path / "dora.safetensors", 1.0)], out=tmp_path / "out")
     merged = adapted.pipeline("sd1", {"sd1": out})
     assert adapted.relative_difference(adapted.draw(merged), adapted.draw(trained)) < 1e-4
@@ -251,7 +253,7 @@ def test_linear_updates_of_1x1_convolutions_and_full_differences_are_merged(
     save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "linear.safetensors")
     save_file({f"{name.replace('_in', '_out')}.diff": diff}, tmp_path / "diff.safetensors")
     adapters = [(tmp_path / "linear.safetensors", 1.0), (tmp_path / "diff.safetensors", 0.5)]
-    assert isinstance(export.read_any(adapters[1][0])["unet"]["mid_block.attentions.0.proj_out"], Dense)
+    assert isinstance(storage.read_any(adapters[1][0])["unet"]["mid_block.attentions.0.proj_out"], Dense)
     file = "unet/diffusion_pytorch_model.safetensors"
     before = load_file(bases["sd1"] / file)
     after = load_file(merge_into_base(base=str(bases["sd1"]), adapters=adapters, out=tmp_path / "out") / file)
@@ -267,7 +269,7 @@ def test_the_projection_of_open_clip_is_merged_transposed(bases: dict[str, Path]
     width = tiny.SECOND_TEXT_WIDTH
     update = LowRank(torch.randn(2, width), torch.randn(width, 2), 1.0)
     adapter = tmp_path / "a.safetensors"
-    export.FORMATS["diffusers"].write(adapter, {"text_encoder_2": {"text_projection": update}}, "", torch.float32, {})
+    storage.FORMATS["diffusers"].write(adapter, {"text_encoder_2": {"text_projection": update}}, "", torch.float32, {})
     base = single_file("sdxl", bases, tmp_path / "base.safetensors")
     folder = merge_into_base(base=str(bases["sdxl"]), adapters=[(adapter, 1.0)], out=tmp_path / "out")
     file = merge_into_base(base=str(base), adapters=[(adapter, 1.0)], out=tmp_path / "out.safetensors")
@@ -316,7 +318,7 @@ def test_headers_keep_what_they_said_and_name_what_was_merged(bases: dict[str, P
     twice = merge_into_base(base=str(once), adapters=[(adapter, 0.25)], out=tmp_path / "twice.safetensors")
     with safe_open(twice, "pt") as file:
         found = file.metadata()
-    entry = {"file": "mine.safetensors", "sha256": files.sha256(adapter)}
+    entry = {"file": "mine.safetensors", "sha256": disk.sha256(adapter)}
     assert json.loads(found.pop("lora_booth.merged")) == [entry | {"strength": 0.5}, entry | {"strength": 0.25}]
     assert found == {
         "note": "kept",

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from lora_booth.adapter.files.metadata import Facts, base_name, carried, metadata, network_fields, resolved_config
 from lora_booth.adapter.weights import LowRank
-from lora_booth.config import Config
-from lora_booth.export.metadata import Facts, base_name, carried, metadata, network_fields, resolved_config
+from lora_booth.config.settings import Config
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -104,7 +104,7 @@ def test_no_path_of_the_machine_is_written() -> None:
     for private in ("alice/", "alice\\", "/home", "C:", "Users", "photos"):
         assert private not in text, private
     assert fields["ss_sd_model_name"] == "my_base.safetensors"
-    written = json.loads(fields["lora_booth.config"])
+    written = json.loads(fields["lora_booth.config.settings"])
     assert written["run"] == {} and "images" not in written["subject"], "what the result does not depend on"
     assert written["model"]["base"] == "my_base.safetensors"
     assert written["train"]["seed"] == 0
@@ -161,7 +161,7 @@ def test_optional_facts_are_written_when_they_are_known() -> None:
 def test_a_huge_config_is_left_out_and_said_so() -> None:
     long = config(preview={"prompts": ("a photo of {token} {class} " + "x" * 300_000,)})
     fields = metadata(facts(config=long))
-    assert "left out" in json.loads(fields["lora_booth.config"])
+    assert "left out" in json.loads(fields["lora_booth.config.settings"])
     assert sum(map(len, fields.values())) < 1 << 16
 
 

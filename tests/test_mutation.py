@@ -9,7 +9,7 @@ from tests.soak.mutation import TESTS, mutants
 
 
 def test_every_mutant_is_another_program_and_names_its_line() -> None:
-    source = Path(__file__).parent.parent / "lora_booth" / "files.py"
+    source = Path(__file__).parent.parent / "lora_booth" / "run" / "disk.py"
     text = source.read_text()
     found = list(mutants(text))
     assert len(found) > 20

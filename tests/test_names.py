@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from lora_booth import deliver, names
-from lora_booth.config import Config
+from lora_booth.adapter import delivery
+from lora_booth.config import names
+from lora_booth.config.settings import Config
 from lora_booth.errors import ConfigError
 from tests import windows_rules
 from tests.soak.names import NAMES
@@ -62,7 +63,7 @@ def test_the_places_of_the_shell_are_no_names() -> None:
 def test_an_export_is_not_written_under_such_a_name_nor_outside_of_its_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match="--name"):
-        deliver.convert(file=tmp_path / "a.safetensors", out=tmp_path / "out", name=name)
+        delivery.convert(file=tmp_path / "a.safetensors", out=tmp_path / "out", name=name)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 

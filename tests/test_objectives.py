@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lora_booth.objectives import Draws, NoiseSchedule, Objective, PredictionType, draw, elementwise_loss
+from lora_booth.training.objective import Draws, NoiseSchedule, Objective, PredictionType, draw, elementwise_loss
 
 ALPHAS = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lora_booth.config import OptimizerConfig
+from lora_booth.config.settings import OptimizerConfig
 from lora_booth.errors import ConfigError
-from lora_booth.optim import OPTIMIZERS, default_name, learning_rate_factor, make, set_mode_
+from lora_booth.training.optimizers import OPTIMIZERS, default_name, learning_rate_factor, make, set_mode_
 
 
 def test_warm_up_is_linear_starts_above_zero_and_reaches_one() -> None:

@@ -6,31 +6,31 @@ from pathlib import Path
 
 import pytest
 
-from lora_booth import budget, memory, plan
-from lora_booth.config import Config
+from lora_booth.config.settings import Config
 from lora_booth.data.buckets import Bucket
 from lora_booth.data.images import Found, Picture
-from lora_booth.families.identify import BaseFacts
-from lora_booth.families.sources import ARCHITECTURES
-from lora_booth.report import Silent
-from lora_booth.subject import Pictures
+from lora_booth.data.subject import Pictures
+from lora_booth.models.bases.identify import BaseFacts
+from lora_booth.models.bases.sources import ARCHITECTURES
+from lora_booth.planning import budget, decide, memory
+from lora_booth.run.report import Silent
 
 SIZES = {"sd1": (512, 64), "sd2": (768, 64), "sdxl": (1024, 64)}
 
 
-def inputs(family: str, count: int) -> plan.Inputs:
+def inputs(family: str, count: int) -> decide.Inputs:
     resolution, step = SIZES[family]
     configs = ARCHITECTURES / {"sd2": "sd2_v"}.get(family, family)
     facts = BaseFacts(Path(__file__), configs, family, "epsilon", resolution, step, {})  # type: ignore[arg-type]
     pictures = tuple(Picture(Path(f"{n}.jpg"), str(n), 600, 600, None) for n in range(count))
-    return plan.Inputs(Pictures(Found(pictures, (), ()), None, None), facts)
+    return decide.Inputs(Pictures(Found(pictures, (), ()), None, None), facts)
 
 
 def resolved(
     family: str = "sd1", count: int = 5, free_gib: float | None = None, **sections: dict[str, object]
 ) -> Config:
     values = {"model": {"base": "sd15"}, "subject": {"images": "x", "class_noun": "dog"}, **sections}
-    return plan.resolve(Config.model_validate(values), inputs(family, count), Silent(), free_gib=free_gib)
+    return decide.resolve(Config.model_validate(values), inputs(family, count), Silent(), free_gib=free_gib)
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_the_budget_of_the_config_wins_over_free_memory(monkeypatch: pytest.Monk
 
 
 def test_advice_after_running_out_of_memory_leaves_out_what_is_done_already() -> None:
-    first = plan.memory_advice(resolved())
+    first = decide.memory_advice(resolved())
     assert first.index("train.batch_size = 1") < first.index("train.gradient_checkpointing = 1")
     smallest = {"train": {"batch_size": 1, "gradient_checkpointing": True}, "memory": {"offload_activations": True}}
-    later = plan.memory_advice(resolved(**smallest))
+    later = decide.memory_advice(resolved(**smallest))
     assert "batch_size" not in later
     assert "1. model.quantize = nf4 (changes the result a little" in later
     assert "2. data.resolution = 384 (changes the result" in later

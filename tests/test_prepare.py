@@ -12,14 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_booth import class_images, families, prepare, subject
-from lora_booth.config import ModelConfig, PriorConfig
+from lora_booth.config.settings import ModelConfig, PriorConfig
+from lora_booth.data import subject
 from lora_booth.data.buckets import Bucket
 from lora_booth.errors import Interrupted
-from lora_booth.families.base import Conditioning, Family
-from lora_booth.families.sampling import Sampling, sample
-from lora_booth.interrupts import StopRequest
-from lora_booth.report import Silent
+from lora_booth.models import loading
+from lora_booth.models.families.family import Conditioning, Family
+from lora_booth.models.sampling import Sampling, sample
+from lora_booth.run.interrupts import StopRequest
+from lora_booth.run.report import Silent
+from lora_booth.training import class_images, prepare
 from tests.conftest import MakeConfig
 from tests.test_train import Recorder
 
@@ -50,7 +52,7 @@ Prompts = dict[str, Conditioning]
 
 @pytest.fixture
 def family(bases: dict[str, Path]) -> Family:
-    return families.load(ModelConfig(base=str(bases["sd1"])), device="cpu", dtype=torch.float32)
+    return loading.load(ModelConfig(base=str(bases["sd1"])), device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def test_a_picture_without_its_latents_or_with_damaged_ones_is_drawn_again(
 
 def test_what_is_trained_on_are_the_latents_that_the_solver_left(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("sd1", run={"cache": tmp_path / "cache"})
-    family = families.load(config.model, device="cpu", dtype=torch.float32)
+    family = loading.load(config.model, device="cpu", dtype=torch.float32)
     pictures = subject.find_pictures(config, Silent())
     prepared = prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest())
     for item in prepared.order.classes:
@@ -131,7 +133,7 @@ def test_the_denoiser_is_away_while_prompts_are_encoded_and_the_vae_works_and_ba
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(run={"cache": tmp_path / "cache"}, memory={"denoiser_aside": True, "pictures_at_once": 2})
-    family = families.load(config.model, device="cpu", dtype=torch.float32)
+    family = loading.load(config.model, device="cpu", dtype=torch.float32)
     happened: list[str] = []
     encode, decode, read = family.encode_images, family.decode_latents, family.encode_prompts
     monkeypatch.setattr(family, "move_denoiser", lambda device: happened.append(f"to {device}"))
@@ -196,7 +198,7 @@ def test_a_second_preparation_reads_everything_from_the_cache(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(run={"cache": tmp_path / "cache"})
-    family = families.load(config.model, device="cpu", dtype=torch.float32)
+    family = loading.load(config.model, device="cpu", dtype=torch.float32)
     pictures = subject.find_pictures(config, Silent())
 
     def prepared() -> prepare.Prepared:
@@ -213,7 +215,7 @@ def test_a_second_preparation_reads_everything_from_the_cache(
 
 def test_a_damaged_cache_file_is_told_and_made_again(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(run={"cache": tmp_path / "cache"}, prior={"loss_weight": 0.0})
-    family = families.load(config.model, device="cpu", dtype=torch.float32)
+    family = loading.load(config.model, device="cpu", dtype=torch.float32)
     pictures = subject.find_pictures(config, Silent())
     recorder = Recorder()
     prepare.prepare(config, family, pictures, report=recorder, stop=StopRequest())
@@ -236,7 +238,7 @@ def test_class_images_of_another_type_schedule_or_company_are_others(
     make_config: MakeConfig, bases: dict[str, Path]
 ) -> None:
     base = ModelConfig(base=str(bases["sd2"]))
-    single, half = (families.load(base, device="cpu", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    single, half = (loading.load(base, device="cpu", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     plain, rescaled = make_config("sd2"), make_config("sd2", objective={"zero_terminal_snr": True})
     kinds = [(single, plain, 4), (half, plain, 4), (single, rescaled, 4), (single, plain, 2)]
     assert len({class_images.made_by(*kind) for kind in kinds}) == len(kinds)
@@ -248,7 +250,7 @@ def test_a_run_stays_with_the_company_that_it_drew_class_images_in(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(run={"cache": tmp_path / "cache"}, prior={"num_images": 4})
-    family = families.load(config.model, device="cpu", dtype=torch.float32)
+    family = loading.load(config.model, device="cpu", dtype=torch.float32)
     pictures = subject.find_pictures(config, Silent())
     honest = type(family.denoiser).forward
 
@@ -261,11 +263,11 @@ def test_a_run_stays_with_the_company_that_it_drew_class_images_in(
         narrow.setattr(type(family.denoiser), "forward", full)
         first = prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest())
     assert first.drawn_together == 2
-    family = families.load(config.model, device="cpu", dtype=torch.float32)
+    family = loading.load(config.model, device="cpu", dtype=torch.float32)
     again = prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest(), together=2)
     assert [item.latent_key for item in again.order.classes] == [item.latent_key for item in first.order.classes]
     monkeypatch.setattr(type(family.denoiser), "forward", full)
     shutil.rmtree(tmp_path / "cache")
-    family = families.load(config.model, device="cpu", dtype=torch.float32)
+    family = loading.load(config.model, device="cpu", dtype=torch.float32)
     with pytest.raises(torch.OutOfMemoryError):  # other pictures than the run began with would be another run
         prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest(), together=4)

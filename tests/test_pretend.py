@@ -12,8 +12,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from lora_booth import devices, train
 from lora_booth.errors import Interrupted
+from lora_booth.models import devices
+from lora_booth.verbs import train
 from tests import pretend
 from tests.conftest import MakeConfig
 from tests.test_invariants import At, assert_near, trained

@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_booth import families, loop, train
-from lora_booth.config import Config, ModelConfig
+from lora_booth.config.settings import Config, ModelConfig
 from lora_booth.errors import Interrupted
-from lora_booth.families import sources
-from lora_booth.families.quantize import move_frozen_, quantize_, saved_bytes
+from lora_booth.models import loading
+from lora_booth.models.bases import sources
+from lora_booth.models.families.quantize import move_frozen_, quantize_, saved_bytes
+from lora_booth.training import loop
+from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 from tests.test_invariants import At, assert_equal, session_of, trained
 from tools.booth_mini.sdxl import write_sdxl
@@ -76,8 +78,8 @@ def miniatures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_every_component_is_loaded_quantised(kind: str, family: str, miniatures: dict[str, Path]) -> None:
     base = str(miniatures[family])
     config = ModelConfig.model_validate({"base": base, "quantize": kind})
-    plain = families.load(ModelConfig(base=base), device="cpu", dtype=torch.bfloat16)
-    small = families.load(config, device="cpu", dtype=torch.bfloat16)
+    plain = loading.load(ModelConfig(base=base), device="cpu", dtype=torch.bfloat16)
+    small = loading.load(config, device="cpu", dtype=torch.bfloat16)
     pairs = [(plain.denoiser, small.denoiser)]
     pairs += [(module, small.text_encoders()[name]) for name, module in plain.text_encoders().items()]
     for one, other in pairs:

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_booth import deliver, export, merge, resize
+from lora_booth.adapter import delivery
+from lora_booth.adapter.files import reading, storage, strangers
 from lora_booth.adapter.weights import delta, merged_weight
 from lora_booth.errors import ConfigError, LoraBoothError, ModelError
-from lora_booth.export import reading, strangers
-from lora_booth.inspect import inspect
+from lora_booth.verbs import merge, resize
+from lora_booth.verbs.inspect import inspect
 from tests import tiny
 from tests.test_train import Recorder
 
@@ -59,7 +60,7 @@ def test_comfyuis_and_bare_names_are_read_as_the_layers_they_are(spelling: str, 
         "bare processor": {f"{TO_K.removesuffix('to_k')}processor.{leaf}": tensor for leaf, tensor in old.items()},
         "processor": {f"unet.{TO_K.removesuffix('to_k')}processor.{leaf}": tensor for leaf, tensor in old.items()},
     }
-    weights = export.read(saved(tmp_path / "a.safetensors", names[spelling]))
+    weights = storage.read(saved(tmp_path / "a.safetensors", names[spelling]))
     assert list(weights) == ["unet"] and list(weights["unet"]) == [TO_K]
     scale = 2.0 if spelling == "generic with alpha" else 1.0
     weight = numbers(16, 32)
@@ -78,9 +79,9 @@ def test_comfyuis_names_of_text_encoders_are_read(start: str, component: str) ->
 
 def test_the_projection_of_the_second_encoder_is_a_layer_and_written_where_programs_look(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.safetensors", pair("lora_te2_text_projection"))
-    weights = export.read(file)
+    weights = storage.read(file)
     assert {name: list(layers) for name, layers in weights.items()} == {"text_encoder_2": ["text_projection"]}
-    keys = {name: list(export.FORMATS[name].to_tensors(weights, "sdxl", torch.float32)) for name in export.FORMATS}
+    keys = {name: list(storage.FORMATS[name].to_tensors(weights, "sdxl", torch.float32)) for name in storage.FORMATS}
     assert keys["kohya"][0] == "lora_te2_text_projection.lora_down.weight"
     assert keys["diffusers"][0] == "text_encoder_2.text_projection.lora_A.weight"
 
@@ -107,13 +108,13 @@ def test_what_cannot_be_read_is_one_sentence_with_counts_first_names_and_what_to
     assert "1 key of a bundled embedding, first bundle_emb.sks" in warning and "first lora_unet_conv_in.x" in warning
     assert "--leave-out unknown,embedding" in warning
     with pytest.raises(ModelError, match=r"10 keys of GLoRA.+--leave-out unknown,embedding"):
-        export.read_any(file)
-    assert len(export.read_all([file], ("unknown", "embedding"), Recorder())[0]["unet"]) == 1
+        storage.read_any(file)
+    assert len(storage.read_all([file], ("unknown", "embedding"), Recorder())[0]["unet"]) == 1
 
 
 def test_faults_of_one_cause_are_told_once(tmp_path: Path) -> None:
     tensors = {f"lora_unet_down_blocks_0_attentions_{i}_proj_in.lora_down.weight": numbers(2 + i, 4) for i in range(9)}
-    found = export.contents(saved(tmp_path / "a.safetensors", tensors))
+    found = storage.contents(saved(tmp_path / "a.safetensors", tensors))
     (fault,) = found.faults
     assert "has only lora_down of unet.down_blocks.0.attentions.0.proj_in" in fault
     assert fault.endswith("The same holds for 8 more layers.")
@@ -135,7 +136,7 @@ def test_a_lora_cannot_hold_vectors_and_what_is_left_out_by_name_is_told(verb: s
         recorder = Recorder()
         out = {"leave_out": leave_out, "report": recorder}
         if verb == "export":
-            deliver.convert(file=file, out=tmp_path / "out", formats=["kohya"], **out)
+            delivery.convert(file=file, out=tmp_path / "out", formats=["kohya"], **out)
         elif verb == "resize":
             resize.resize(file=file, out=tmp_path / "out.safetensors", rank=1, **out)
         else:
@@ -162,15 +163,15 @@ def test_keys_and_layers_are_left_out_by_how_they_begin_and_a_word_for_nothing_i
     tensors = pair(NAME) | pair("lora_te_text_model_encoder_layers_0_mlp_fc1") | {f"{NAME}.x": numbers(2)}
     file = saved(tmp_path / "a.safetensors", tensors)
     for word in ("lora_te_", "text_encoder"):
-        assert list(export.read_all([file], (word, f"{NAME}.x"), Recorder())[0]) == ["unet"]
+        assert list(storage.read_all([file], (word, f"{NAME}.x"), Recorder())[0]) == ["unet"]
     with pytest.raises(ConfigError, match=r'--leave-out "nrom" names nothing in the files; use norm, bias'):
-        export.read_all([file], ("nrom", "unknown"), Recorder())
+        storage.read_all([file], ("nrom", "unknown"), Recorder())
     with pytest.raises(ConfigError, match="has an empty word"):
-        export.read_all([file], ("", "unknown"), Recorder())
+        storage.read_all([file], ("", "unknown"), Recorder())
     with pytest.raises(ModelError, match=r"Nothing is left of a\.safetensors without lora_"):
-        export.read_all([file], ("lora_",), Recorder())
+        storage.read_all([file], ("lora_",), Recorder())
     with pytest.raises(ModelError, match="has only lora_down"):
-        export.read_all([file], (f"{NAME}.lora_up", "unknown"), Recorder())
+        storage.read_all([file], (f"{NAME}.lora_up", "unknown"), Recorder())
 
 
 @pytest.mark.parametrize("is_file", [False, True])
@@ -251,11 +252,11 @@ def test_dora_over_the_inputs_is_merged_and_resized_by_its_formula(
     out = merge.merge_into_base(base=str(bases["sd1"]), adapters=[(file, 1.0)], out=tmp_path / "out")
     assert torch.allclose(load_file(out / "unet" / path.name)[key], expected, atol=1e-5)
     resize.resize(file=file, out=tmp_path / "r.safetensors", rank=32, base=str(bases["sd1"]), dtype="fp32")
-    resized = export.read(tmp_path / "r.safetensors")["unet"][f"mid_block.{layer}"]
+    resized = storage.read(tmp_path / "r.safetensors")["unet"][f"mid_block.{layer}"]
     if weight.ndim == 2 or weight.shape[2] == 1:
         assert torch.allclose(weight + delta(resized), expected, atol=1e-4)
     with pytest.raises(ModelError, match=rf"unet\.mid_block\.{layer} is DoRA over the inputs.+merge --base"):
-        export.FORMATS["diffusers"].to_tensors(export.low_rank("a", export.read_any(file)), "sd1", torch.float32)
+        storage.FORMATS["diffusers"].to_tensors(storage.low_rank("a", storage.read_any(file)), "sd1", torch.float32)
 
 
 STRANGERS = {
@@ -282,7 +283,7 @@ STRANGERS = {
 @pytest.mark.parametrize("model", STRANGERS)
 def test_an_adapter_for_another_model_is_called_by_its_name(model: str, tmp_path: Path) -> None:
     file = saved(tmp_path / "a.safetensors", {key: numbers(2, 768) for key in STRANGERS[model]})
-    for function in (export.read_any, export.contents, export.detect):
+    for function in (storage.read_any, storage.contents, storage.detect):
         with pytest.raises(ModelError, match=rf"a\.safetensors: It is an adapter for {model.strip()}.+1, 2 and XL"):
             function(file)
     with pytest.raises(ModelError, match=f"an adapter for {model.strip()}"):
@@ -314,13 +315,13 @@ def test_types_that_hold_no_numbers_of_an_adapter_are_refused_by_name(dtype: str
     with pytest.raises(
         ModelError, match=rf"a\.safetensors: {NAME}\.lora_down\.weight is stored as {dtype}, and so are 1 others"
     ):
-        export.read_any(file)
+        storage.read_any(file)
     inspect(file, recorder)
     assert len(recorder.warnings) == 1
 
 
 def test_eight_bit_floats_are_read(tmp_path: Path) -> None:
-    assert list(export.read(typed(tmp_path / "a.safetensors", "F8_E4M3", 8))["unet"]) == [TO_K]
+    assert list(storage.read(typed(tmp_path / "a.safetensors", "F8_E4M3", 8))["unet"]) == [TO_K]
 
 
 @pytest.mark.parametrize("alpha", ["NaN", "Infinity", "1e400", "1" + "0" * 400, '"x"', "null", "[]"])
@@ -329,7 +330,7 @@ def test_an_alpha_in_the_header_that_is_no_number_is_refused(alpha: str, tmp_pat
     header = '{"unet.r": 2, "unet.lora_alpha": ' + alpha + "}"
     file = saved(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=header)
     with pytest.raises(ModelError, match=r"lora_adapter_metadata (gives no alpha|cannot be read)"):
-        export.read_any(file)
+        storage.read_any(file)
 
 
 @pytest.mark.parametrize("change", ["factors", "alphas", "both"])
@@ -341,14 +342,14 @@ def test_an_adapter_that_changes_nothing_goes_through_every_verb(
         key: 0 * value for key, value in tensors.items() if change == "both" or ("alpha" in key) == (change == "alphas")
     }
     file = saved(tmp_path / "a.safetensors", tensors | zero)
-    deliver.convert(file=file, out=tmp_path / "out", base=str(bases["sd1"]))
+    delivery.convert(file=file, out=tmp_path / "out", base=str(bases["sd1"]))
     resize.resize(file=file, out=tmp_path / "r.safetensors", rank=1)
     resize.resize(file=file, out=tmp_path / "e.safetensors", energy=0.9)
     merge.merge_adapters(adapters=[(file, 1.0), (file, 2.0)], out=tmp_path / "m.safetensors", family="sd1")
     files = [*(tmp_path / "out").glob("*.safetensors"), *(tmp_path / f"{name}.safetensors" for name in "rem")]
     assert len(files) == 5
     for written in files:
-        assert all(not delta(update).any() for update in export.read(written)["unet"].values()), written
+        assert all(not delta(update).any() for update in storage.read(written)["unet"].values()), written
 
 
 @pytest.mark.parametrize("strength", [1e308, -2e6, float("nan"), float("inf")])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from lora_booth import cli, crash, errors
+from lora_booth import errors
+from lora_booth.cli import app, crash
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -36,12 +37,12 @@ def test_make_knows_the_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_is_understood(command: str) -> None:
     words = shlex.split(command)[1:]
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(app.app)
     verb = group.commands[words[0]]  # type: ignore[attr-defined]
     context = verb.make_context(words[0], words[1:])
     if words[0] in ("train", "plan"):
         names = ("settings", "subject", "class_noun", "token", "base", "vram", "out")
-        config = cli._config(*(context.params[name] for name in names))
+        config = app._config(*(context.params[name] for name in names))
         assert config.subject.class_noun == "dog"
 
 

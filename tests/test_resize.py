@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_booth import export
 from lora_booth.adapter import inject
 from lora_booth.adapter.decompose import approximate
+from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import AdapterWeights, LowRank, delta, find_module, merged_weight
 from lora_booth.errors import ConfigError, ModelError
-from lora_booth.resize import resize
+from lora_booth.verbs.resize import resize
 from tests.adapted import MIXED, adapted_pipeline, components, draw, pipeline, relative_difference
 from tests.test_train import Recorder
 
@@ -42,12 +42,12 @@ def adapter() -> AdapterWeights:
 
 
 def written(path: Path, weights: AdapterWeights, format: str = "kohya", dtype: torch.dtype = torch.float32) -> Path:
-    export.FORMATS[format].write(path, weights, "sd1", dtype, {"ss_network_dim": "8", "modelspec.title": "rex"})
+    storage.FORMATS[format].write(path, weights, "sd1", dtype, {"ss_network_dim": "8", "modelspec.title": "rex"})
     return path
 
 
 def deltas(path: Path) -> dict[str, Tensor]:
-    return {f"{c}.{p}": delta(update) for c, layers in export.read(path).items() for p, update in layers.items()}
+    return {f"{c}.{p}": delta(update) for c, layers in storage.read(path).items() for p, update in layers.items()}
 
 
 def told_errors(recorder: Recorder) -> dict[str, float]:
@@ -55,13 +55,13 @@ def told_errors(recorder: Recorder) -> dict[str, float]:
     return {line[0]: float(line[-1].rstrip("%")) / 100 for line in lines}
 
 
-@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("format", storage.FORMATS)
 def test_the_told_errors_are_those_between_the_two_files(format: str, tmp_path: Path) -> None:
     recorder = Recorder()
     file = written(tmp_path / "rex.safetensors", adapter(), format)
     out = resize(file=file, rank=3, report=recorder)
     assert out == tmp_path / "rex_rank3.safetensors"
-    assert export.detect(out) == format
+    assert storage.detect(out) == format
     before, after = deltas(file), deltas(out)
     assert before.keys() == after.keys()
     lost = {name: float((after[name] - change).norm()) for name, change in before.items()}
@@ -76,15 +76,15 @@ def test_the_told_errors_are_those_between_the_two_files(format: str, tmp_path: 
     assert found["all"] == pytest.approx(whole, abs=1e-5) and whole > 0.1
     best = approximate(before[linear], rank=3).error
     assert lost[linear] / norms[linear] == pytest.approx(best, abs=1e-5)
-    note = json.loads(export.read_metadata(out)["lora_booth.resized"])
+    note = json.loads(storage.read_metadata(out)["lora_booth.resized"])
     assert note == {"file": "rex.safetensors", "rank": 3, "error": pytest.approx(whole, abs=1e-5)}
 
 
-@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("format", storage.FORMATS)
 def test_layers_of_low_enough_rank_keep_their_bits(format: str, tmp_path: Path) -> None:
     file = written(tmp_path / "rex.safetensors", adapter(), format, torch.float16)
     out = resize(file=file, rank=2)
-    before, after = (export.read(path)["text_encoder"][TEXT] for path in (file, out))
+    before, after = (storage.read(path)["text_encoder"][TEXT] for path in (file, out))
     assert torch.equal(before.down, after.down) and torch.equal(before.up, after.up)
     assert before.scale == after.scale
     same = resize(file=file, rank=8)
@@ -110,9 +110,9 @@ def test_energy_gives_each_layer_its_own_rank(tmp_path: Path) -> None:
     file = written(tmp_path / "rex.safetensors", {"unet": {LINEAR: steep}, "text_encoder": {TEXT: flat}})
     out = resize(file=file, energy=0.95)
     assert out.name == "rex_energy95.safetensors"
-    found = export.read(out)
+    found = storage.read(out)
     assert (found["unet"][LINEAR].rank, found["text_encoder"][TEXT].rank) == (1, 4)
-    fields = export.read_metadata(out)
+    fields = storage.read_metadata(out)
     assert (fields["ss_network_dim"], fields["ss_network_alpha"]) == ("Dynamic", "Dynamic")
     assert resize(file=file, energy=0.999).name == "rex_energy99.9.safetensors"
 
@@ -122,9 +122,9 @@ def test_metadata_is_carried_over_with_rank_alpha_name_and_hashes_of_the_new_fil
     path = tmp_path / "rex.safetensors"
     header = {"ss_network_dim": "8", "ss_network_alpha": "4.0", "modelspec.title": "rex", "ss_output_name": "rex"}
     header |= {"ss_network_args": '{"conv_dim": "4"}', "sshs_legacy_hash": "abcd", "ss_steps": "400"}
-    export.FORMATS["kohya"].write(path, weights, "sd1", torch.float16, header)
+    storage.FORMATS["kohya"].write(path, weights, "sd1", torch.float16, header)
     out = resize(file=path, out=tmp_path / "small" / "one.safetensors", rank=2)
-    old, new = export.read_metadata(path), export.read_metadata(out)
+    old, new = storage.read_metadata(path), storage.read_metadata(out)
     assert (new["ss_network_dim"], new["ss_network_alpha"]) == ("2", "4.0")
     assert (new["modelspec.title"], new["ss_steps"], new["ss_output_name"]) == ("rex", "400", "one")
     assert not {"ss_network_args", "sshs_legacy_hash"} & new.keys()
@@ -138,10 +138,10 @@ def test_a_header_that_scales_is_not_applied_twice(tmp_path: Path) -> None:
     save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 2, "unet.r": 4})})
     out = resize(file=path, rank=4)
     assert relative_difference(deltas(out)[f"unet.{LINEAR}"], delta(low_rank(4, scale=0.5))) < 1e-6
-    assert "lora_adapter_metadata" not in export.read_metadata(out)
+    assert "lora_adapter_metadata" not in storage.read_metadata(out)
 
 
-@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("format", storage.FORMATS)
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_an_adapter_resized_to_its_own_rank_draws_the_same_picture(
     family: str, format: str, bases: dict[str, Path], tmp_path: Path
@@ -150,9 +150,9 @@ def test_an_adapter_resized_to_its_own_rank_draws_the_same_picture(
     weights, expected = inject.collect(components(adapted)), draw(adapted)
     doubled = {c: {p: _in_twice_the_rank(low) for p, low in layers.items()} for c, layers in weights.items()}
     file = tmp_path / "a.safetensors"
-    export.FORMATS[format].write(file, doubled, family, torch.float32, {})
+    storage.FORMATS[format].write(file, doubled, family, torch.float32, {})
     out = resize(file=file, rank=4)
-    assert {low.rank for layers in export.read(out).values() for low in layers.values()} == {4}
+    assert {low.rank for layers in storage.read(out).values() for low in layers.values()} == {4}
     pipe = pipeline(family, bases)
     assert relative_difference(expected, draw(pipe)) > 1e-2
     pipe.load_lora_weights(str(out.parent), weight_name=out.name)
@@ -168,7 +168,7 @@ def test_the_family_of_a_portable_file_is_known_from_its_layers(bases: dict[str,
     pipe = adapted_pipeline("sdxl", bases, **MIXED)
     unet = inject.collect(components(pipe))["unet"]
     file = tmp_path / "a.safetensors"
-    export.FORMATS["kohya"].write(file, {"unet": unet}, "sdxl", torch.float16, {})
+    storage.FORMATS["kohya"].write(file, {"unet": unet}, "sdxl", torch.float16, {})
     out = resize(file=file, rank=1)
     assert load_file(out).keys() == load_file(file).keys()
     assert sum("input_blocks" in key for key in load_file(out)) > 50
@@ -182,13 +182,13 @@ def test_dora_with_its_base_becomes_a_plain_lora_of_the_true_change(
     modules, plain = components(pipe), components(pipeline(family, bases))
     dora, expected = inject.collect(modules), draw(pipe)
     file = tmp_path / "dora.safetensors"
-    export.FORMATS["diffusers"].write(file, dora, family, torch.float32, {})
+    storage.FORMATS["diffusers"].write(file, dora, family, torch.float32, {})
     recorder = Recorder()
     out = resize(
         file=file, rank=512, base=str(bases[family]), format="kohya", out=tmp_path / "x.safetensors", report=recorder
     )
     assert told_errors(recorder)["all"] < 1e-5
-    found, checked = export.read(out), 0
+    found, checked = storage.read(out), 0
     for component, layers in dora.items():
         for path, update in layers.items():
             weight = find_module(plain[component], path).get_parameter("weight")
@@ -201,7 +201,7 @@ def test_dora_with_its_base_becomes_a_plain_lora_of_the_true_change(
     pipe.load_lora_weights(str(out.parent), weight_name=out.name)
     assert relative_difference(draw(pipe), expected) < 1e-4
     assert resize(file=file, rank=2, base=str(bases[family])) == tmp_path / "dora_rank2.safetensors"
-    assert json.loads(export.read_metadata(out)["lora_booth.resized"])["base"] == bases[family].name
+    assert json.loads(storage.read_metadata(out)["lora_booth.resized"])["base"] == bases[family].name
 
 
 def test_dora_needs_the_base_it_was_made_for(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -239,13 +239,13 @@ def test_other_kinds_become_plain_lora(tmp_path: Path) -> None:
     assert relative_difference(deltas(out)[f"unet.{LINEAR}"], 0.5 * first * second) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", export.DTYPES)
+@pytest.mark.parametrize("dtype", storage.DTYPES)
 def test_the_type_is_the_sources_unless_another_is_asked_for(dtype: str, tmp_path: Path) -> None:
-    file = written(tmp_path / "a.safetensors", adapter(), dtype=export.DTYPES[dtype])
-    assert _factor_types(resize(file=file, rank=2)) == {export.DTYPES[dtype]}
+    file = written(tmp_path / "a.safetensors", adapter(), dtype=storage.DTYPES[dtype])
+    assert _factor_types(resize(file=file, rank=2)) == {storage.DTYPES[dtype]}
     other = resize(file=file, rank=2, dtype="fp32", format="diffusers", out=tmp_path / "b.safetensors")
     assert _factor_types(other) == {torch.float32}
-    assert export.detect(other) == "diffusers"
+    assert storage.detect(other) == "diffusers"
 
 
 def _factor_types(path: Path) -> set[torch.dtype]:

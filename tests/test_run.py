@@ -18,11 +18,12 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from lora_booth import checkpoints, config_file, files
-from lora_booth.checkpoints import Checkpoint
-from lora_booth.config import Config
+from lora_booth.config import toml
+from lora_booth.config.settings import Config
 from lora_booth.errors import ConfigError, DiskError
-from lora_booth.run import Run, Summary, _locked, require_free_space
+from lora_booth.run import checkpoints, disk
+from lora_booth.run.checkpoints import Checkpoint
+from lora_booth.run.folder import Run, Summary, _locked, require_free_space
 
 INPUTS = {"base": {"files": "abc"}, "pictures": {"a.jpg": "1", "b.jpg": "2"}}
 
@@ -119,7 +120,7 @@ def test_a_save_that_dies_leaves_the_old_ones_and_no_orphan_after_the_next_start
     run.save(checkpoint(1), keep_last=2)
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(files, "move", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(disk, "move", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         run.save(checkpoint(2), keep_last=2)
         os._exit(1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -144,8 +145,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name_and_the_name_befor
         monkeypatch.setattr(module, name, lambda *words, **more: (order.append(word(words)), honest(*words, **more))[1])
 
     for name in ("sync", "sync_folder"):
-        told(files, name, lambda words: f"sync {words[0].name.rpartition('-')[0] or words[0].name}")
-    told(files, "move", lambda _: "rename")
+        told(disk, name, lambda words: f"sync {words[0].name.rpartition('-')[0] or words[0].name}")
+    told(disk, "move", lambda _: "rename")
     told(shutil, "rmtree", lambda words: f"remove {Path(words[0]).name.rpartition('-')[0]}")
     run.save(checkpoint(2), keep_last=1)
     names = ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json", ".saving"]
@@ -334,7 +335,7 @@ def test_another_config_is_refused_with_the_keys_that_differ(run: Run) -> None:
 def test_settings_that_do_not_change_the_result_may_differ(run: Run) -> None:
     run.close()
     Run.open(run.folder, config(train={"batch_size": 7, "keep_last": 9}), INPUTS).close()
-    assert config_file.load(run.folder / "config.toml").train.batch_size == 7
+    assert toml.load(run.folder / "config.toml").train.batch_size == 7
 
 
 @pytest.mark.parametrize(
@@ -468,7 +469,7 @@ def test_a_holder_that_has_not_yet_said_who_it_is_gets_a_moment(
 def test_a_save_that_another_process_swept_away_says_who_took_the_folder(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = files.sync
+    honest = disk.sync
 
     def sync_after_a_taking(path: Path) -> None:
         (run.folder / ".owner.json").write_text(json.dumps({"pid": 7, "id": "another"}))
@@ -476,7 +477,7 @@ def test_a_save_that_another_process_swept_away_says_who_took_the_folder(
             shutil.rmtree(unfinished)
         honest(path)
 
-    monkeypatch.setattr(files, "sync", sync_after_a_taking)
+    monkeypatch.setattr(disk, "sync", sync_after_a_taking)
     with pytest.raises(DiskError, match="was taken by process 7"):
         run.save(checkpoint(1), keep_last=1)
 

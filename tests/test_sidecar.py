@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_booth.export.sidecar import cover_fields, write_cover, write_sidecar
+from lora_booth.adapter.files.sidecar import cover_fields, write_cover, write_sidecar
 
 
 def photograph(size: tuple[int, int]) -> Image.Image:

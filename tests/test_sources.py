@@ -16,10 +16,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from lora_booth.config import BASE_ALIASES, ModelConfig
+from lora_booth.config.settings import BASE_ALIASES, ModelConfig
 from lora_booth.errors import ConfigError, ModelError
-from lora_booth.families import sources
-from lora_booth.families.identify import identify
+from lora_booth.models.bases import sources
+from lora_booth.models.bases.identify import identify
 
 http_client = importlib.import_module(hub_errors.HTTPError.__module__.partition(".")[0])
 """httpx or httpx2, whichever this version of huggingface_hub is built on."""
@@ -330,7 +330,7 @@ def test_without_a_network_the_downloaded_copy_is_used(hub: Hub) -> None:
 
 
 def test_facts_about_a_base_need_no_torch() -> None:
-    code = "import sys, lora_booth.families; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers')))"
+    code = "import sys, lora_booth.models.loading; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0
 
 

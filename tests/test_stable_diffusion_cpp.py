@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from benchmarks.bases import random_base
-from lora_booth import export
+from lora_booth.adapter.files import storage
 from lora_booth.adapter.inject import target_modules
+from lora_booth.adapter.programs.verdicts import verdicts_of_file
 from lora_booth.adapter.weights import AdapterWeights, LowRank, plain_path
-from lora_booth.export.loaders import verdicts_of_file
-from lora_booth.families.components import load_component
-from lora_booth.families.identify import identify
-from lora_booth.merge import merge_into_base
+from lora_booth.models.bases.identify import identify
+from lora_booth.models.families.components import load_component
+from lora_booth.verbs.merge import merge_into_base
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def drawn(checkpoint: Path, prompt: str, folder: Path) -> tuple[np.ndarray[Any, 
 def test_it_applies_every_layer_and_draws_the_merged_checkpoints_picture(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "rex.safetensors"
     weights = adapter(checkpoint, "all-linear")
-    export.FORMATS["kohya"].write(file, weights, "sd1", torch.float16, {})
+    storage.FORMATS["kohya"].write(file, weights, "sd1", torch.float16, {})
     base, _ = drawn(checkpoint, "a dog", tmp_path)
     with_file, said = drawn(checkpoint, "a dog<lora:rex:1>", tmp_path)
     merged = merge_into_base(base=str(checkpoint), adapters=[(file, 1.0)], out=tmp_path / "merged.safetensors")
@@ -88,7 +88,7 @@ def test_it_applies_every_layer_and_draws_the_merged_checkpoints_picture(checkpo
 
 def test_our_table_knows_which_layers_it_leaves_out(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "rex.safetensors"
-    export.FORMATS["kohya"].write(file, adapter(checkpoint, "all-linear+conv"), "sd1", torch.float16, {})
+    storage.FORMATS["kohya"].write(file, adapter(checkpoint, "all-linear+conv"), "sd1", torch.float16, {})
     _, said = drawn(checkpoint, "a dog<lora:rex:1>", tmp_path)
     applied = re.search(r"\((\d+) / (\d+)\) LoRA tensors", said)
     assert applied is not None

@@ -14,7 +14,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
-from lora_booth import systems
+from lora_booth.run import systems
 from tests.test_floors import sources
 
 NO_MODULES = ("resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "select", "selectors")
@@ -86,7 +86,7 @@ def test_every_text_file_names_its_encoding() -> None:
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_no_character_ends_the_program(encoding: str) -> None:
-    words = [sys.executable, "-c", "from lora_booth import systems; systems.settle_streams(); print('3×4 ✓ 犬')"]
+    words = [sys.executable, "-c", "from lora_booth.run import systems; systems.settle_streams(); print('3×4 ✓ 犬')"]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     ended = subprocess.run(words, env=environment, capture_output=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, b"")

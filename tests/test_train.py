@@ -22,18 +22,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lora_booth import config_file, devices, export, families, loop, train
-from lora_booth.config import Config
-from lora_booth.data import batches
-from lora_booth.errors import (
-    ConfigError,
-    DataError,
-    DiskError,
-    Interrupted,
-    ModelError,
-    NumericError,
-)
-from lora_booth.report import Silent
+from lora_booth.adapter.files import storage
+from lora_booth.config import toml
+from lora_booth.config.settings import Config
+from lora_booth.errors import ConfigError, DataError, DiskError, Interrupted, ModelError, NumericError
+from lora_booth.models import devices, loading
+from lora_booth.run.report import Silent
+from lora_booth.training import loop, order
+from lora_booth.verbs import train
 from tests import tiny
 from tests.conftest import MakeConfig
 from tests.test_invariants import At, assert_equal, assert_near, session_of, trained
@@ -81,7 +77,7 @@ def test_a_run_leaves_adapter_files_pictures_metrics_and_a_summary(make_config: 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(0 < line["instance_loss"] < 10 and 0 < line["class_loss"] < 10 for line in lines)
-    assert config_file.load(folder / "config.toml").train.steps == 4
+    assert toml.load(folder / "config.toml").train.steps == 4
     assert json.loads((folder / "summary.json").read_text())["steps"] == summary.steps == 4
     rows = [text for kind, text in recorder.events if kind == "program"]
     assert len(rows) == 8 and all("  128 of 128  " in row for row in rows)
@@ -93,12 +89,12 @@ def test_the_cover_is_the_first_picture_made_with_the_adapter_or_none(make_confi
     train.train(make_config(preview=pictures))
     folder = tmp_path / "run"
     for name in ("sks_dog", "sks_dog_diffusers"):
-        assert "modelspec.thumbnail" in export.read_metadata(folder / f"{name}.safetensors")
+        assert "modelspec.thumbnail" in storage.read_metadata(folder / f"{name}.safetensors")
     assert json.loads((folder / "sks_dog.json").read_text())["activation text"] == "sks dog"
     with Image.open(folder / "sks_dog.png") as cover:
         assert cover.size == (512, 512)
     train.train(make_config(name="bare", preview=pictures, export={"cover": False}))
-    assert "modelspec.thumbnail" not in export.read_metadata(tmp_path / "bare" / "sks_dog.safetensors")
+    assert "modelspec.thumbnail" not in storage.read_metadata(tmp_path / "bare" / "sks_dog.safetensors")
     assert not (tmp_path / "bare" / "sks_dog.png").exists()
 
 
@@ -108,7 +104,7 @@ def test_the_files_say_what_they_are_and_hold_no_path(make_config: MakeConfig, t
         header = file.metadata()
     assert header["modelspec.trigger_phrase"] == "sks dog"
     assert header["ss_base_model_version"] == "sd_v1"
-    assert json.loads(header["lora_booth.config"])["subject"]["class_noun"] == "dog"
+    assert json.loads(header["lora_booth.config.settings"])["subject"]["class_noun"] == "dog"
     assert str(tmp_path) not in str(header)
 
 
@@ -143,8 +139,8 @@ def test_what_a_run_lost_of_its_pictures_and_metrics_is_made_again_or_told(
 
 def test_both_files_hold_the_same_update(make_config: MakeConfig, tmp_path: Path) -> None:
     train.train(make_config("sd1", export={"dtype": "fp32"}))
-    kohya = export.read(tmp_path / "run" / "sks_dog.safetensors")["unet"]
-    diffusers = export.read(tmp_path / "run" / "sks_dog_diffusers.safetensors")["unet"]
+    kohya = storage.read(tmp_path / "run" / "sks_dog.safetensors")["unet"]
+    diffusers = storage.read(tmp_path / "run" / "sks_dog_diffusers.safetensors")["unet"]
     assert kohya.keys() == diffusers.keys()
     assert len(kohya) == 128  # the attention layers of every SD 1 UNet
     for name, low in kohya.items():
@@ -179,11 +175,11 @@ def test_a_run_continues_from_an_adapter_file(make_config: MakeConfig, tmp_path:
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 4), (3, 12), (4, 16), (5, 16), (16, 16)])
 def test_validation_shares_a_fixed_number_of_rows_among_images_and_noise_levels(count: int, rows: int) -> None:
-    levels = [batches.validation_levels(number, count) for number in range(count)]
+    levels = [order.validation_levels(number, count) for number in range(count)]
     assert sum(map(len, levels)) == rows
     assert all(len(set(row)) == len(row) >= 1 for row in levels), "an image has no level twice"
     together = [level for row in levels for level in row]
-    counts = [together.count(level) for level in batches.VALIDATION_QUANTILES]
+    counts = [together.count(level) for level in order.VALIDATION_QUANTILES]
     assert max(counts) - min(counts) <= 1, "levels are met equally often"
 
 
@@ -481,7 +477,7 @@ def test_layers_without_a_gradient_are_named_at_the_first_step(
 def test_latents_that_are_not_finite_name_the_picture(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    cls = type(families.load(make_config().model, device="cpu", dtype=torch.float32))
+    cls = type(loading.load(make_config().model, device="cpu", dtype=torch.float32))
     honest = cls.encode_images
 
     def poisoned(self: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -505,7 +501,7 @@ def test_the_text_encoders_are_gone_once_their_work_is_cached(
 def test_a_step_needs_neither_vae_nor_text_encoders(
     family: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, encoders, vae_calls, seen = families.load, [], [], []
+    honest, encoders, vae_calls, seen = loading.load, [], [], []
 
     def load(*words: Any, **settings: Any) -> Any:
         loaded = honest(*words, **settings)
@@ -519,7 +515,7 @@ def test_a_step_needs_neither_vae_nor_text_encoders(
         gc.collect()
         seen.append(([ref() for ref in encoders], len(vae_calls)))
 
-    monkeypatch.setattr(families, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     train.train(make_config(family, train={"steps": 3}), report=At(1, look))
     train.train(make_config(family, "other", train={"steps": 3}), report=At(3, look))
     (after_first, calls_first), (after_third, calls_third) = seen
@@ -532,7 +528,7 @@ def test_two_processes_give_the_result_of_one(make_config: MakeConfig, tmp_path:
     settings = {"steps": 2, "images_per_step": 2, "batch_size": 4, "save_every_steps": 2}
     alone = trained(make_config(name="alone", train=settings))
     together = make_config(name="together", train=settings)
-    (tmp_path / "config.toml").write_text(config_file.to_toml(together))
+    (tmp_path / "config.toml").write_text(toml.to_toml(together))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [*launch, "-m", "lora_booth", "train", str(tmp_path / "config.toml")]

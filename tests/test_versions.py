@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_booth import __version__, versions
+from lora_booth import __version__
+from lora_booth.run import versions
 
 
 def test_versions_are_those_of_the_packages_that_are_installed() -> None:
@@ -19,7 +20,7 @@ def test_versions_are_those_of_the_packages_that_are_installed() -> None:
 
 
 def test_versions_are_known_without_importing_anything() -> None:
-    program = "import sys; from lora_booth import versions as v; v.versions(); print(*sys.modules)"
+    program = "import sys; from lora_booth.run import versions as v; v.versions(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not {"torch", "diffusers", "pydantic", "packaging", "typer"} & set(done.stdout.split())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_booth.watchdog import BASELINE_STEPS, SLOW_STEPS, Watchdog
+from lora_booth.training.watchdog import BASELINE_STEPS, SLOW_STEPS, Watchdog
 
 
 def told(seconds: list[float], used: float | None = 0.5) -> list[tuple[int, str]]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lora_booth.adapter import inject
 from lora_booth.adapter.weights import plain_path
 from lora_booth.errors import ModelError
-from lora_booth.families.identify import BaseFacts
-from lora_booth.families.sources import ARCHITECTURES
-from lora_booth.families.weight_names import Place, find, weight_sets
+from lora_booth.models.bases.identify import BaseFacts
+from lora_booth.models.bases.sources import ARCHITECTURES
+from lora_booth.models.bases.weight_names import Place, find, weight_sets
 from tests import tiny
 
 TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}

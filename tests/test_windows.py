@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from lora_booth import presets
-from lora_booth.demo import MASCOT
-from lora_booth.run import Run
+from lora_booth.cli.demo import MASCOT
+from lora_booth.config import presets
+from lora_booth.run.folder import Run
 from tests import windows_rules
 
 ROOT = Path(__file__).parent.parent
@@ -130,10 +130,10 @@ EXPECTED = {
 }
 VERBS = """
 import json, sys
-from lora_booth import cli
+from lora_booth.cli import app
 for words in json.loads(sys.argv[1]):
     sys.argv = ["lora-booth", *words]
-    cli.main()
+    app.main()
 """
 
 

@@ -1,1 +1,1 @@
-"""Low-rank adapters: putting them into modules (PEFT) and taking them out as plain numbers."""
+"""Low-rank adapters: put into modules, taken out as numbers, combined, written. No training."""

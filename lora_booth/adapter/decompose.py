@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_booth.adapter.weights import Dense, LowRank, block_of, delta
 from lora_booth.errors import ConfigError, ModelError, NumericError
-from lora_booth.report import Report
+from lora_booth.run.report import Report
 
 _EXACT_SIDE = 640
 """Up to this smaller side all singular values are computed. Seconds of `approximate` at rank 32, exact and with the

@@ -23,13 +23,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_booth.adapter import lean
+from lora_booth.adapter import peft_layers
 from lora_booth.adapter.numbers import ADAPTER, Numbers
 from lora_booth.adapter.weights import AdapterWeights, LowRank, plain_path
-from lora_booth.config import AdapterConfig
+from lora_booth.config.inputs import shown
+from lora_booth.config.patterns import Pattern
+from lora_booth.config.settings import AdapterConfig
 from lora_booth.errors import ConfigError, ModelError
-from lora_booth.inputs import shown
-from lora_booth.patterns import Pattern
 
 TEXT_ATTENTION = "text-attention"
 """The preset of every text encoder: q, k, v and out together, since A1111 merges OpenCLIP's fused attention only so."""
@@ -257,7 +257,7 @@ def _inject_one_(module: nn.Module, config: AdapterConfig, plan: _Plan) -> None:
         use_rslora=config.rslora,
         use_dora=config.dora,
     )
-    peft_config._register_custom_module(lean.LAYERS)
+    peft_config._register_custom_module(peft_layers.LAYERS)
     is_training = module.training
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(peft_config, module, ADAPTER)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from lora_booth.adapter.weights import AdapterWeights, LowRank
-from lora_booth.config import AdapterConfig
+from lora_booth.config.patterns import Pattern
+from lora_booth.config.settings import AdapterConfig
 from lora_booth.errors import ModelError
-from lora_booth.patterns import Pattern
 
 ADAPTER = "default"
 """PEFT's name of the trained adapter; diffusers' `set_adapters` knows it by this name too."""

@@ -1,1 +1,1 @@
-"""The user's pictures: finding, cropping, caching, and the order in which training sees them."""
+"""The user's pictures: found, decoded, cropped, captioned and shown. No modules of torch."""

@@ -28,18 +28,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lora_booth import systems
-from lora_booth.data.decode import (
-    MAX_FILE_BYTES,
-    Unusable,
-    file_bytes,
-    missing_share,
-    opened,
-    orientation,
-    upright_rgb,
-)
+from lora_booth.data.decode import MAX_FILE_BYTES, Unusable, file_bytes, missing_share, opened, orientation, upright_rgb
 from lora_booth.data.duplicates import Look, look
 from lora_booth.errors import DataError
+from lora_booth.run import systems
 
 MIN_MISSING_SHARE = 0.1
 """Of a picture's rows, from which on it is told; less may be a grey that somebody painted."""

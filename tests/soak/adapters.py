@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_booth import deliver, export, extract, generate, inspect, merge, resize
+from lora_booth.adapter import delivery
+from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import uses_dora
 from lora_booth.errors import LoraBoothError
-from lora_booth.report import Silent
+from lora_booth.run.report import Silent
+from lora_booth.verbs import extract, generate, inspect, merge, resize
 from tests import adapted, tiny
 from tests.soak.bench import Result
 from tests.soak.mutants import MUTATIONS, mutant
@@ -63,7 +65,7 @@ def adapters(count: int, folder: Path, seed: int = 0) -> Result:
         if naming == "lycoris":
             save_file(_lycoris(), sound, HEADER)
         else:
-            export.FORMATS[naming].write(sound, weights, "sd1", torch.float16, HEADER)
+            storage.FORMATS[naming].write(sound, weights, "sd1", torch.float16, HEADER)
         content, path = sound.read_bytes(), folder / "mutant.safetensors"
         expected = _layers(sound)
         assert naming == "lycoris" or expected == {(c, layer) for c, layers in weights.items() for layer in layers}
@@ -138,10 +140,10 @@ class Try:
         assert self.expected <= found and (may_add or found == self.expected), "half a file was taken"
 
     def _export(self, out: Path) -> None:
-        deliver.convert(file=self.path, out=out, dtype="fp32", report=Silent())
+        delivery.convert(file=self.path, out=out, dtype="fp32", report=Silent())
 
     def _resize(self, out: Path) -> None:
-        with_base = {"base": str(self.base)} if uses_dora(export.read_any(self.path)) else {}
+        with_base = {"base": str(self.base)} if uses_dora(storage.read_any(self.path)) else {}
         resize.resize(file=self.path, out=out / "r.safetensors", rank=1, dtype="fp32", report=Silent(), **with_base)
 
     def _merge(self, out: Path, strength: float) -> None:
@@ -183,7 +185,7 @@ class Try:
 
 
 def _layers(path: Path) -> Layers:
-    return {(component, layer) for component, layers in export.read_any(path).items() for layer in layers}
+    return {(component, layer) for component, layers in storage.read_any(path).items() for layer in layers}
 
 
 def _lycoris() -> dict[str, Tensor]:

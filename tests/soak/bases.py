@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
-from lora_booth import families
-from lora_booth.config import ModelConfig
+from lora_booth.config.settings import ModelConfig
 from lora_booth.errors import LoraBoothError
-from lora_booth.families import components, identify, limits, sources
-from lora_booth.families.base import Family
-from lora_booth.families.sampling import Sampling, draw
+from lora_booth.models import loading
+from lora_booth.models.bases import identify, limits, sources
+from lora_booth.models.families import components
+from lora_booth.models.families.family import Family
+from lora_booth.models.sampling import Sampling, draw
 from tests import tiny
 from tests.soak.bench import Result
 
@@ -83,14 +84,14 @@ def _tried(way: Callable[[Path], None], base: Path) -> tuple[str, str]:
 def _plan_with(base: Path) -> None:
     """The base as `plan` builds it, without weights, and its identity."""
     facts = identify.identify(base)
-    families.around(facts, components.without_weights(facts, torch.float32))
+    loading.around(facts, components.without_weights(facts, torch.float32))
     assert len(sources.fingerprint(base)) == 64
 
 
 @torch.no_grad()
 def _draw_with(base: Path) -> None:
     """One picture in one step: configs also reach the tokenizer, the text encoder and the solver."""
-    family: Family = families.load(ModelConfig(base=str(base)), device="cpu", dtype=torch.float32)
+    family: Family = loading.load(ModelConfig(base=str(base)), device="cpu", dtype=torch.float32)
     prompts = family.encode_prompts(["a dog"]), family.encode_prompts([""])
     list(draw(family, [prompts[0]], prompts[1], Sampling(32, 32, "base", 9, 3.0), seeds=[0]))
 

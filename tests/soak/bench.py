@@ -13,10 +13,10 @@ from typing import Any
 
 from PIL import Image
 
-from lora_booth import export
-from lora_booth.config import Config
+from lora_booth.adapter.files import storage
+from lora_booth.config.settings import Config
 from lora_booth.errors import LoraBoothError
-from lora_booth.run import Run
+from lora_booth.run.folder import Run
 from tests import tiny
 from tests.soak import crash
 from tests.soak.crash import Fate
@@ -123,7 +123,7 @@ def made(config: Config) -> dict[str, str]:
         name: _digest((checkpoint / name).read_bytes()) for name in ("adapter.safetensors", "optimizer.safetensors")
     }
     found["checkpoint"] = checkpoint.name
-    found |= {path.name: export.read_metadata(path)["sshs_model_hash"] for path in folder.glob("*.safetensors")}
+    found |= {path.name: storage.read_metadata(path)["sshs_model_hash"] for path in folder.glob("*.safetensors")}
     pictures = [*folder.glob("*.png"), *folder.glob("previews/*.png"), *cache.glob("class_images/*/*.png")]
     found |= {path.name: _digest(_pixels(path)) for path in pictures}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -149,7 +149,7 @@ def half_file(config: Config, expected: dict[str, str]) -> str:
     assert config.run.folder is not None
     for path in config.run.folder.glob("*.safetensors"):
         try:
-            if export.read_metadata(path)["sshs_model_hash"] != expected[path.name] or not export.read(path):
+            if storage.read_metadata(path)["sshs_model_hash"] != expected[path.name] or not storage.read(path):
                 return f"{path.name} is another than that of the straight run"
         except LoraBoothError as error:
             return f"{path.name} cannot be read: {error}"

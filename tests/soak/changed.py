@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_booth import identity
-from lora_booth.config import Config
+from lora_booth.config.settings import Config
 from lora_booth.errors import ConfigError, DataError
+from lora_booth.run import identity
 from tests import tiny
 from tests.soak import crash
 from tests.soak.bench import FEW_LAYERS, STEPS, Bench, Materials, Result, differences, made, materials

@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import psutil
 
-from lora_booth import cli, crash
+from lora_booth.cli import app, crash
 from lora_booth.errors import ConfigError, DataError, DiskError, ModelError, NumericError
 
 REFUSALS = {kind.exit_code for kind in (ConfigError, DataError, ModelError, DiskError, NumericError)}
@@ -62,7 +62,7 @@ def run(words: Sequence[str], folder: Path) -> Ended:
     try:
         typed = patch.object(sys, "argv", ["lora-booth", *words])
         with patch.dict(os.environ, changed), typed, _limited(), redirect_stdout(out), redirect_stderr(err):
-            cli.main()
+            app.main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except Endless as error:

@@ -22,11 +22,11 @@ import peft
 import torch
 import transformers.models.clip
 
-from lora_booth import train
-from lora_booth.config import Config
-from lora_booth.console import Meter
+from lora_booth.cli.console import Meter
+from lora_booth.config.settings import Config
 from lora_booth.errors import LoraBoothError
-from lora_booth.report import Silent
+from lora_booth.run.report import Silent
+from lora_booth.verbs import train
 
 BUG = 99
 """Exit code of a run that ended with a traceback."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_booth import config_file, presets
+from lora_booth.config import presets, toml
 from lora_booth.data import images
 from lora_booth.errors import ConfigError, DataError
 from tests.soak.bench import Result
@@ -37,7 +37,7 @@ def configs(count: int, folder: Path, seed: int = 0) -> Result:
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         began = time.process_time()
         try:
-            config_file.load(path)
+            toml.load(path)
         except ConfigError as error:
             refused += 1
             if len(str(error)) < 20 or len(str(error)) > 20_000:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lora_booth.checkpoints import CHECKPOINT_FILES
-from lora_booth.config import Config
+from lora_booth.config.settings import Config
 from lora_booth.errors import ProcessLostError
-from lora_booth.run import Run
+from lora_booth.run.checkpoints import CHECKPOINT_FILES
+from lora_booth.run.folder import Run
 from tests import tiny
 from tests.soak import crash
 from tests.soak.bench import STEPS, Bench, Result, differences, half_file, lost_checkpoint, made, materials

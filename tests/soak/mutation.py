@@ -1,7 +1,7 @@
 """Do the tests notice wrong code? One small change of the source at a time, and the tests that belong to it.
 
     python -m tests.soak.mutation                                # 30 mutants of each module, about a quarter of an hour
-    python -m tests.soak.mutation --only lora_booth/run.py --count 1000
+    python -m tests.soak.mutation --only lora_booth/run/folder.py --count 1000
 
 Each mutant gets a process of its own, forked from one that has imported torch but nothing of ours, on a copy of the
 sources. A mutant that no test notices is told with its line: it wants a test, or changes nothing that can be seen.
@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 TESTS = {
-    "lora_booth/run.py": ("tests/test_run.py",),
-    "lora_booth/checkpoints.py": ("tests/test_run.py",),
+    "lora_booth/run/folder.py": ("tests/test_run.py",),
+    "lora_booth/run/checkpoints.py": ("tests/test_run.py",),
     "lora_booth/data/images.py": ("tests/test_images.py", "tests/test_images_crop.py", "tests/test_duplicates.py"),
-    "lora_booth/export/__init__.py": ("tests/test_export.py", "tests/test_deliver.py", "tests/test_kinds.py"),
-    "lora_booth/files.py": ("tests/test_files.py", "tests/test_cache.py", "tests/test_merge.py"),
+    "lora_booth/adapter/files/storage.py": ("tests/test_export.py", "tests/test_deliver.py", "tests/test_kinds.py"),
+    "lora_booth/run/disk.py": ("tests/test_files.py", "tests/test_cache.py", "tests/test_merge.py"),
 }
 """Module to the tests that claim to hold it."""
 MAX_SECONDS = 300.0

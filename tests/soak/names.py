@@ -17,11 +17,13 @@ from unittest.mock import patch
 
 from safetensors import safe_open
 
-from lora_booth import cli, config_file, train
-from lora_booth import names as odd
-from lora_booth.config import Config
-from lora_booth.console import PlainReport
+from lora_booth.cli import app
+from lora_booth.cli.console import PlainReport
+from lora_booth.config import names as odd
+from lora_booth.config import toml
+from lora_booth.config.settings import Config
 from lora_booth.errors import Interrupted
+from lora_booth.verbs import train
 from tests import tiny
 from tests.soak.bench import FEW_LAYERS, Result
 
@@ -95,7 +97,7 @@ def _trained(where: Path, base: Path, stems: tuple[str, ...], name: str) -> Path
     except Interrupted:
         pass
     file = where / f"{name}.toml"
-    file.write_bytes(os.fsencode(config_file.to_toml(config)))
+    file.write_bytes(os.fsencode(toml.to_toml(config)))
     _command("train", str(file))
     return places["run"] / "sks_dog.safetensors"
 
@@ -128,7 +130,7 @@ def _command(*words: str) -> None:
 
     def run() -> None:
         with patch.object(sys, "argv", ["lora-booth", *words]):
-            cli.main()
+            app.main()
 
     _speaking(run)
 

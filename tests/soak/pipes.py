@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_booth.config_file import override
+from lora_booth.config.toml import override
 from tests import tiny
 from tests.adapted import adapter_file
 from tests.soak import commands

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_booth import loop
-from lora_booth.config import Config
+from lora_booth.config.settings import Config
 from lora_booth.errors import DeviceMemoryError, NumericError
+from lora_booth.training import loop
 from tests.soak import crash
 from tests.soak.bench import STEPS, Bench, Result, lost_checkpoint
 from tests.soak.crash import Fate

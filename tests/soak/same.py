@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lora_booth.config import Config
+from lora_booth.config.settings import Config
 from tests import tiny
 from tests.soak import crash
 from tests.soak.bench import Bench, Result, materials

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_booth import train
-from lora_booth.config import Config
-from lora_booth.data import cached
+from lora_booth.config.settings import Config
 from lora_booth.errors import DiskError
+from lora_booth.run import cached
+from lora_booth.verbs import train
 from tests.soak import crash
 from tests.soak.bench import Bench, Result, differences, made
 from tests.soak.crash import Fate

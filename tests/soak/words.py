@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from lora_booth import cli
+from lora_booth.cli import app
 from tests import tiny
 from tests.adapted import adapter_file
 from tests.soak import commands
@@ -37,7 +37,7 @@ def words(count: int, folder: Path, seed: int = 0) -> Result:
     """Command lines with hostile words for every verb and option: done, or refused with one message, in its time."""
     sound, rng, failures = folder / "sound", random.Random(seed), []
     commands_of = _sound_commands(sound)
-    verbs: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    verbs: dict[str, Any] = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
     seen: Counter[str] = Counter()
     for number in range(count):
         verb = list(verbs)[number % len(verbs)]

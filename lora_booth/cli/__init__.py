@@ -1,0 +1,1 @@
+"""The doors: commands, console, demo. Nothing here knows how anything works."""

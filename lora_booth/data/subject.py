@@ -1,0 +1,112 @@
+"""The pictures of one run: which folders are read, how pictures are cut, which prompts are asked for. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_booth.config.config import slot_faults
+from lora_booth.config.settings import Config
+from lora_booth.data import images
+from lora_booth.data.buckets import Crop, assign, buckets
+from lora_booth.data.images import Found, Picture, shown
+from lora_booth.errors import DataError
+from lora_booth.run.report import Report
+
+MIN_PICTURES = 3
+SLOTS = ("token", "class")
+"""What captions may hold in braces."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """All pictures of the user's that a run reads, found and checked but not kept in memory."""
+
+    instances: Found
+    classes: Found | None
+    held_out: Found | None
+
+    @property
+    def all(self) -> list[Found]:
+        """Those that there are."""
+        return [found for found in (self.instances, self.classes, self.held_out) if found is not None]
+
+    def hashes(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of pictures and of their captions, each by file name: what a run's result depends on."""
+        found = {"": self.instances, "class_": self.classes, "held_out_": self.held_out}
+        groups: dict[str, dict[str, str]] = {}
+        for kind, of in found.items():
+            pictures = of.pictures if of is not None else ()
+            groups[f"{kind}pictures"] = {p.path.name: p.sha256 for p in pictures}
+            captions = {p.path.with_suffix(".txt").name: p.caption for p in pictures if p.caption}
+            groups[f"{kind}captions"] = {k: hashlib.sha256(v.encode()).hexdigest() for k, v in captions.items()}
+        return groups
+
+
+def find_pictures(config: Config, report: Report) -> Pictures:
+    """Look at every folder of pictures that the config names, and tell what was left out or looks odd.
+
+    Raises DataError for a folder without pictures, when there are too few of the subject, and for captions with a slot
+    that would be trained as it stands.
+    """
+
+    def found_in(folder: Path | None, remedy: str) -> Found | None:
+        if folder is None:
+            return None
+        captions = config.subject.captions == "auto"
+        found = images.find(folder, max_megapixels=config.data.max_megapixels, captions=captions, remedy=remedy)
+        for fault in found.left_out:
+            report.warn(f"left out: {fault}")
+        for fault in found.warnings:
+            report.warn(str(fault))
+        return found
+
+    instances = found_in(config.subject.images, f"Put {MIN_PICTURES} or more pictures there")
+    assert instances is not None
+    if len(instances.pictures) < MIN_PICTURES:
+        raise DataError(
+            f"subject.images {config.subject.images} has {len(instances.pictures)} usable pictures, at least "
+            f"{MIN_PICTURES} are needed; add some."
+        )
+    own = config.prior.folder if config.has_prior else None
+    classes = found_in(own, "Leave prior.folder out, or put pictures of its class there")
+    held_out = found_in(
+        config.subject.held_out, "Leave subject.held_out out, or put other pictures of the subject there"
+    )
+    pictures = Pictures(instances, classes, held_out)
+    written = [p for found in pictures.all for p in found.pictures if p.caption]
+    faults = [fault for p in written for fault in slot_faults(str(p.path.with_suffix(".txt")), p.caption or "", SLOTS)]
+    if faults:
+        raise DataError("\n".join([*faults[:5], *([f"and {len(faults) - 5} more"] if len(faults) > 5 else [])]))
+    return pictures
+
+
+def tell_small(config: Config, pictures: Pictures, report: Report) -> None:
+    """Warn of each picture that has to be enlarged. `config` is resolved."""
+    for found in pictures.all:
+        for picture, crop in zip(found.pictures, crops_of(config, found.pictures), strict=True):
+            if crop.enlargement > 1:
+                size = f"{picture.width_px}×{picture.height_px}"
+                report.warn(
+                    f"{shown(picture.path)} has {size} pixels and is enlarged {crop.enlargement:.1f} times, to "
+                    f"{crop.bucket}, so it will look soft; take a larger one, or lower data.resolution."
+                )
+
+
+def crops_of(config: Config, pictures: Sequence[Picture]) -> list[Crop]:
+    """The crop of each picture under the buckets of a resolved config."""
+    data = config.data
+    assert data.resolution is not None and data.bucket_step is not None, "config is not resolved"
+    available = buckets(data.resolution, data.bucket_step, data.max_aspect)
+    return [assign(picture.width_px, picture.height_px, available) for picture in pictures]
+
+
+def prompts_of(config: Config, pictures: Pictures) -> list[str]:
+    """Every prompt the run asks for, once: of images, class images and previews, and the empty one."""
+    texts = ["", config.subject.prompt, config.preview.negative_prompt, *config.preview.prompts]
+    texts += config.prior.prompts if config.has_prior else ()
+    for found in pictures.all:
+        texts += [p.caption for p in found.pictures if p.caption]
+    return list(dict.fromkeys(config.fill(text) for text in texts))

@@ -1,0 +1,349 @@
+"""The devices that a run may compute on: what each can do, what it says of itself, and how tensors get there and back.
+
+What lives here: the table `LACKS`, and every question to torch about a device. What does not: which device a process of
+several gets (accelerate, in `verbs/train.py`), how fast cards are (`cards.py`). ROCm is a kind of its own here, though
+torch calls its devices "cuda".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lora_booth.config.inputs import shown
+from lora_booth.config.settings import Config, Precision
+from lora_booth.errors import ConfigError
+from lora_booth.models import cards
+from lora_booth.models.cards import Card
+from lora_booth.run import systems
+
+Kind = Literal["cuda", "rocm", "xpu", "mps", "cpu"]
+Ability = Literal[
+    "fp16",
+    "bf16",
+    "fast bf16",
+    "8-bit optimizers",
+    "paged optimizers",
+    "nf4",
+    "int8",
+    "xformers",
+    "compiling",
+    "dropout in recomputed blocks",
+    "pinned memory",
+    "memory of its own",
+]
+NAMES: dict[Kind, str] = {"cuda": "CUDA", "rocm": "ROCm", "xpu": "XPU (Intel)", "mps": "MPS (Apple)", "cpu": "the CPU"}
+LACKS: dict[Kind, dict[Ability, str]] = {
+    "cuda": {},
+    "rocm": {},
+    "xpu": {"xformers": "it has no kernels for Intel"},
+    "mps": {
+        "8-bit optimizers": "bitsandbytes has none for Metal",
+        "paged optimizers": "bitsandbytes has none for Metal",
+        "xformers": "it has no kernels for Metal",
+        "compiling": "torch calls it a prototype there",
+        "dropout in recomputed blocks": "torch does not draw the same numbers again there",
+        "pinned memory": "it gains nothing where memory is shared",
+        "memory of its own": "it computes in main memory",
+    },
+    "cpu": {
+        "fast bf16": "few processors compute it as fast",
+        "xformers": "it has no kernels for training there",
+        "compiling": "runs on a CPU are the same bit for bit",
+        "pinned memory": "nothing is copied",
+    },
+}
+"""What devices of a kind lack whatever their model, and why; `lacks` adds what depends on the model. Everything else
+they can. Sources, read in torch 2.13 and bitsandbytes 0.50.2:
+
+- 8-bit optimizers, NF4, int8: the table "Accelerator support" of bitsandbytes' README, and which kernels its
+  `backends/` register. Paged ones: `cget_managed_ptr` in its libraries for CUDA, ROCm and XPU; on a CPU they are
+  not paged.
+- xformers: its wheels for CUDA and ROCm; diffusers asks for a card before it takes it.
+- Compiling: what a trial before the first step may try by itself. torch/_inductor has Triton for CUDA, ROCm and XPU.
+- Dropout in recomputed blocks: torch/utils/checkpoint.py keeps the random state of device modules that have
+  `_initialized`, which torch.mps has not.
+- Pinned memory: on MPS a copy that is not waited for may read a source that is gone (pytorch issue 189690), and pinning
+  gains nothing (pull request 181720)."""
+_BITSANDBYTES: tuple[Ability, ...] = ("8-bit optimizers", "paged optimizers", "nf4", "int8")
+_WITHOUT_BF16 = ("gfx7", "gfx8", "gfx900", "gfx902", "gfx906", "gfx909", "gfx90c", "gfx10")
+"""AMD's architectures before CDNA 1 and RDNA 3, whose matrix instructions are the first for bf16 (AMD's ISA documents).
+torch says that all have it, and computes it by other means."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OFFLOADED_BYTES = 2**20
+"""Smaller tensors stay where they are: they are many, save little, and most are held by others too."""
+
+
+def here(wanted: str = "auto") -> torch.device:
+    """The device that a run of one process takes, as accelerate chooses it; `wanted`: memory.device."""
+    asks_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "y", "yes", "t", "true", "on")
+    found = None if wanted == "cpu" or asks_for_cpu else torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
+
+
+def found(wanted: str, key: str) -> torch.device:
+    """`here`. Raises ConfigError, naming the setting `key`, when that is not the kind of device that is `wanted`."""
+    device = here(wanted)
+    fault = _not_here(wanted, key, device)
+    if fault is not None:
+        raise ConfigError(fault)
+    return device
+
+
+def _not_here(wanted: str, key: str, device: torch.device) -> str | None:
+    if wanted in ("auto", device.type):
+        return None
+    there = "no other device than the CPU" if device.type == "cpu" else f"{NAMES[kind(device)]} here"
+    return (
+        f'{key} is "{shown(wanted)}", but torch finds {there}; set it to "auto" or "{device.type}". '
+        "`lora-booth doctor` tells what is missing."
+    )
+
+
+def kind(device: torch.device) -> Kind:
+    """Which row of `LACKS` is meant. Raises ConfigError for a device that has none."""
+    if device.type == "cuda":
+        return "rocm" if torch.version.hip else "cuda"
+    known: Kind | None = next((row for row in LACKS if row == device.type), None)
+    if known is None:
+        raise ConfigError(
+            f'torch finds a device "{device.type}", which lora_booth knows nothing of; set memory.device = "cpu".'
+        )
+    return known
+
+
+def lacks(device: torch.device) -> dict[Ability, str]:
+    """What `device` lacks, and why, in one clause each. Raises ConfigError as `kind` does."""
+    row = kind(device)
+    return {**LACKS[row], **_BY_MODEL[row](device)}
+
+
+def name(device: torch.device) -> str:
+    """What its driver calls a card; else what people call its kind."""
+    return str(_module(device).get_device_name(device)) if device.type in ("cuda", "xpu") else NAMES[kind(device)]
+
+
+def card(device: torch.device) -> Card | None:
+    """The card that `device` is, where its speed is known."""
+    return cards.find(name(device)) if kind(device) == "cuda" else None
+
+
+def dtype_for(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type of `model.precision` on `device`; "auto": float32 on a CPU, bf16 where it is fast, else fp16."""
+    return DTYPES[precision if precision != "auto" else best_precision(device)]
+
+
+def best_precision(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """What model.precision = "auto" means on `device`."""
+    missing = lacks(device)
+    if kind(device) == "cpu" or {"bf16", "fp16"} <= missing.keys():
+        return "fp32"
+    return "bf16" if "fp16" in missing or not {"bf16", "fast bf16"} & missing.keys() else "fp16"
+
+
+def best_optimizer(device: torch.device) -> Literal["adamw8bit", "adamw"]:
+    """What optimizer.name = "auto" means on `device`: 8-bit Adam where it can be had and saves device memory."""
+    return "adamw" if kind(device) == "cpu" or "8-bit optimizers" in lacks(device) else "adamw8bit"
+
+
+def require(config: Config, device: torch.device) -> None:
+    """Raises ConfigError, with all that `config` asks for and `device` lacks, before anything is computed."""
+    faults = faults_of(config, device)
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def faults_of(config: Config, device: torch.device) -> list[str]:
+    """What `config` asks for and `device` lacks: what, where, and what to set instead, a line each."""
+    fault = _not_here(config.memory.device, "memory.device", device)
+    if fault is not None:
+        return [fault]
+    missing, row = lacks(device), kind(device)
+    values = {f"{section}.{key}": value for section, settings in config for key, value in settings}
+    faults = [
+        f"{key} is {json.dumps(value)}, which {NAMES[row]} cannot do ({missing[ability]}); "
+        f"set {_instead(key, value, missing)}."
+        for (key, value), ability in _NEEDS.items()
+        if values[key] == value and ability in missing
+    ]
+    is_recomputed = config.train.gradient_checkpointing != 0
+    if config.adapter.dropout and is_recomputed and "dropout in recomputed blocks" in missing:
+        faults.append(
+            f"adapter.dropout is {config.adapter.dropout:g}, but on {NAMES[row]} blocks that are computed again would "
+            "drop other inputs; set train.gradient_checkpointing = 0, or adapter.dropout = 0."
+        )
+    return faults
+
+
+def without_moving(config: Config, device: torch.device) -> Config:
+    """`config` without what saves nothing on a device that computes in main memory: moving things there."""
+    if "memory of its own" not in lacks(device):
+        return config
+    waiting = ("offload_activations", "denoiser_aside")
+    return config.with_values({"memory": {key: getattr(config.memory, key) or False for key in waiting}})
+
+
+_NEEDS: dict[tuple[str, Any], Ability] = {
+    ("model.precision", "bf16"): "bf16",
+    ("model.precision", "fp16"): "fp16",
+    ("model.quantize", "nf4"): "nf4",
+    ("model.quantize", "int8"): "int8",
+    ("model.attention", "xformers"): "xformers",
+    ("optimizer.name", "adamw8bit"): "8-bit optimizers",
+    ("optimizer.name", "lion8bit"): "8-bit optimizers",
+    ("optimizer.name", "paged_adamw8bit"): "paged optimizers",
+    ("memory.offload_activations", True): "memory of its own",
+    ("memory.denoiser_aside", True): "memory of its own",
+}
+"""Key and value of a setting to what it needs."""
+
+
+def _instead(key: str, value: Any, missing: Mapping[Ability, str]) -> str:
+    """The setting to take in place of one that the device lacks, as one would write it."""
+    other: Any = {"model.quantize": "none", "model.attention": "sdpa", "optimizer.name": "adamw"}.get(key, False)
+    if key == "model.precision":
+        other = next((half for half in ("bf16", "fp16") if half != value and half not in missing), "fp32")
+    return f"{key} = {json.dumps(other)}"
+
+
+def _cuda_lacks(device: torch.device) -> dict[Ability, str]:
+    """torch: bf16 from compute capability 8.0 on; bitsandbytes: from 6.0 on; Triton: from 7.0 on."""
+    major, minor = torch.cuda.get_device_capability(device)
+    found: dict[Ability, str] = {} if find_spec("triton") else {"compiling": "triton is not installed"}
+    for first, abilities in ((8, ("fast bf16",)), (7, ("compiling",)), (6, _BITSANDBYTES)):
+        if major < first:
+            why = f"compute capability {major}.{minor} is below {first}.0"
+            found |= dict.fromkeys(abilities, why)
+    return found
+
+
+def _rocm_lacks(device: torch.device) -> dict[Ability, str]:
+    found: dict[Ability, str] = {} if find_spec("triton") else {"compiling": "triton is not installed"}
+    architecture = str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    if architecture.startswith(_WITHOUT_BF16):
+        found["fast bf16"] = f"{architecture} has no matrix instructions for it"
+    return found
+
+
+def _xpu_lacks(device: torch.device) -> dict[Ability, str]:
+    """bitsandbytes registers 8-bit optimizers for XPU through Triton alone; a loss scale is inverted in float64
+    (torch/amp/grad_scaler.py), which the Arc A series lacks (pytorch issue 147731)."""
+    properties, found = torch.xpu.get_device_properties(device), dict[Ability, str]()
+    if not find_spec("triton"):
+        why = "triton is not installed"
+        found |= {"compiling": why, "8-bit optimizers": why, "paged optimizers": why}
+    if not properties.has_fp64:
+        found["fp16"] = "it has no float64, which loss scaling needs"
+    if not properties.has_bfloat16_conversions:
+        found["fast bf16"] = "it has no instructions for it"
+    return found
+
+
+def _mps_lacks(device: torch.device) -> dict[Ability, str]:
+    """As accelerate has it (`is_bf16_available`)."""
+    has_bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
+    return {} if has_bf16 else {"bf16": "it needs macOS 14"}
+
+
+def _cpu_lacks(device: torch.device) -> dict[Ability, str]:
+    return {}
+
+
+_BY_MODEL: dict[Kind, Callable[[torch.device], dict[Ability, str]]] = {
+    "cuda": _cuda_lacks,
+    "rocm": _rocm_lacks,
+    "xpu": _xpu_lacks,
+    "mps": _mps_lacks,
+    "cpu": _cpu_lacks,
+}
+
+
+def free_gib(device: torch.device) -> float | None:
+    """Memory that a run may take, None on a CPU: what nobody uses now."""
+    figures = _memory(device)
+    return None if figures is None else figures[0] / 2**30
+
+
+def used_share(device: torch.device) -> float | None:
+    """Share of the memory that anybody uses, None on a CPU."""
+    figures = _memory(device)
+    return None if figures is None else 1 - figures[0] / figures[1]
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Most memory held by tensors of this process so far, None on a CPU.
+
+    On MPS what Metal holds for it now, which does not shrink while it computes.
+    """
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    if device.type == "cpu":
+        return None
+    return float(_module(device).max_memory_allocated(device)) / 2**30
+
+
+def _memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes that are free, and all there are. On MPS, which shares main memory: of what Metal recommends to a process,
+    and no more than the system has left."""
+    if device.type == "cpu":
+        return None
+    if device.type == "mps":
+        total = torch.mps.recommended_max_memory()
+        return max(0, min(total - torch.mps.driver_allocated_memory(), systems.available_memory_bytes())), total
+    module = _module(device)
+    try:
+        free, total = module.mem_get_info(device)
+    except RuntimeError:  # Intel's drivers need not tell what is free (intel/torch-xpu-ops)
+        total = module.get_device_properties(device).total_memory
+        free = total - module.memory_reserved(device)
+    return int(free), int(total)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what torch's allocator holds unused."""
+    if device.type != "cpu":
+        _module(device).empty_cache()
+
+
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` of main memory on `device`; where memory can be pinned the copy is queued and not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if _pins(device) else tensor.to(device)
+
+
+def offloading() -> torch.autograd.graph.saved_tensors_hooks:
+    """Inside, what autograd saves waits in main memory until the backward pass asks for it.
+
+    Where that is pinned the copies are queued among the device's other work and not waited for. Tensors without data
+    leave no copy.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(_away, _back)
+
+
+def _away(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    if tensor.nbytes < OFFLOADED_BYTES:
+        return tensor.device, tensor
+    if tensor.is_meta:
+        return tensor.device, tensor.new_empty(1).expand(tensor.shape)
+    is_pinned = _pins(tensor.device)
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=is_pinned)
+    return tensor.device, copy.copy_(tensor, non_blocking=is_pinned)
+
+
+def _back(saved: tuple[torch.device, Tensor]) -> Tensor:
+    device, tensor = saved
+    return tensor.contiguous() if tensor.is_meta else tensor.to(device, non_blocking=_pins(device))
+
+
+def _pins(device: torch.device) -> bool:
+    return device.type != "meta" and "pinned memory" not in LACKS[kind(device)]
+
+
+def _module(device: torch.device) -> Any:
+    """torch.cuda, torch.xpu or torch.mps."""
+    return getattr(torch, device.type)

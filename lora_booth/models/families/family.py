@@ -1,0 +1,111 @@
+"""The contract of a family: all that the rest of the house knows about a model architecture.
+
+Words fixed here, used everywhere:
+- *pixels*: float32 `[B, 3, H, W]` in [-1, 1], H and W multiples of the family's bucket step.
+- *latents*: `[B, C, H/f, W/f]` after shift and scale, so about unit variance: what the denoiser sees.
+- *conditioning*: what the text encoders make of prompts, a dict of tensors with the batch first.
+- *geometry*: float32 `[B, 6]`: original height, original width, crop top, crop left, target height, target width, in
+  pixels of that very image. Only SDXL reads it.
+- *timestep*: int64 `[B]` in [0, 1000), the network's scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lora_booth.training.objective import NoiseSchedule
+
+Conditioning = dict[str, Tensor]
+
+
+class Family(Protocol):
+    """One loaded base: a frozen denoiser, VAE and text encoders, and the only code that knows how they are called."""
+
+    name: str
+    """Key in FAMILIES: "sd1", "sd2" or "sdxl"."""
+    fingerprint: str
+    """Identity of the base's weights, for cache keys and metadata (`sources.fingerprint`)."""
+    native_resolution: int
+    """Side in pixels that the base was trained at."""
+    bucket_step: int
+    """Crop sides must be multiples of this many pixels."""
+    schedule: NoiseSchedule
+    """Noise levels and prediction type, read from the base's scheduler config."""
+    denoiser: nn.Module
+    """UNet in the compute dtype, frozen, in eval mode."""
+    device: torch.device
+    """Where all is computed; parts may wait in main memory meanwhile."""
+
+    num_used_text_layers: dict[str, int]
+    """Component name of each text encoder to the number of its layers that reach the conditioning."""
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Component name ("text_encoder", "text_encoder_2") to module, for adapters; not once they are released."""
+        ...
+
+    def tokenizers(self) -> dict[str, Any]:
+        """Component name of each text encoder to its tokenizer; they stay when the encoders are released."""
+        ...
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, scaled, float32 `[B, C, h, w]` each. The VAE runs in float32."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of `prompts`, on the device, in the compute dtype. Gradients flow if the encoders have adapters.
+
+        A row depends on its prompt alone. What exceeds the encoder's window is cut, and logged once per prompt.
+        """
+        ...
+
+    def words_cut(self, prompts: Sequence[str]) -> dict[str, str]:
+        """The prompts that the text encoder cannot see whole, each with the words that are cut off."""
+        ...
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, geometry: Tensor) -> Tensor:
+        """The denoiser's output for `noisy` latents, same shape; what it means is `schedule.prediction_type`."""
+        ...
+
+    def pipeline(self, sampler: str) -> Any:
+        """A diffusers pipeline around the very same modules (nothing is copied), with the named solver.
+
+        Text encoders may have been released: then the caller passes `pipeline_inputs(conditioning)`. It follows
+        `schedule`, also one that was rescaled to zero terminal SNR after loading.
+        """
+        ...
+
+    def pipeline_inputs(self, prompt: Conditioning, negative: Conditioning) -> dict[str, Any]:
+        """Keyword arguments that hand already encoded prompts to the pipeline.
+
+        The empty prompt becomes zeros here, and only here, where the base wants that of a negative.
+        """
+        ...
+
+    def decode_latents(self, latents: Tensor, *, is_tiled: bool = False) -> Tensor:
+        """Pixels `[B, 3, H, W]` float32 in [-1, 1] on the CPU. `is_tiled`: large pictures in overlapping tiles."""
+        ...
+
+    def move_vae(self, device: torch.device | str) -> None:
+        """Put the VAE on `device`; it is only needed for caching and pictures."""
+        ...
+
+    def move_denoiser(self, device: torch.device | str) -> None:
+        """Put the denoiser on `device`, but for what is trained in it; VAE and text encoders do without."""
+        ...
+
+    def release_text_encoders(self) -> None:
+        """Drop the text encoders, so that their memory is free. Prompts can no longer be encoded."""
+        ...
+
+    def prepare_denoiser_(self, *, gradient_checkpointing: float, attention: str, is_offloading: bool = False) -> None:
+        """Switch recomputation of the activations of a share of the blocks, from the first on, whose inputs wait in
+        main memory if it `is_offloading`; choose "sdpa" or "xformers" attention (ConfigError if it cannot run)."""
+        ...
+
+    def compile_denoiser_(self) -> None:
+        """Let the repeated blocks be compiled when they next run. ConfigError where there is no compiler."""
+        ...

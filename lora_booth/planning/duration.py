@@ -1,0 +1,86 @@
+"""How long a run takes a card at its peak rates: the work of its passes, as often as they come.
+
+The passes are those whose memory is predicted, so what counts one counts the other (`memory.py`). No run reaches the
+peak rates, and starting operations takes time too; so a prediction is the least that a run can take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_booth.config.settings import Config
+from lora_booth.data.buckets import Bucket
+from lora_booth.data.subject import Pictures
+from lora_booth.models.cards import Card
+from lora_booth.planning.memory import Modules
+from lora_booth.planning.tracing import Work
+from lora_booth.training.order import VALIDATION_ROWS, validation_levels
+
+
+@dataclass(frozen=True)
+class Duration:
+    """The work of a run, by what it is for. `other`: pictures encoded, validation, previews."""
+
+    step: Work
+    num_steps: int
+    class_images: Sequence[Work]
+    other: Sequence[Work]
+
+    def step_s(self, card: Card) -> float:
+        """Seconds of an optimizer step, without the optimizer's own."""
+        return self.step.seconds(card)
+
+    def training_s(self, card: Card) -> float:
+        """Seconds of all steps."""
+        return self.num_steps * self.step_s(card)
+
+    def class_images_s(self, card: Card) -> float:
+        """Seconds to draw and decode the class images, if none of them is there yet."""
+        return sum(work.seconds(card) for work in self.class_images)
+
+    def other_s(self, card: Card) -> float:
+        """Seconds of everything else that the denoiser and the VAE do."""
+        return sum(work.seconds(card) for work in self.other)
+
+    def total_s(self, card: Card) -> float:
+        """Seconds of the run."""
+        return self.training_s(card) + self.class_images_s(card) + self.other_s(card)
+
+
+def predict(modules: Modules, config: Config, pictures: Pictures, bucket: Bucket | None = None) -> Duration:
+    """The work of a run with `config`, which is filled, when nothing is cached yet.
+
+    `bucket`: the largest that is trained at, by default the resolution's square; all pictures are taken to be of it.
+    """
+    train, prior, shown = config.train, config.prior, config.preview
+    assert train.steps is not None and train.save_every_steps is not None, "config is not filled"
+    square = modules.square(config)
+    bucket, class_images = bucket or square, []
+    if config.has_prior and prior.folder is None:
+        drawing = modules.draw_work(config, bucket, prior.sampler_steps, is_guided=prior.guidance_scale > 1)
+        class_images = [drawing * prior.num_images, modules.decode_work(config, bucket) * prior.num_images]
+    num_encoded = sum(len(found.pictures) for found in pictures.all)
+    num_saves = -(-train.steps // train.save_every_steps)
+    other = [
+        modules.encode_work(bucket) * num_encoded,
+        modules.draw_work(config, bucket, 1, is_guided=False) * (num_saves * _num_validation_rows(pictures)),
+    ]
+    num_drawn = _num_previews(config)
+    if num_drawn:
+        drawing = modules.draw_work(config, square, shown.sampler_steps, is_guided=shown.guidance_scale > 1)
+        other += [drawing * num_drawn, modules.decode_work(config, square) * num_drawn]
+    return Duration(modules.step_work(config, bucket), train.steps, class_images, other)
+
+
+def _num_validation_rows(pictures: Pictures) -> int:
+    count = min(len((pictures.held_out or pictures.instances).pictures), VALIDATION_ROWS)
+    return sum(len(validation_levels(number, count)) for number in range(count))
+
+
+def _num_previews(config: Config) -> int:
+    """Pictures drawn before the first step and on the way and, without and with the adapter, at the end."""
+    assert config.train.steps is not None, "config is not filled"
+    every = config.preview.every_steps
+    on_the_way = 0 if every is None else 1 + (config.train.steps - 1) // every
+    return (on_the_way + 2) * config.preview.images_per_prompt * len(config.preview.prompts)

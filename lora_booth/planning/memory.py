@@ -1,0 +1,317 @@
+"""How much device memory a run takes, part by part, and how much work: its real step, traced on tensors without data.
+
+The base's modules are built on the meta device from its configs, the real adapter is put in, and the real forward, loss
+and backward run through them while every storage is counted from its birth to its death. That needs neither weights nor
+a GPU, and seconds.
+
+Words: a *part* is what some of the memory is for; a *phase* is a stretch of the run with its own parts. Totals are what
+`torch.cuda.max_memory_allocated` counts; `OUTSIDE_GIB` comes on top of them. Not counted: cuDNN's workspaces, and what
+the caching allocator cannot split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_booth.adapter import inject
+from lora_booth.config.settings import Config
+from lora_booth.data.buckets import Bucket
+from lora_booth.models import loading
+from lora_booth.models.bases.identify import BaseFacts
+from lora_booth.models.devices import DTYPES
+from lora_booth.models.families.components import without_weights
+from lora_booth.models.families.family import Family
+from lora_booth.models.families.quantize import saved_bytes
+from lora_booth.models.families.vae import Vae
+from lora_booth.models.sampling import PICTURES_AT_ONCE
+from lora_booth.planning.tracing import LiveBytes, Work, fused_attention, held_bytes, tensors_of
+from lora_booth.planning.trial import StepTrace, make_batch, trace_step
+from lora_booth.training import optimizers
+from lora_booth.training.batch import Batch, sample_losses
+from lora_booth.training.class_images import most_together
+from lora_booth.training.objective import objective_for
+from lora_booth.training.order import VALIDATION_QUANTILES
+
+GIB = 2**30
+OUTSIDE_GIB = 0.8
+"""CUDA context, cuDNN's workspaces and the allocator's gaps: assumed, not measured. The context is never part of
+`torch.cuda.max_memory_allocated`."""
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run. `parts`: bytes held at its fullest moment, by what they are for."""
+
+    name: str
+    parts: Mapping[str, int]
+
+    @property
+    def gib(self) -> float:
+        return sum(self.parts.values()) / GIB
+
+
+def needed_gib(phases: Iterable[Phase]) -> float:
+    """Device memory of the fullest phase, with what lies outside of tensors."""
+    return max(phase.gib for phase in phases) + OUTSIDE_GIB
+
+
+def class_images_at_once(config: Config) -> int:
+    """Class images that are drawn together."""
+    return min(most_together(config), config.prior.num_images)
+
+
+def previews_at_once(config: Config) -> int:
+    """Pictures of a preview that are drawn together."""
+    pictures = config.preview.images_per_prompt * len(config.preview.prompts)
+    return min(config.memory.pictures_at_once or PICTURES_AT_ONCE, pictures)
+
+
+def rows_per_pass(config: Config) -> int:
+    """Rows of the largest micro-batch on one device."""
+    return min(config.train.batch_size, _rows_per_step(config))
+
+
+def _rows_per_step(config: Config) -> int:
+    return config.train.images_per_step * (2 if config.has_prior else 1)
+
+
+def _stored_bytes(modules: Iterable[nn.Module], config: Config) -> int:
+    """Bytes of a base's modules as they lie on the device, quantised or not."""
+    modules, kind = list(modules), config.model.quantize
+    return held_bytes(tensors_of(modules)) - (0 if kind == "none" else sum(saved_bytes(m, kind) for m in modules))
+
+
+@dataclass(frozen=True)
+class Modules:
+    """A base without weights, with its adapter: what is traced. `adapted`: what carries the adapter.
+
+    `bucket` everywhere: the largest that is trained at; None is the square of the resolution, which no other exceeds.
+    Precision and optimizer "auto" mean what a CUDA card gets.
+    """
+
+    family: Family
+    vae: Vae
+    text_encoders: Mapping[str, nn.Module]
+    adapted: Mapping[str, nn.Module]
+    parameters: Sequence[nn.Parameter]
+    base_bytes: int
+    """Of what carries the adapter, without it."""
+    text_bytes: int
+    native_resolution: int
+    traced: dict[tuple[Any, ...], Any]
+    """What was counted, by what it depends on."""
+
+    @staticmethod
+    def of(config: Config, facts: BaseFacts) -> Modules:
+        """Modules of the base, with the adapter of `config`. Raises ModelError or ConfigError where training would."""
+        dtype = DTYPES.get(config.model.precision, torch.bfloat16)  # "auto" on a card: two bytes, bf16 or fp16
+        parts = without_weights(facts, dtype)
+        family = loading.around(facts, parts)
+        assert parts.vae is not None, "all parts were asked for"
+        is_text_trained = config.adapter.text_encoder
+        adapted = {"unet": parts.unet} | (parts.text_encoders if is_text_trained else {})
+        sizes = [_stored_bytes(of.values(), config) for of in (adapted, parts.text_encoders)]
+        used = family.num_used_text_layers if is_text_trained else {}
+        groups = inject.inject_(adapted, config.adapter, num_used_text_layers=used)
+        parameters = [parameter for group in groups.values() for parameter in group]
+        modules = (family, parts.vae, parts.text_encoders, adapted)
+        return Modules(*modules, parameters, *sizes, facts.native_resolution, {})
+
+    def square(self, config: Config) -> Bucket:
+        side = config.data.resolution or self.native_resolution
+        return Bucket(side, side)
+
+    def latent_shape(self, bucket: Bucket) -> Sequence[int]:
+        """`[C, h, w]` of a picture of this size."""
+        factor = self.vae.factor
+        return (self.vae.module.config.latent_channels, bucket.height_px // factor, bucket.width_px // factor)
+
+    def phases(self, config: Config, bucket: Bucket | None) -> tuple[Phase, ...]:
+        """All phases of the run, in the order in which it comes to them."""
+        phases = [self.prepare(config, bucket), self.step(config, bucket), self.validate(config, bucket)]
+        return (*phases, self.draw(config, bucket)) if config.preview.images_per_prompt else tuple(phases)
+
+    def prepare(self, config: Config, bucket: Bucket | None) -> Phase:
+        """The fullest moment before there is an adapter: prompts and pictures are encoded, class images drawn."""
+        moments = [self._encode_prompts(config), self.encode(config, bucket)]
+        if config.has_prior and config.prior.folder is None:
+            moments.append(self.draw_class_images(config, bucket))
+        return max(moments, key=lambda phase: phase.gib)
+
+    def encode(self, config: Config, bucket: Bucket | None) -> Phase:
+        """The moment of "prepare" in which the VAE encodes a picture."""
+        bucket = bucket or self.square(config)
+        held = self._without_denoiser(config, self._before_training(config))
+        return Phase("prepare", held | {"encoding": self._encoding(bucket).peak})
+
+    def _encoding(self, bucket: Bucket) -> LiveBytes:
+        pixels = torch.empty(1, 3, bucket.height_px, bucket.width_px, device=META)
+        return self._working(("encode", bucket), partial(self.vae.encode, pixels))
+
+    def _encode_prompts(self, config: Config) -> Phase:
+        encoding = self._working(("prompts",), lambda: self.family.encode_prompts([""])).peak
+        held = self._without_denoiser(config, self._before_training(config)) | {"text encoders": self.text_bytes}
+        return Phase("prepare", held | {"encoding": encoding})
+
+    def draw_class_images(self, config: Config, bucket: Bucket | None) -> Phase:
+        """The moment of "prepare" in which the base draws class images."""
+        held, bucket = self._before_training(config), bucket or self.square(config)
+        with inject.disabled(self.adapted):
+            rows = class_images_at_once(config) * (2 if config.prior.guidance_scale > 1 else 1)
+            return Phase("prepare", self._drawing(config, held, class_images_at_once(config), rows, bucket, "base"))
+
+    def _before_training(self, config: Config) -> dict[str, int]:
+        """What lies on the device once the prompts are encoded."""
+        denoiser = self._denoiser_bytes(config)
+        encoders = {"text encoders": self.text_bytes} if config.adapter.text_encoder else {}
+        return {"base": denoiser, **encoders, "VAE": self._vae_bytes()}
+
+    def _without_denoiser(self, config: Config, held: Mapping[str, int]) -> dict[str, int]:
+        """What is left of `held` while the denoiser is aside, if that is wanted."""
+        aside = {"base": held["base"] - self._denoiser_bytes(config)} if config.memory.denoiser_aside else {}
+        return {part: size for part, size in {**held, **aside}.items() if size}
+
+    def _denoiser_bytes(self, config: Config) -> int:
+        return self.base_bytes - (self.text_bytes if config.adapter.text_encoder else 0)
+
+    def validate(self, config: Config, bucket: Bucket | None) -> Phase:
+        """The phase "validate": the denoiser alone, on several noise levels of one image."""
+        measuring = len(VALIDATION_QUANTILES) * self._row_bytes(config, self.square(config), "adapted")
+        return Phase("validate", self._lasting(config, bucket) | {"denoising": measuring})
+
+    def draw(self, config: Config, bucket: Bucket | None) -> Phase:
+        """The phase "draw": previews through the adapter."""
+        held = self._lasting(config, bucket) | {"VAE": self._vae_bytes()}
+        rows = previews_at_once(config) * (2 if config.preview.guidance_scale > 1 else 1)
+        square = self.square(config)
+        return Phase("draw", self._drawing(config, held, previews_at_once(config), rows, square, "adapted"))
+
+    def step(self, config: Config, bucket: Bucket | None) -> Phase:
+        """The phase "train": one micro-step."""
+        batch = self._batch(config, rows_per_pass(config), bucket or self.square(config))
+        gradients, others, _ = self._trace(config, batch)
+        parts = {
+            "base": self.base_bytes,
+            "adapter": held_bytes(self.parameters),
+            "gradients": gradients,
+            "optimizer": self._optimizer_bytes(config),
+            "inputs": 2 * held_bytes(batch.tensors),  # those of the next micro-step are made meanwhile
+            "activations": others,
+        }
+        return Phase("train", parts)
+
+    def step_work(self, config: Config, bucket: Bucket | None) -> Work:
+        """One optimizer step: forward, backward, and what is computed again; not the optimizer's own."""
+        rows = rows_per_pass(config)
+        batch = self._batch(config, rows, bucket or self.square(config))
+        return self._trace(config, batch).work * (_rows_per_step(config) / rows)
+
+    def encode_work(self, bucket: Bucket) -> Work:
+        """One picture through the VAE's encoder."""
+        return self._encoding(bucket).work
+
+    def draw_work(self, config: Config, bucket: Bucket, solver_steps: int, *, is_guided: bool) -> Work:
+        """One picture drawn: the denoiser at each of `solver_steps`, twice where it is guided."""
+        rows = 2 if is_guided else 1
+        return self._denoising(config, bucket, "adapted").work * (solver_steps * rows / 2)
+
+    def decode_work(self, config: Config, bucket: Bucket) -> Work:
+        """One picture through the VAE's decoder."""
+        return self._decoding(config, 1, bucket).work
+
+    def _optimizer_bytes(self, config: Config) -> int:
+        key = ("optimizer", config.optimizer.name)
+        if key not in self.traced:
+            shapes = [parameter.shape for parameter in self.parameters]
+            self.traced[key] = optimizers.state_bytes(shapes, config.optimizer, device_type="cuda")
+        size: int = self.traced[key]
+        return size
+
+    def _trace(self, config: Config, batch: Batch) -> StepTrace:
+        train, rows = config.train, len(batch.latents)
+        follows_another = _rows_per_step(config) > rows or train.images_per_step > 1  # whose buckets may differ
+        saving = (train.gradient_checkpointing or 0.0, bool(config.memory.offload_activations))
+        key = (batch.latents.shape, *saving, follows_another)
+        if key not in self.traced:
+            self._switch(True, *saving)
+            for parameter in self.parameters:
+                parameter.grad = torch.empty_like(parameter) if follows_another else None
+            objective = objective_for(config.objective, self.family.schedule)
+            self.traced[key] = trace_step(self.family, objective, batch, self.parameters, self._tensors())
+            for parameter in self.parameters:
+                parameter.grad = None
+        counted: StepTrace = self.traced[key]
+        return counted
+
+    def _lasting(self, config: Config, bucket: Bucket | None) -> dict[str, int]:
+        parts = self.step(config, bucket).parts
+        return {part: parts[part] for part in ("base", "adapter", "optimizer")}
+
+    def _vae_bytes(self) -> int:
+        return held_bytes(tensors_of([self.vae.module]))
+
+    def _drawing(
+        self, config: Config, held: Mapping[str, int], together: int, rows: int, bucket: Bucket, denoiser: str
+    ) -> dict[str, int]:
+        """The fuller moment of denoising and decoding `together` pictures beside what is `held`, with the `denoiser`
+        "adapted" or of the "base"; `rows`: of a pass, both halves of guidance in one."""
+        decoding = self._without_denoiser(config, held) | {"decoding": self._decoding(config, together, bucket).peak}
+        denoising = {**held, "denoising": rows * self._row_bytes(config, bucket, denoiser)}
+        return max(decoding, denoising, key=lambda parts: sum(parts.values()))
+
+    def _decoding(self, config: Config, together: int, bucket: Bucket) -> LiveBytes:
+        decoded = min(together, self.vae.num_at_once(bucket.width_px, bucket.height_px))
+        latents = torch.empty(decoded, *self.latent_shape(bucket), device=META)
+        is_tiled = bool(config.memory.tiled_decoding)
+        decode = partial(self.vae.decode_chunk, latents, is_tiled=is_tiled)
+        return self._working(("decode", decoded, bucket, is_tiled), decode)
+
+    def _row_bytes(self, config: Config, bucket: Bucket, denoiser: str) -> int:
+        """Bytes of a pass for looking, inputs included, for one row; several take as many times that."""
+        inputs = held_bytes(self._batch(config, 2, bucket).tensors)
+        return (inputs + self._denoising(config, bucket, denoiser).peak) // 2
+
+    def _denoising(self, config: Config, bucket: Bucket, denoiser: str) -> LiveBytes:
+        """A pass for looking, of two rows."""
+        batch = self._batch(config, 2, bucket)
+        objective = objective_for(config.objective, self.family.schedule)
+
+        def denoise() -> None:
+            self._switch(False)
+            sample_losses(self.family, objective, batch)
+
+        return self._working(("denoise", bucket, denoiser), denoise, batch.tensors)
+
+    def _working(self, key: tuple[Any, ...], run: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> LiveBytes:
+        """What `run` holds beyond the modules and its inputs, without gradients, and its work."""
+        if key not in self.traced:
+            live = LiveBytes("meta", [*self._tensors(), *inputs])
+            with torch.no_grad(), live, fused_attention(live.work):
+                run()
+            self.traced[key] = live
+        counted: LiveBytes = self.traced[key]
+        return counted
+
+    def _batch(self, config: Config, rows: int, bucket: Bucket) -> Batch:
+        key = ("batch", rows, bucket)
+        if key not in self.traced:
+            is_trained = config.adapter.text_encoder
+            shape = self.latent_shape(bucket)
+            self.traced[key] = make_batch(self.family, rows, shape, is_text_trained=is_trained, device=META)
+        batch: Batch = self.traced[key]
+        return batch
+
+    def _switch(self, training: bool, share: float = 0.0, is_offloading: bool = False) -> None:
+        for module in self.adapted.values():
+            module.train(training)
+        self.family.prepare_denoiser_(gradient_checkpointing=share, attention="sdpa", is_offloading=is_offloading)
+
+    def _tensors(self) -> list[Tensor]:
+        return tensors_of([self.family.denoiser, self.vae.module, *self.text_encoders.values()])

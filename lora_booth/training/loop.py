@@ -1,0 +1,390 @@
+"""The training loop: `optimize` reads top to bottom as one step. What surrounds it is in `verbs/train.py`.
+
+Words: a *step* is one optimizer update over the effective batch; a *micro-step* is one forward and backward pass of
+rows of one shape. The run is a pure function of (config, step): nothing in the loop depends on what ran before but the
+adapter and the optimizer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lora_booth.adapter import inject
+from lora_booth.adapter.weights import plain_path
+from lora_booth.config.settings import Config
+from lora_booth.data.grid import labelled_grid
+from lora_booth.errors import NumericError
+from lora_booth.models import devices
+from lora_booth.models.families.family import Conditioning, Family
+from lora_booth.models.sampling import concatenate
+from lora_booth.run.checkpoints import Checkpoint
+from lora_booth.run.folder import Run
+from lora_booth.run.interrupts import StopRequest
+from lora_booth.run.report import Report
+from lora_booth.training import optimizers, preview
+from lora_booth.training.batch import Batch, sample_losses
+from lora_booth.training.flat import Flat
+from lora_booth.training.objective import Draws, Objective, draw, generator_for
+from lora_booth.training.order import VALIDATION_ROWS, Item, Row, micro_batches, validation_levels
+from lora_booth.training.prepare import Prepared
+from lora_booth.training.watchdog import Watchdog
+
+ROLES = ("instance", "class")
+MAX_SKIPPED_STEPS = 20
+"""Overflowing fp16 steps in a row after which the run stops; the loss scale halves at each."""
+LOWER_RATE = (
+    "nothing of this step was kept, and the last checkpoint is good. Lower optimizer.learning_rate, or set "
+    "model.precision = bf16 (or fp32); if it happens at the first step, the base itself may be damaged."
+)
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that the loop works with. `adapted`: the modules that carry adapters, by component; `trained`: the parameters
+    as the optimizer has them."""
+
+    config: Config
+    family: Family
+    adapted: dict[str, nn.Module]
+    prepared: Prepared
+    objective: Objective
+    trained: Sequence[Flat]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    accelerator: Accelerator
+    run: Run
+    report: Report
+    stop: StopRequest
+    continue_command: str
+    watchdog: Watchdog = field(default_factory=Watchdog)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trained parameter, in the optimizer's order."""
+        return [part for flat in self.trained for part in flat.parts]
+
+    @property
+    def is_text_trained(self) -> bool:
+        """Whether text encoders carry an adapter too."""
+        return len(self.adapted) > 1
+
+    def condition(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning on the device: from the cache, or by the text encoders while they are being trained."""
+        if self.is_text_trained:
+            return self.family.encode_prompts(prompts)
+        rows = [self.prepared.prompts[prompt] for prompt in prompts]
+        return {name: devices.put(t, self.accelerator.device) for name, t in concatenate(rows).items()}
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """Rows of one shape, with what a pass of them needs on the device. `positions`: int64, `weights`: float32 `[B]`."""
+
+    step: int
+    rows: Sequence[Row]
+    batch: Batch
+    positions: Tensor
+    weights: Tensor
+
+
+def optimize(s: Session, start: int) -> None:
+    """Steps `start` to the last, saving and drawing on the way. Raises Interrupted after a save, NumericError before a
+    step that would not be finite."""
+    train, order = s.config.train, s.prepared.order
+    assert train.steps is not None, "config is not resolved"
+    skipped, following, is_unchecked = 0, _begun(micro_steps(s, start)), True
+    for step in range(start, train.steps):
+        began = time.perf_counter()
+        rows = order.at(step)
+        learning_rate = _set_learning_rate_(s, step)
+        set_training_(s, True)
+        on_device = torch.zeros(len(rows), device=s.accelerator.device)
+        for micro in following:
+            loss = losses_of(s, micro)
+            s.scaler.scale((loss * micro.weights).sum()).backward()
+            on_device.index_copy_(0, micro.positions, loss.detach())
+        following = _begun(micro_steps(s, step + 1))  # while the device still computes
+        on_device, is_stopping = _share(s, on_device)
+        *losses, grad_norm = torch.cat([on_device, _reduce_and_clip_(s)[None]]).tolist()  # here it is waited for
+        if math.isfinite(grad_norm):
+            skipped = 0
+            if is_unchecked:  # an fp16 run may overflow in its first steps
+                _require_gradients(s)
+                is_unchecked = False
+        else:
+            skipped += 1
+            _require_recoverable(s, step, rows, losses, skipped)
+        s.scaler.step(s.optimizer)
+        s.scaler.update()
+        s.optimizer.zero_grad(set_to_none=True)
+        metrics = {
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "seconds": time.perf_counter() - began,
+        }
+        _log(s, step + 1, rows, losses, metrics)
+        for warning in s.watchdog.observe(metrics["seconds"], devices.used_share(s.accelerator.device)):
+            s.report.warn(warning)
+        _save_and_draw(s, step + 1, is_stopping=is_stopping)
+        if is_stopping:
+            done = f"stopped after step {step + 1} of {train.steps}, everything is saved"
+            s.stop.check(f"{done}; continue with: {s.continue_command}")
+
+
+def _share(s: Session, losses: Tensor) -> tuple[Tensor, bool]:
+    """Losses of all processes, and whether one of them was asked to stop, on which all must agree."""
+    if s.accelerator.num_processes == 1:
+        return losses, bool(s.stop)
+    asked = torch.tensor([float(bool(s.stop))], device=losses.device)
+    shared = s.accelerator.reduce(torch.cat([losses, asked]), "sum")
+    is_stopping = bool(shared[-1] > 0)
+    if is_stopping and not s.stop:
+        s.stop.signal_number = signal.SIGTERM
+    return shared[:-1], is_stopping
+
+
+def micro_steps(s: Session, step: int) -> Iterator[MicroStep]:
+    """This process's micro-steps of `step`, each made when it is asked for; none after the last step."""
+    train = s.config.train
+    assert train.steps is not None, "config is not resolved"
+    if step < train.steps:
+        yield from (micro_step(s, rows, step) for rows in micro_rows(s, step))
+
+
+def micro_rows(s: Session, step: int) -> Iterator[Sequence[Row]]:
+    """The rows of each of this process's micro-steps of `step`."""
+    processes = {"process": s.accelerator.process_index, "num_processes": s.accelerator.num_processes}
+    return iter(micro_batches(s.prepared.order.at(step), s.config.train.batch_size, **processes))
+
+
+def _begun(steps: Iterator[MicroStep]) -> Iterator[MicroStep]:
+    """`steps`, of which the first is made now."""
+    return itertools.chain(list(itertools.islice(steps, 1)), steps)
+
+
+def micro_step(s: Session, rows: Sequence[Row], step: int) -> MicroStep:
+    """One micro-step of `rows`, its inputs on their way to the device."""
+    positions, items = [row.position for row in rows], [row.item for row in rows]
+    draws, latent_noise = draw(s.config.train.seed, step, positions, items[0].shape, _num_timesteps(s))
+    numbers = (torch.tensor(positions), torch.tensor([row.weight for row in rows]))
+    moved = (devices.put(tensor, s.accelerator.device) for tensor in numbers)
+    return MicroStep(step, rows, _batch(s, items, draws, latent_noise), *moved)
+
+
+def losses_of(s: Session, micro: MicroStep) -> Tensor:
+    """Loss of each row of a micro-step, float32 `[B]`, before its weight."""
+    if s.config.adapter.dropout:
+        words = (s.config.train.seed, "dropout", micro.step, micro.rows[0].position)
+        torch.manual_seed(generator_for(*words).initial_seed())
+    return sample_losses(s.family, s.objective, micro.batch)
+
+
+def _batch(s: Session, items: Sequence[Item], draws: Draws, latent_noise: Tensor) -> Batch:
+    """`items` with their latents drawn by `latent_noise`, on the device."""
+    put = partial(devices.put, device=s.accelerator.device)
+    moments = [s.prepared.latents[item.latent_key] for item in items]
+    mean, std = torch.stack([m.mean for m in moments]), torch.stack([m.std for m in moments])
+    geometry = torch.tensor([item.geometry for item in items], dtype=torch.float32)
+    prompts = [item.prompt for item in items]
+    conditioning = None if s.is_text_trained else s.condition(prompts)
+    draws = Draws(put(draws.timesteps), put(draws.noise), put(draws.offsets))
+    return Batch(put(mean + std * latent_noise), draws, put(geometry), conditioning, prompts)
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def validation_loss(s: Session) -> float:
+    """Mean loss over the held-out images (the instance images where there are none) at fixed noise levels.
+
+    The noise is the same every time, so that two checkpoints of a run can be compared; two runs cannot.
+    """
+    set_training_(s, False)
+    losses: list[float] = []
+    items = s.prepared.validation[:VALIDATION_ROWS]
+    for number, item in enumerate(items):
+        levels = validation_levels(number, len(items))
+        generator = generator_for("validation", number)
+        shape = (len(levels), *item.shape)
+        timesteps = torch.tensor([int(level * _num_timesteps(s)) for level in levels])
+        draws = Draws(timesteps, torch.randn(shape, generator=generator), torch.zeros(*shape[:2], 1, 1))
+        batch = _batch(s, [item] * len(levels), draws, latent_noise=torch.zeros(shape))
+        losses += sample_losses(s.family, s.objective, batch).tolist()
+    return sum(losses) / len(losses)
+
+
+def _num_timesteps(s: Session) -> int:
+    return len(s.objective.schedule.alphas_cumprod)
+
+
+def _set_learning_rate_(s: Session, step: int) -> float:
+    """Put the learning rate of `step` into every group; returns the first."""
+    optimizer, train = s.config.optimizer, s.config.train
+    assert train.steps is not None and optimizer.warmup_steps is not None, "config is not resolved"
+    factor = optimizers.learning_rate_factor(
+        step, steps=train.steps, warmup_steps=optimizer.warmup_steps, schedule=optimizer.schedule
+    )
+    for group in s.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return float(s.optimizer.param_groups[0]["lr"])
+
+
+def set_training_(s: Session, training: bool) -> None:
+    """Switch dropout of the adapters, and the weights of optimizers that average, for training or for looking."""
+    for module in s.adapted.values():
+        if module.training != training:  # else it would go through thousands of modules in every step
+            module.train(training)
+    optimizers.set_mode_(s.optimizer, training=training)
+
+
+def _reduce_and_clip_(s: Session) -> Tensor:
+    """Sum the gradients over processes, undo the loss scale, clip; returns the norm before clipping."""
+    vectors = [flat.collect_() for flat in s.trained]
+    if s.accelerator.num_processes > 1:
+        for vector in vectors:
+            vector.grad = s.accelerator.reduce(vector.grad, "sum")
+    s.scaler.unscale_(s.optimizer)
+    return nn.utils.clip_grad_norm_(vectors, s.config.optimizer.max_grad_norm)
+
+
+def _require_recoverable(s: Session, step: int, rows: Sequence[Row], losses: Sequence[float], skipped: int) -> None:
+    """An overflow under fp16 loss scaling is skipped and told; everything else that is not finite ends the run."""
+    if s.scaler.is_enabled() and all(map(math.isfinite, losses)) and skipped <= MAX_SKIPPED_STEPS:
+        s.report.event("skipped_step", f"step {step + 1} overflowed in fp16 and was skipped", step=step + 1)
+        return
+    culprits = [row.item.name for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
+    cause = f"the loss of {', '.join(culprits)}" if culprits else "the gradient"
+    raise NumericError(f"{cause} is not finite at step {step + 1}; {LOWER_RATE}")
+
+
+def _require_gradients(s: Session) -> None:
+    """Name the adapted layers that the first step gives no gradient, and raise NumericError when it gives none at all.
+
+    Such a layer stays what it is for the whole run: the loss does not depend on it.
+    """
+    gradients = {id(parameter): gradient for flat in s.trained for parameter, gradient in flat.gradients()}
+    is_alive: dict[str, bool] = {}
+    for component, module in s.adapted.items():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                layer = f"{component}.{plain_path(name.partition('.lora_')[0])}"
+                is_alive[layer] = is_alive.get(layer, False) or bool(gradients[id(parameter)].any())
+    dead = [layer for layer, alive in is_alive.items() if not alive]
+    if len(dead) == len(is_alive):
+        raise NumericError(
+            "no adapted layer gets a gradient, so nothing would be learnt; choose other adapter.targets."
+        )
+    if dead:
+        s.report.warn(
+            f"{len(dead)} of {len(is_alive)} adapted layers get no gradient and will not learn, first {dead[0]}; leave "
+            "them out with adapter.targets."
+        )
+
+
+def _log(s: Session, done: int, rows: Sequence[Row], losses: Sequence[float], metrics: dict[str, float]) -> None:
+    """Tell everybody who listens what the step brought (main process)."""
+    if not s.accelerator.is_main_process:
+        return
+    by_role = {role: [x for r, x in zip(rows, losses, strict=True) if r.item.role == role] for role in ROLES}
+    values = {f"{role}_loss": sum(x) / len(x) for role, x in by_role.items() if x} | metrics
+    s.run.append_metrics({"step": done, **values})
+    s.accelerator.log(values, step=done)
+    memory = devices.peak_gib(s.accelerator.device)
+    s.report.progress("train", done, s.config.train.steps or done, **values, memory_gib=memory)
+
+
+def _save_and_draw(s: Session, done: int, *, is_stopping: bool) -> None:
+    """A checkpoint and a preview, each at its turn; a checkpoint also after the last step there will be."""
+    train = s.config.train
+    assert train.steps is not None and train.save_every_steps is not None, "config is not resolved"
+    if done % train.save_every_steps == 0 or done == train.steps or is_stopping:
+        save(s, done)
+    if not is_stopping:
+        draw_preview(s, done)
+
+
+def save(s: Session, done: int) -> None:
+    """Write a checkpoint (main process)."""
+    loss = validation_loss(s)
+    if not math.isfinite(loss):
+        raise NumericError(f"the validation loss is not finite after step {done}; {LOWER_RATE}")
+    if s.accelerator.is_main_process:
+        state = {"validation_loss": loss, "scaler": s.scaler.state_dict()}
+        set_training_(s, True)
+        checkpoint = Checkpoint(done, inject.state(s.adapted), s.optimizer.state_dict(), state)
+        broken = [f"{name} of the adapter" for name, t in checkpoint.adapter.items() if not t.isfinite().all()]
+        broken += [f"{name} of the optimizer" for name, t in _optimizer_tensors(s) if not t.isfinite().all()]
+        if broken:
+            raise NumericError(f"{broken[0]} is not finite after step {done}; {LOWER_RATE}")
+        path = s.run.save(checkpoint, keep_last=s.config.train.keep_last)
+        s.report.event("saved", f"step {done} saved, validation loss {loss:.4f}", step=done, path=str(path))
+    s.accelerator.wait_for_everyone()
+
+
+def _optimizer_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
+    """What the optimizer remembers, floating point only: 8-bit states are numbers of a table."""
+    for state in s.optimizer.state.values():
+        yield from ((name, t) for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point())
+
+
+def restore(s: Session) -> int:
+    """Load the newest valid checkpoint into the session; returns the number of steps done, 0 if there is none."""
+    checkpoint = s.run.latest(s.report.warn)
+    if checkpoint is None:
+        if s.accelerator.is_main_process:
+            s.run.forget_metrics_after(0)
+        return 0
+    inject.load_state_into_(s.adapted, checkpoint.adapter)
+    s.optimizer.load_state_dict(checkpoint.optimizer)
+    s.scaler.load_state_dict(checkpoint.state["scaler"])
+    if s.accelerator.is_main_process:
+        lost = s.run.forget_metrics_after(checkpoint.step)
+        if lost:
+            s.report.warn(
+                f"{s.run.metrics_path} lacks {lost} of the {checkpoint.step} lines so far; they are lost, and nothing "
+                "that is trained depends on them."
+            )
+    s.report.event("continued", f"continuing after step {checkpoint.step}", step=checkpoint.step)
+    return checkpoint.step
+
+
+def draw_preview(s: Session, done: int) -> None:
+    """Draw and write the preview grid after `done` steps, if it is its turn and was not drawn yet (main process)."""
+    every, path = s.config.preview.every_steps, s.run.preview_path(done)
+    if every is None or done % every or done == s.config.train.steps or not s.config.preview.images_per_prompt:
+        return
+    if s.accelerator.is_main_process and not s.run.has_picture(path):
+        rows = draw_rows(s)
+        title = f"{s.config.name}: {'the base' if done == 0 else f'after {done} steps'}"
+        s.run.write_picture(path, labelled_grid(rows, title=title))
+        s.report.event("preview", f"pictures of step {done}: {path}", step=done, path=str(path))
+    s.accelerator.wait_for_everyone()
+
+
+@torch.compiler.set_stance("force_eager")
+def draw_rows(s: Session) -> preview.Rows:
+    """Pictures of the preview prompts through the adapter as it is now."""
+    set_training_(s, False)
+    s.family.move_vae(s.accelerator.device)
+    with torch.no_grad():
+        rows = preview.draw_rows(s.config, s.family, s.condition, on_step=partial(_stop_drawing, s))
+    s.family.move_vae("cpu")
+    return rows
+
+
+def _stop_drawing(s: Session) -> None:
+    """Raises Interrupted when a signal asked to stop: pictures are drawn after everything was saved, and drawn again.
+
+    Of several processes the others wait for the one that draws; they stop together, at the next step.
+    """
+    if s.accelerator.num_processes == 1:
+        s.stop.check(f"stopped while drawing, everything is saved; continue with: {s.continue_command}")

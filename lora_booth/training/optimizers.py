@@ -1,0 +1,142 @@
+"""Optimizers as rows of a table, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lora_booth.config.settings import OptimizerConfig
+from lora_booth.errors import ConfigError
+from lora_booth.planning.tracing import rounded
+from lora_booth.training.flat import Flat, aligned
+
+SAMPLE_SIZE = 2**20
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class OptimizerRow:
+    """Where an optimizer's class is, and which of our settings it takes under which name."""
+
+    module: str
+    class_name: str
+    note: str
+    extra: str = ""
+    """The pip extra that installs it; empty when it is always there."""
+    takes_betas: bool = True
+    is_elementwise: bool = True
+    """Numbers are updated without regard to the shape of their parameter, so that all may lie in one vector."""
+    has_modes: bool = False
+    """Its weights must be switched with .train() and .eval() around updates, as schedule-free averaging needs."""
+    fixed: tuple[tuple[str, Any], ...] = ()
+
+
+OPTIMIZERS: dict[str, OptimizerRow] = {
+    "adamw": OptimizerRow("torch.optim", "AdamW", "float32 moments", fixed=(("fused", True),)),
+    "adamw8bit": OptimizerRow("bitsandbytes.optim", "AdamW8bit", "8-bit moments, block-wise quantised"),
+    "paged_adamw8bit": OptimizerRow(
+        "bitsandbytes.optim", "PagedAdamW8bit", "8-bit moments that may move to main memory"
+    ),
+    "lion8bit": OptimizerRow("bitsandbytes.optim", "Lion8bit", "one 8-bit moment; a third of AdamW's learning rate"),
+    "adafactor": OptimizerRow(
+        "transformers.optimization",
+        "Adafactor",
+        "factored second moment, no first",
+        takes_betas=False,
+        is_elementwise=False,
+        fixed=(("scale_parameter", False), ("relative_step", False), ("warmup_init", False)),
+    ),
+    "prodigy": OptimizerRow("prodigyopt", "Prodigy", "finds its own step size; learning_rate = 1", extra="optim"),
+    "schedulefree": OptimizerRow(
+        "schedulefree", "AdamWScheduleFree", "averages instead of decaying", extra="optim", has_modes=True
+    ),
+}
+
+
+def flatten(parameters: Sequence[torch.nn.Parameter], config: OptimizerConfig, *, device_type: str) -> list[Flat]:
+    """What the optimizer of `config` updates: all `parameters` as one vector, or each by itself where shapes matter."""
+    row = OPTIMIZERS[_name(config, device_type)]
+    return [Flat(parameters)] if row.is_elementwise else [Flat([parameter]) for parameter in parameters]
+
+
+def make(groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, device_type: str) -> torch.optim.Optimizer:
+    """The optimizer of `config` over parameter groups that carry their own `lr`.
+
+    Raises ConfigError when its package is not installed.
+    """
+    name = _name(config, device_type)
+    row = OPTIMIZERS[name]
+    try:
+        cls: Callable[..., torch.optim.Optimizer] = getattr(importlib.import_module(row.module), row.class_name)
+    except ImportError as error:
+        remedy = f"pip install 'lora-booth[{row.extra}]'" if row.extra else "reinstall lora-booth"
+        raise ConfigError(
+            f'optimizer.name is "{name}", but {row.module} cannot be imported ({error}); '
+            f'{remedy}, or set optimizer.name = "adamw".'
+        ) from None
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay, **dict(row.fixed)}
+    if row.takes_betas:
+        settings["betas"] = config.betas
+    return cls(list(groups), **settings)
+
+
+def state_bytes(shapes: Iterable[Sequence[int]], config: OptimizerConfig, *, device_type: str) -> int:
+    """Bytes that the optimizer of `config` keeps on the device for float32 parameters of these shapes, flattened.
+
+    Found by really stepping it on the CPU: once for each different shape where shapes matter, else on a vector of
+    `SAMPLE_SIZE` numbers. Paged moments count as if none had moved to main memory. Raises as `make` does.
+    """
+    name = _name(config, device_type)
+    config = config.model_copy(update={"name": name.removeprefix("paged_")})
+    counts = Counter(map(tuple, shapes))
+    if OPTIMIZERS[name].is_elementwise:
+        total = sum(count * aligned(math.prod(shape)) for shape, count in counts.items())
+        return rounded(total * _state_bytes_of_one((SAMPLE_SIZE,), config) // SAMPLE_SIZE)
+    return sum(count * _state_bytes_of_one(shape, config) for shape, count in counts.items())
+
+
+def _state_bytes_of_one(shape: tuple[int, ...], config: OptimizerConfig) -> int:
+    """Of two alike parameters, what the second adds: tables that all share do not count."""
+    first, second = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    optimizer = make([{"params": [first, second], "lr": 1e-6}], config, device_type="cpu")
+    first.grad, second.grad = torch.ones(shape), torch.ones(shape)
+    set_mode_(optimizer, training=True)
+    optimizer.step()
+    states = ([t for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)] for p in (first, second))
+    shared, own = ({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors} for tensors in states)
+    return sum(rounded(size) for key, size in own.items() if key not in shared)
+
+
+def _name(config: OptimizerConfig, device_type: str) -> str:
+    return config.name if config.name != "auto" else default_name(device_type)
+
+
+def default_name(device_type: str) -> str:
+    """What `optimizer.name = "auto"` means: 8-bit Adam where it saves device memory."""
+    return "adamw8bit" if device_type == "cuda" else "adamw"
+
+
+def set_mode_(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
+    """Switch an optimizer that averages weights between the ones to train and the ones to use; no-op for the others."""
+    if any(row.has_modes and type(optimizer).__name__ == row.class_name for row in OPTIMIZERS.values()):
+        optimizer.train() if training else optimizer.eval()  # type: ignore[attr-defined]
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, schedule: Schedule) -> float:
+    """Factor on the base learning rate for the update of `step` (0-based), in (0, 1].
+
+    Warm-up is linear and reaches 1 at step `warmup_steps`; the first update is already larger than 0. Linear and cosine
+    then fall towards 0, which they would reach at step `steps`, one past the last.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,129 @@
+"""The order in which training sees images: a pure function of (config, step), so that a resumed run needs no memory.
+
+Words: an *item* is one image ready to train on; a *row* is one sample of a step's effective batch, at a *position* that
+names it whatever micro-batch or process it falls into. Weights are numbers on rows: nothing is chunked by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from lora_booth.training.objective import generator_for
+
+Role = Literal["instance", "class"]
+Shape = tuple[int, int, int]
+VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
+VALIDATION_ROWS = 16
+"""Images times noise levels: by count of operations less than four steps of two rows each."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One training image. `latent_key` finds its latent moments, of `shape` `[C, h, w]`, in the cache."""
+
+    role: Role
+    name: str
+    latent_key: str
+    shape: Shape
+    prompt: str
+    geometry: tuple[int, int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of a step. `weight`: 1 / N for instance images, loss_weight / N for class images; N per role."""
+
+    item: Item
+    position: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Order:
+    """All steps of a run. With no class items the class term is absent.
+
+    Every step holds `images_per_step` instance rows and, with class items, as many class rows. Each role is shuffled by
+    its own random stream; an epoch is one pass over the instance items. A class row comes from the bucket of the
+    instance row it joins, where there are class items of that bucket, so that both fit one micro-batch.
+    """
+
+    instances: Sequence[Item]
+    classes: Sequence[Item]
+    images_per_step: int
+    loss_weight: float
+    seed: int
+
+    def at(self, step: int) -> tuple[Row, ...]:
+        """Rows of `step` (0-based): instance rows at positions 0 to N-1, class rows at N to 2N-1."""
+        count = self.images_per_step
+        draws = range(step * count, (step + 1) * count)
+        instances = [self._instance(draw) for draw in draws]
+        rows = [Row(item, position, 1.0 / count) for position, item in enumerate(instances)]
+        if self.classes:
+            weight = self.loss_weight / count
+            rows += [Row(self._class(draw), count + i, weight) for i, draw in enumerate(draws)]
+        return tuple(rows)
+
+    def exposures(self, steps: int) -> dict[str, int]:
+        """How often each instance image is seen in `steps` steps, by name."""
+        counts = dict.fromkeys((item.name for item in self.instances), 0)
+        for draw in range(steps * self.images_per_step):
+            counts[self._instance(draw).name] += 1
+        return counts
+
+    def _instance(self, draw: int) -> Item:
+        epoch, place = divmod(draw, len(self.instances))
+        return self.instances[_shuffled(self.seed, "instance", epoch, len(self.instances))[place]]
+
+    def _class(self, draw: int) -> Item:
+        """The class item that joins the `draw`-th instance row: the next of that row's bucket."""
+        shape = self._instance(draw).shape
+        pool = [item for item in self.classes if item.shape == shape]
+        if not pool:
+            pool, turn = list(self.classes), draw
+        else:
+            turn = self._draws_of_shape(draw, shape)
+        epoch, place = divmod(turn, len(pool))
+        return pool[_shuffled(self.seed, f"class {shape}", epoch, len(pool))[place]]
+
+    def _draws_of_shape(self, draw: int, shape: Shape) -> int:
+        """How many instance rows of `shape` came before the `draw`-th."""
+        epoch, place = divmod(draw, len(self.instances))
+        per_epoch = sum(item.shape == shape for item in self.instances)
+        order = _shuffled(self.seed, "instance", epoch, len(self.instances))
+        return epoch * per_epoch + sum(self.instances[index].shape == shape for index in order[:place])
+
+
+def micro_batches(
+    rows: Sequence[Row], batch_size: int, *, process: int = 0, num_processes: int = 1
+) -> list[tuple[Row, ...]]:
+    """This process's share of a step's rows, in micro-batches of one shape and at most `batch_size` rows.
+
+    No row is dropped and none is repeated: a micro-batch may be short, because rows carry their own weight.
+    """
+    groups: dict[Shape, list[Row]] = {}
+    for row in rows[process::num_processes]:
+        groups.setdefault(row.item.shape, []).append(row)
+    return [
+        tuple(group[start : start + batch_size])
+        for group in groups.values()
+        for start in range(0, len(group), batch_size)
+    ]
+
+
+def validation_levels(number: int, count: int) -> list[float]:
+    """Noise levels of image `number` of `count`, as shares of all: each image all of them while rows last, else in turn
+    another."""
+    rounds = range(min(len(VALIDATION_QUANTILES), -(-(VALIDATION_ROWS - number) // count)))
+    return [VALIDATION_QUANTILES[(number + r) % len(VALIDATION_QUANTILES)] for r in rounds]
+
+
+@lru_cache(maxsize=64)
+def _shuffled(seed: int, stream: str, epoch: int, count: int) -> tuple[int, ...]:
+    generator = generator_for(seed, "order", stream, epoch)
+    return tuple(torch.randperm(count, generator=generator).tolist())

@@ -1,0 +1,1 @@
+"""One file for each thing a user asks for. Neither terminals nor pages."""

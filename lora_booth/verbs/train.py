@@ -1,0 +1,356 @@
+"""The main job: from a config to an adapter file, with everything around the loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from PIL import Image
+from torch import nn
+
+from lora_booth.adapter import delivery, inject, kept
+from lora_booth.adapter.files import storage
+from lora_booth.config.settings import Config
+from lora_booth.data.grid import labelled_grid
+from lora_booth.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    DiskError,
+    LoraBoothError,
+    ModelError,
+    ProcessLostError,
+    lacks_memory,
+)
+from lora_booth.models import devices, loading
+from lora_booth.models.bases.identify import BaseFacts
+from lora_booth.models.devices import dtype_for
+from lora_booth.models.families.family import Family
+from lora_booth.planning import decide
+from lora_booth.run import identity, systems
+from lora_booth.run.folder import Run, Summary, require_free_space
+from lora_booth.run.interrupts import stop_requests
+from lora_booth.run.report import Report, Silent
+from lora_booth.training import compiling, loop, optimizers, prepare, preview
+from lora_booth.training.flat import Flat
+from lora_booth.training.objective import objective_for
+
+PATIENCE = timedelta(hours=12)
+"""How long a process waits for another that is alive: the first draws all class images while the others wait."""
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: the adapter and two moments, float32."""
+
+
+class Stopwatch:
+    """Seconds of the parts of a run, in the order in which they were done."""
+
+    def __init__(self) -> None:
+        self.seconds_of: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def lap(self, part: str, *, without: str | None = None) -> None:
+        """Note what has passed since the last lap as `part`; what `without` took of it was noted already."""
+        now = time.perf_counter()
+        self.seconds_of[part] = now - self._began - self.seconds_of.get(without or "", 0.0)
+        self._began = now
+
+
+def train(
+    config: Config,
+    *,
+    inputs: decide.Inputs | None = None,
+    report: Report | None = None,
+    continue_command: str = "the same command",
+) -> Summary:
+    """Train the run of `config`, or continue it, and export its adapter; a finished run is returned as it is.
+
+    `inputs`: what `plan.look` gave for the same config, if it was asked already. Raises Interrupted when a signal asked
+    to stop, after everything was saved.
+    """
+    report, stopwatch = report or Silent(), Stopwatch()
+    inputs = inputs or decide.look(config, report)
+    accelerator = _accelerator(config, report)
+    device = accelerator.device
+    devices.require(config, device)
+    config = _resolved(devices.without_moving(config, device), inputs, report, device)
+    with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
+        finished = run.summary()
+        if finished is not None:
+            report.event("finished", f"{run.folder} is finished already; name another run.folder to train again")
+            return finished
+        if accelerator.is_main_process and not run.has_picture(run.sheet_path):
+            run.write_picture(run.sheet_path, prepare.sheet(config, inputs.pictures))
+        dtype = dtype_for(config.model.precision, device)
+        family = _load(config, inputs.facts, device, dtype, report)
+        listeners = {"report": report, "stop": stop}
+        stopwatch.lap("loading")
+        prepared = _prepared(config, family, inputs, run, accelerator, **listeners)
+        stopwatch.seconds_of["class images"] = prepared.drawing_seconds
+        stopwatch.lap("encoding", without="class images")
+        family.move_vae("cpu")
+        adapted, parameters = _adapt(config, family, inputs)
+        require_free_space(run.folder, _checkpoint_bytes(parameters) * (config.train.keep_last + 2))
+        trained, optimizer = _optimizer(config, parameters, device, report)
+        session = loop.Session(
+            config=config,
+            family=family,
+            adapted=adapted,
+            prepared=prepared,
+            objective=objective_for(config.objective, family.schedule),
+            trained=trained,
+            optimizer=optimizer,
+            scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+            accelerator=accelerator,
+            run=run,
+            continue_command=continue_command,
+            **listeners,
+        )
+        accelerator.init_trackers("lora_booth")
+        start = loop.restore(session)
+        loop.draw_preview(session, start)  # of a run killed between a checkpoint and its pictures
+        with compiling.where_it_pays(session, start):
+            loop.optimize(session, start)
+        stopwatch.lap("steps and previews")
+        return _finish(session, stopwatch)
+
+
+def _accelerator(config: Config, report: Report) -> Accelerator:
+    if systems.lost_processes():
+        report.warn(
+            "accelerate has begun one process of several, as it does without several cards; the result is the same, "
+            "only later. `torchrun --nproc-per-node 2 -m lora_booth train …` begins two."
+        )
+    return Accelerator(
+        cpu=config.memory.device == "cpu",
+        log_with=list(config.run.trackers) or None,
+        project_dir=decide.run_folder(config),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+
+
+def _resolved(config: Config, inputs: decide.Inputs, report: Report, device: torch.device) -> Config:
+    """`config` with every open choice made; for a finished run nothing is computed, so its memory is not predicted, and
+    what depends on the device stays open."""
+    if decide.is_finished(config):
+        return decide.filled(config, inputs)
+    config = decided(config, device)
+    modules = None if decide.is_begun(config) else decide.check(config, inputs, device_type=device.type)
+    return decide.resolve(config, inputs, report, free_gib=devices.free_gib(device), modules=modules)
+
+
+def decided(config: Config, device: torch.device) -> Config:
+    """`config` with each "auto" as what it means on `device`, so that a run stays what it is on another one."""
+    dtype = devices.dtype_for(config.model.precision, device)
+    name, compile = config.optimizer.name, config.train.compile
+    has_no_compiler = "compiling" in devices.LACKS[devices.kind(device)]
+    never_compiled = compile == "auto" and (has_no_compiler or config.adapter.dropout > 0)
+    return config.with_values(
+        {
+            "model": {"precision": next(word for word, known in devices.DTYPES.items() if known == dtype)},
+            "optimizer": {"name": devices.best_optimizer(device) if name == "auto" else name},
+            "train": {"compile": False if never_compiled else compile},
+        }
+    )
+
+
+def _load(config: Config, facts: BaseFacts, device: torch.device, dtype: torch.dtype, report: Report) -> Family:
+    kind = decide.described(config, facts)
+    report.event("base", f"base {kind}, in {dtype} on {device}".replace("torch.", ""))
+    is_aside = bool(config.memory.denoiser_aside)
+    family = loading.load(config.model, device=device, dtype=dtype, base=facts, is_denoiser_aside=is_aside)
+    if config.objective.zero_terminal_snr:
+        family.schedule = family.schedule.rescaled_to_zero_terminal_snr()
+    return family
+
+
+@contextmanager
+def _opened(config: Config, inputs: decide.Inputs, accelerator: Accelerator) -> Iterator[Run]:
+    """The run folder, locked by the main process; what goes wrong while it is open is told plainly."""
+    folder = decide.run_folder(config)
+    given = inputs.identity()
+    run = Run.open(folder, config, given, inputs.to_pin()) if accelerator.is_main_process else Run(folder)
+    try:
+        with _told_plainly(config, inputs, accelerator):
+            _require_one_run(accelerator, identity.digest(config, given))
+            yield run
+    except DiskError:
+        if accelerator.is_main_process:
+            run.require_taken()  # else it was another process that removed what was half written
+        raise
+    finally:
+        run.close()
+
+
+def _require_one_run(accelerator: Accelerator, digest: str) -> None:
+    """Raises ConfigError where this process would train something else than the main one: each looks for itself, and a
+    picture, or the newest commit of a base, may have changed between two looks."""
+    if accelerator.num_processes == 1:
+        return
+    own = torch.tensor([float(int(digest[i : i + 4], 16)) for i in range(0, len(digest), 4)], device=accelerator.device)
+    main = accelerator.reduce(own if accelerator.is_main_process else torch.zeros_like(own), "sum")
+    if not torch.equal(main, own):
+        raise ConfigError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} reads other pictures, captions or "
+            "files of the base than the first; start them again together."
+        )
+
+
+@contextmanager
+def _told_plainly(config: Config, inputs: decide.Inputs, accelerator: Accelerator) -> Iterator[None]:
+    """Turn what torch raises when memory or another process is gone into errors that say what to do."""
+    try:
+        yield
+    except LoraBoothError:
+        raise
+    except Exception as error:
+        if lacks_memory(error):
+            raise DeviceMemoryError(decide.memory_advice(config, inputs.facts)) from error
+        is_lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if accelerator.num_processes == 1 or not is_lost:
+            raise
+        raise ProcessLostError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} lost another one, whose own output "
+            "says why it ended; every checkpoint so far is good, and the same command goes on from the last."
+        ) from error
+
+
+def _prepared(
+    config: Config, family: Family, inputs: decide.Inputs, run: Run, accelerator: Accelerator, **listeners: Any
+) -> prepare.Prepared:
+    """What is computed once: the main process fills the caches, the others find them full."""
+    with accelerator.main_process_first():
+        together = run.stored()["pinned"].get("class_images_together")
+        prepared = prepare.prepare(config, family, inputs.pictures, together=together, **listeners)
+        if accelerator.is_main_process:
+            run.pin("class_images_together", prepared.drawn_together)
+    return prepared
+
+
+def _adapt(
+    config: Config, family: Family, inputs: decide.Inputs
+) -> tuple[dict[str, nn.Module], dict[str, list[nn.Parameter]]]:
+    """Inject the adapter, and set how the denoiser computes."""
+    adapted: dict[str, nn.Module] = {"unet": family.denoiser}
+    used: dict[str, int] = {}
+    if config.adapter.text_encoder:
+        adapted |= family.text_encoders()
+        used = family.num_used_text_layers
+    parameters = inject.inject_(adapted, config.adapter, seed=config.train.seed, num_used_text_layers=used)
+    if config.adapter.continue_from is not None:
+        if decide.continued_adapter(config) != inputs.continued:
+            raise ModelError(
+                f"adapter.continue_from {config.adapter.continue_from} has changed since this run looked at it; run "
+                "the same command again."
+            )
+        inject.load_into_(adapted, storage.read(config.adapter.continue_from))
+    family.prepare_denoiser_(
+        gradient_checkpointing=config.train.gradient_checkpointing or 0.0,
+        attention=config.model.attention,
+        is_offloading=bool(config.memory.offload_activations),
+    )
+    if config.train.compile is True:
+        family.compile_denoiser_()
+    return adapted, parameters
+
+
+def _optimizer(
+    config: Config, parameters: Mapping[str, Sequence[nn.Parameter]], device: torch.device, report: Report
+) -> tuple[list[Flat], torch.optim.Optimizer]:
+    """What is updated, and the optimizer with a group for each component, whose learning rate is told to the user."""
+    trained, groups = [], []
+    for component, parts in parameters.items():
+        is_text = component != "unet"
+        rate = config.optimizer.text_encoder_learning_rate if is_text else config.optimizer.learning_rate
+        flats = optimizers.flatten(parts, config.optimizer, device_type=device.type)
+        trained += flats
+        groups.append({"params": [flat.vector for flat in flats], "lr": rate, "base_lr": rate})
+        count = sum(part.numel() for part in parts)
+        report.event("adapter", f"adapter on {component}: {count:,} parameters, learning rate {rate:g}")
+    return trained, optimizers.make(groups, config.optimizer, device_type=device.type)
+
+
+def _checkpoint_bytes(parameters: Mapping[str, Sequence[nn.Parameter]]) -> int:
+    return inject.num_parameters(parameters) * BYTES_PER_PARAMETER
+
+
+def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
+    """Export the adapter, draw before and after, and write the summary, which marks the run as finished."""
+    loop.set_training_(s, False)
+    if s.accelerator.is_main_process:
+        weights, weight_of = inject.collect(s.adapted), partial(inject.base_weight, s.adapted)
+        forms = delivery.forms(s.config.export.formats, weights, weight_of, s.report)
+        s.run.require_taken()
+        delivery.write_files(_delivery(s), forms, Silent())  # before the pictures, which may fail
+    comparison, cover = _draw_before_and_after(s)
+    paths: dict[str, Path] = {}
+    if s.accelerator.is_main_process:
+        s.run.require_taken()
+        paths = delivery.write_files(_delivery(s, cover), forms, s.report)
+        if "kohya" in paths and s.config.model.base != "booth-mini":  # no program but this one draws with the miniature
+            delivery.tell_use(paths["kohya"], "kohya", _delivery(s), s.report)
+    stopwatch.lap("files and pictures")
+    steps = s.config.train.steps
+    assert steps is not None, "config is not resolved"
+    validation_loss = s.run.validation_losses()[steps]
+    assert validation_loss is not None, "every save measures it"
+    summary = Summary(
+        folder=str(s.run.folder),
+        files={name: str(path) for name, path in paths.items()},
+        before_and_after=None if comparison is None else str(comparison),
+        steps=steps,
+        seconds=sum(stopwatch.seconds_of.values()),
+        peak_gib=devices.peak_gib(s.accelerator.device) or systems.peak_memory_bytes() / 2**30,
+        num_parameters=sum(parameter.numel() for parameter in s.parameters),
+        validation_loss=validation_loss,
+        seconds_of=stopwatch.seconds_of,
+        best_step=s.run.best_step(),
+    )
+    if s.accelerator.is_main_process:
+        s.run.finish(summary)
+    s.accelerator.end_training()
+    return summary
+
+
+def _delivery(s: loop.Session, cover: Image.Image | None = None) -> delivery.Delivery:
+    config = s.config
+    return delivery.Delivery(
+        folder=s.run.folder,
+        name=config.name,
+        family=s.family.name,
+        header=storage.metadata(_facts(s)),
+        dtype=config.export.dtype,
+        trigger=storage.trigger_words(config),
+        cover=cover if config.export.cover else None,
+    )
+
+
+def _facts(s: loop.Session) -> storage.Facts:
+    order, config = s.prepared.order, s.config
+    buckets: dict[tuple[int, int], int] = {}
+    pictures = order.instances[: len(order.instances) // (2 if config.data.flip else 1)]  # then come the mirrored ones
+    for item in pictures:
+        size = (item.geometry[5], item.geometry[4])
+        buckets[size] = buckets.get(size, 0) + 1
+    assert config.train.steps is not None, "config is not resolved"
+    return kept.facts_of(config, s.run.stored(), config.train.steps, buckets)
+
+
+def _draw_before_and_after(s: loop.Session) -> tuple[Path | None, Image.Image | None]:
+    """The preview prompts without and with the adapter, side by side (main process); the file and the first "with"."""
+    if not s.config.preview.images_per_prompt or not s.accelerator.is_main_process:
+        return None, None
+    path = s.run.folder / "before_after.png"
+    with inject.disabled(s.adapted):
+        before = loop.draw_rows(s)
+    after = loop.draw_rows(s)
+    rows = preview.before_and_after(before, after)
+    title = f"{s.config.name}: {s.config.train.steps} steps"
+    columns = ("before", "after") * s.config.preview.images_per_prompt
+    s.run.write_picture(path, labelled_grid(rows, title=title, columns=columns))
+    return path, after[0][1][0]
