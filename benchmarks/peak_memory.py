@@ -28,7 +28,7 @@ from benchmarks import record
 from benchmarks.bases import noise_pictures, random_base
 from lora_booth.adapter import inject
 from lora_booth.config import presets
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.models import loading
 from lora_booth.planning import memory, trial
 from lora_booth.planning.tracing import held_bytes, tensors_of

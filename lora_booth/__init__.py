@@ -15,14 +15,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_booth.config.settings import Config
+    from lora_booth.config.config import Config
     from lora_booth.config.toml import load as load_config
     from lora_booth.errors import LoraBoothError
     from lora_booth.run.folder import Summary
+    from lora_booth.run.versions import VERSION as __version__
     from lora_booth.verbs.generate import generate
     from lora_booth.verbs.train import train
 
-__version__ = "0.1.0"
 __all__ = ["Config", "LoraBoothError", "Summary", "__version__", "generate", "load_config", "train"]
 
 _HOMES = {
@@ -32,6 +32,7 @@ _HOMES = {
     "generate": ("verbs.generate", "generate"),
     "load_config": ("config.toml", "load"),
     "train": ("verbs.train", "train"),
+    "__version__": ("run.versions", "VERSION"),
 }
 
 

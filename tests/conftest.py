@@ -15,8 +15,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
-from lora_booth.config.settings import Config
-from tests import tiny
+from lora_booth.config.config import Config
+from tests.support import tiny
 
 CRASH_REPORTS = Path(tempfile.mkdtemp(prefix="lora-booth-reports-"))
 os.environ["LORA_BOOTH_REPORTS"] = str(CRASH_REPORTS)

@@ -1,4 +1,6 @@
-"""Several adapters as one LoRA, layer by layer; a layer that an adapter lacks counts as no change.
+"""Several adapters made one, layer by layer.
+
+A layer that an adapter lacks counts as no change.
 
 | method | the combined change of a layer | rank |
 |---|---|---|

@@ -1,4 +1,6 @@
-"""From a change of a weight to its best low-rank form, and from one rank to another (singular values).
+"""From a change of a weight to its best low-rank form, by singular values.
+
+Also from one rank to another.
 
 The best form of rank r, in the Frobenius norm, keeps the r largest singular values; its error is the root of the sum of
 the squares of the others (Eckart and Young 1936).

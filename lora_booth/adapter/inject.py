@@ -1,7 +1,10 @@
 """Putting low-rank adapters into modules with PEFT, and taking their numbers out again.
 
 What lives here: which layers a target preset means, injection, initial values, strength. What does not: files
-(`export/`), which modules a base has and how many layers of a text encoder it reads (`families/`, passed in).
+(`files/`), which modules a base has and how many layers of a text encoder it reads (`models/families/`, passed in).
+
+Adapters are float32 inside a base of any type, without autocast. PEFT's injection takes the base's type, in which
+AdamW's updates of bf16 parameters are rounded away; `inject_` casts back, and a test compares the two displacements.
 
 Words: a *component* is a module's name in the pipeline ("unet", "text_encoder", "text_encoder_2"); *strength* is the
 factor a user puts on a whole adapter, on top of each layer's *scale* = alpha / rank.

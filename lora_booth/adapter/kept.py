@@ -14,7 +14,7 @@ from lora_booth.adapter.files import storage
 from lora_booth.adapter.numbers import weights_of
 from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config import inputs, toml
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.run import checkpoints, identity
 from lora_booth.run.folder import Run
@@ -88,7 +88,7 @@ def _step(wanted: str, losses: Mapping[int, float | None], best: int | None, fol
         raise ConfigError(f"run folder {folder} keeps no checkpoint yet; train first.")
     named = {"last": max(losses), "best": best}
     number = named[wanted] if wanted in named else int(wanted) if re.fullmatch("[0-9]{1,9}", wanted) else None
-    if number not in losses:
+    if number is None or number not in losses:
         kept = ", ".join(map(str, losses))
         raise ConfigError(
             f"--step {inputs.shown(wanted)}: run folder {folder} keeps the steps {kept}; name one, or best or last."

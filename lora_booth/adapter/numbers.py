@@ -1,4 +1,7 @@
-"""Rank and alpha of each adapted layer by the patterns of the config, and an adapter from a checkpoint's tensors."""
+"""Rank and alpha of each adapted layer, by the patterns of the config.
+
+Also the adapter that a checkpoint's tensors are.
+"""
 
 from __future__ import annotations
 

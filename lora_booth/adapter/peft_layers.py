@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers, computed in the base's number type and with fewer passes over their outputs.
+"""PEFT's LoRA layers, computed in the base's number type with fewer passes.
 
 What lives here: the forward pass of one plain adapter in a linear layer or 2-D convolution. What does not: everything
 else about such a layer (names, scale, merging, DoRA, several adapters), which stays PEFT's.

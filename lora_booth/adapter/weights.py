@@ -1,4 +1,6 @@
-"""An adapter as plain numbers, free of PEFT and of any file format: what exporting, merging and inspecting work on.
+"""An adapter as plain numbers, free of PEFT and of any file format.
+
+Exporting, merging and inspecting work on it.
 
 Words: `down` is what PEFT calls lora_A, `up` what it calls lora_B. A *module path* here never begins with
 `text_model.`: transformers 5.6 dropped that level from `CLIPTextModel` but not from `CLIPTextModelWithProjection`, so

@@ -1,4 +1,7 @@
-"""The commands that work on adapter files: inspect, export, merge, resize, extract. `app.py` hangs them on its app."""
+"""The commands for adapter files: inspect, export, merge, resize, extract.
+
+`app.py` hangs them on its app.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +59,10 @@ def export(
     lora-booth export runs/sks_dog/sks_dog_diffusers.safetensors --out for_comfyui --format kohya
     lora-booth export runs/sks_dog --step best
     """
-    from lora_booth.adapter.delivery import convert
+    from lora_booth.verbs.export import export as verb
 
     with _listening(as_json, quiet) as report:
-        convert(
+        verb(
             file=file,
             out=out,
             formats=format or ("kohya", "diffusers"),
@@ -100,12 +103,12 @@ def merge(
     lora-booth merge dog.safetensors:0.8 style.safetensors --base model.safetensors --out merged.safetensors
     lora-booth merge dog.safetensors style.safetensors:0.5 --out both.safetensors
     """
+    from lora_booth.cli.parsing import parse_adapter
     from lora_booth.errors import ConfigError
     from lora_booth.verbs import merge as verb
-    from lora_booth.verbs.generate import parse_adapter
 
     adapters = [parse_adapter(text) for text in adapter]
-    choices = {
+    choices: dict[str, Any] = {
         "method": method,
         "rank": rank,
         "density": density,

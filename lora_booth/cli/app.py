@@ -1,4 +1,7 @@
-"""The command line: one command per verb, each a thin door. Nothing heavy is imported before it is needed."""
+"""The command line: one command for each verb.
+
+Each is a thin door; nothing heavy is imported before it is needed.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_booth.cli import adapters
+from lora_booth.cli import adapters, parsing
 from lora_booth.cli.adapters import Json, LeaveOut, Quiet
 from lora_booth.run import systems
 
 if TYPE_CHECKING:
-    from lora_booth.config.settings import Config
+    from lora_booth.config.config import Config
     from lora_booth.run.folder import Summary
 
 EXIT_CODES = """Exit codes: 0 done, 1 a fault of lora_booth, of which it writes a report, 2 wrong command or config,
@@ -152,7 +155,7 @@ def plan(
 ) -> None:
     """Decide and show what `train` would do with the same arguments; run nothing."""
     from lora_booth.models import cards
-    from lora_booth.planning import decide as verb
+    from lora_booth.verbs import plan as verb
 
     config = _config(settings, subject, class_noun, token, base, vram, out)
     with _listening(as_json, False) as report:
@@ -196,10 +199,10 @@ def generate(
         verb.generate(
             base=base,
             prompts=prompt,
-            adapters=[verb.parse_adapter(text) for text in adapter or []],
-            strengths=verb.parse_strengths(strengths),
+            adapters=[parsing.parse_adapter(text) for text in adapter or []],
+            strengths=parsing.parse_strengths(strengths),
             picture=verb.PictureSettings(
-                negative, seed, sampler, steps, guidance, verb.parse_size(size), vram, at_once, tiled, aside
+                negative, seed, sampler, steps, guidance, parsing.parse_size(size), vram, at_once, tiled, aside
             ),
             device=device,
             leave_out=adapters.words(leave_out),
@@ -231,7 +234,7 @@ def config(
     import json
 
     from lora_booth.config import toml
-    from lora_booth.config.settings import Config
+    from lora_booth.config.config import Config
 
     if schema:
         print(json.dumps(Config.model_json_schema(), indent=2))

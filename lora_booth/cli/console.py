@@ -1,4 +1,4 @@
-"""What a run looks like from outside: a live line on a terminal, plain lines in a log, JSON for programs, or nothing.
+"""What a run looks like: a live line, plain lines, JSON, or nothing.
 
 Events and warnings go to standard output as permanent lines; progress is one line that is written over (terminal) or
 repeated now and then (log).

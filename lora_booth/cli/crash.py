@@ -1,4 +1,4 @@
-"""What nobody foresaw: one sentence for the user, and the file of a report for those who can mend it.
+"""What nobody foresaw: one sentence for the user, a report for the developers.
 
 The report holds versions, the command and the traceback. It names no path of the user's but those of the command: where
 programs, the home and the current folder lie is cut off. It is written whole or not at all, and replaces nothing.

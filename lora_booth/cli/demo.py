@@ -1,11 +1,14 @@
-"""The main job on the embedded base and subject, for a first look without a GPU, a hub or a gigabyte to download."""
+"""Training on the embedded base and subject, for a first look.
+
+It needs no GPU, no hub and no gigabyte to download.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lora_booth.config import presets, toml
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.run.report import Report
 
 MASCOT = Path(__file__).parents[1] / "assets" / "mascot"

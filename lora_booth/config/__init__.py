@@ -1,1 +1,1 @@
-"""Settings: declared, checked, read from TOML and the command line, shipped as presets. Neither torch nor runs."""
+"""Settings: declared, checked, read, shipped as presets. Neither torch nor runs."""

@@ -1,16 +1,87 @@
-"""Faults that lie between settings, each fine by itself: what `config.Config` checks once its sections are whole."""
+"""All settings of a run as one model, and contradictions between them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
 
 from lora_booth.config import inputs, names
 from lora_booth.config.inputs import shown
 from lora_booth.config.patterns import why_no_pattern
-from lora_booth.config.settings import TARGET_PRESETS, AdapterConfig, Config
+from lora_booth.config.settings import (
+    TARGET_PRESETS,
+    AdapterConfig,
+    DataConfig,
+    ExportConfig,
+    MemoryConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PreviewConfig,
+    PriorConfig,
+    RunConfig,
+    Section,
+    SubjectConfig,
+    TrainConfig,
+)
 from lora_booth.errors import ConfigError
+
+
+class Config(Section):
+    """All settings of one run."""
+
+    model: ModelConfig
+    subject: SubjectConfig
+    data: DataConfig = DataConfig()
+    prior: PriorConfig = PriorConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    preview: PreviewConfig = PreviewConfig()
+    export: ExportConfig = ExportConfig()
+    memory: MemoryConfig = MemoryConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> Config:
+        faults = contradictions(self)
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @property
+    def has_prior(self) -> bool:
+        """True when the class term is part of the objective."""
+        return self.prior.loss_weight > 0
+
+    @property
+    def name(self) -> str:
+        """File-name-safe name of the result: `export.name`, else token and class noun."""
+        if self.export.name is not None:
+            return self.export.name
+        words = f"{self.subject.token}_{self.subject.class_noun}"
+        return "".join(c if c.isalnum() or c in "-_" else "_" for c in words)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: `run.folder`, or runs/<name> in the current folder."""
+        return self.run.folder or Path("runs") / self.name
+
+    def fill(self, template: str) -> str:
+        """`template` with the slots {token} and {class} replaced."""
+        return template.replace("{token}", self.subject.token).replace("{class}", self.subject.class_noun)
+
+    def with_values(self, values: Mapping[str, Mapping[str, Any]]) -> Config:
+        """A copy with `values[section][key]` set and every check made again."""
+        data = self.model_dump()
+        for section, pairs in values.items():
+            data[section].update(pairs)
+        return Config.model_validate(data)
 
 
 def contradictions(config: Config) -> list[str]:

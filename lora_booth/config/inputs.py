@@ -1,4 +1,6 @@
-"""Where what a user gives enters: words, paths and small files of any shape. What comes out is safe to work with.
+"""Where user input enters: words, paths and small files of any shape.
+
+What comes out is safe to work with.
 
 What lives here: whether a word can be a word, whether a path is a plain file that can be read at all, and reading small
 files whole, within a bound. What does not: what the words and files mean.

@@ -1,4 +1,4 @@
-"""Regular expressions that a user or a config brings, matched against the names of layers in bounded time.
+"""A user's regular expressions, matched against layer names in bounded time.
 
 Python's `re` goes back and tries again: `(a+)+b` on thirty letters takes minutes. RE2 (github.com/google/re2) reads a
 text once, whatever the pattern, and bounds the memory of one, so nothing here needs a clock. What it cannot do, look

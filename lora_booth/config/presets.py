@@ -1,4 +1,7 @@
-"""The complete config files that ship with the package, and which of them a short command line starts from."""
+"""The complete config files that ship with the package.
+
+Also which of them a short command line starts from.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every setting of a run: one frozen model per TOML section, and every check that needs no file and no model.
+"""Every setting of a run, with its range, default and reason.
+
+One frozen model for each TOML section, and every check that needs no file and no model.
 
 What lives here: names, types, ranges, defaults with their reason. What does not: contradictions between settings
 (`config.py`), reading files (`toml.py`) and values that depend on the base model or the pictures; those
@@ -13,9 +15,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 BASE_ALIASES = {
     "booth-mini": (),
@@ -347,53 +349,3 @@ class RunConfig(Section):
     trackers: Annotated[tuple[Literal["tensorboard"], ...], Field(strict=False)] = Field(
         (), description="Besides metrics.jsonl. tensorboard needs lora-booth[tracking]."
     )
-
-
-class Config(Section):
-    """All settings of one run."""
-
-    model: ModelConfig
-    subject: SubjectConfig
-    data: DataConfig = DataConfig()
-    prior: PriorConfig = PriorConfig()
-    adapter: AdapterConfig = AdapterConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig = TrainConfig()
-    preview: PreviewConfig = PreviewConfig()
-    export: ExportConfig = ExportConfig()
-    memory: MemoryConfig = MemoryConfig()
-    run: RunConfig = RunConfig()
-
-    @model_validator(mode="after")
-    def _contradictions(self) -> Config:
-        from lora_booth.config.config import contradictions
-
-        faults = contradictions(self)
-        if faults:
-            raise ValueError("\n".join(faults))
-        return self
-
-    @property
-    def has_prior(self) -> bool:
-        """True when the class term is part of the objective."""
-        return self.prior.loss_weight > 0
-
-    @property
-    def name(self) -> str:
-        """File-name-safe name of the result: `export.name`, else token and class noun."""
-        if self.export.name is not None:
-            return self.export.name
-        words = f"{self.subject.token}_{self.subject.class_noun}"
-        return "".join(c if c.isalnum() or c in "-_" else "_" for c in words)
-
-    def fill(self, template: str) -> str:
-        """`template` with the slots {token} and {class} replaced."""
-        return template.replace("{token}", self.subject.token).replace("{class}", self.subject.class_noun)
-
-    def with_values(self, values: dict[str, dict[str, Any]]) -> Config:
-        """A copy with `values[section][key]` set and every check made again."""
-        data = self.model_dump()
-        for section, pairs in values.items():
-            data[section].update(pairs)
-        return Config.model_validate(data)

@@ -1,4 +1,4 @@
-"""Reading and writing configs: TOML file plus `section.key=value` overrides in, `Config` or one error out."""
+"""Configs read and written: a TOML file and `section.key=value` in, a `Config` out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_booth.config import inputs
-from lora_booth.config.settings import BASE_ALIASES, Config, ModelConfig, Precision
+from lora_booth.config.config import Config
+from lora_booth.config.settings import BASE_ALIASES, ModelConfig, Precision
 from lora_booth.errors import ConfigError
 
 Values = dict[str, Any]

@@ -1,4 +1,4 @@
-"""From a file's bytes to an upright RGB picture, whatever kind of JPEG, PNG, WebP, AVIF or HEIC it is.
+"""From a file's bytes to an upright RGB picture, whatever its format.
 
 Words: a file is *unusable* for a reason, which is written as the rest of a sentence that begins with the file's name.
 Only the formats named here are ever tried (Pillow knows 43 more), and only as much as a whole picture needs is read.

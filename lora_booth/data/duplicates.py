@@ -1,4 +1,7 @@
-"""Which pictures look almost like an earlier one: a difference hash, held against the colours themselves."""
+"""Which pictures look almost like an earlier one.
+
+A difference hash is held against the colours themselves.
+"""
 
 from __future__ import annotations
 

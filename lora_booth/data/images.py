@@ -1,4 +1,6 @@
-"""The user's pictures: finding them, telling what is wrong with them, and cutting one to pixels. Nothing is written.
+"""The user's pictures: found, checked, and cut to pixels.
+
+Nothing is written.
 
 What lives here: folders, captions, faults. What does not: file formats and colours (`decode.py`), decoding within
 limits (`worker.py`), which size a picture is trained at (`buckets.py`), and torch: a fault in the data is told before

@@ -1,4 +1,7 @@
-"""The pictures of one run: which folders are read, how pictures are cut, which prompts are asked for. No torch."""
+"""The pictures of one run: their folders, how they are cut, and their prompts.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_booth.config.config import slot_faults
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config, slot_faults
 from lora_booth.data import images
 from lora_booth.data.buckets import Crop, assign, buckets
 from lora_booth.data.images import Found, Picture, shown

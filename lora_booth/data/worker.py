@@ -1,4 +1,6 @@
-"""Decoding in a process of its own, bounded in time and memory: a hostile picture costs seconds, never the run.
+"""Decoding in a process of its own, bounded in time and memory.
+
+A hostile picture costs seconds, never the run.
 
 What lives here: that process, how it is asked, and what it does with one file. What does not: formats and colours
 (`decode.py`). A decoder that hangs, crashes or asks for too much makes its file unusable, and the next question gets a

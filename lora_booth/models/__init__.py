@@ -1,1 +1,1 @@
-"""Bases and their architectures: how they are found, loaded and drawn with, on which device. No training."""
+"""Bases and their architectures: found, loaded, drawn with. No training."""

@@ -1,4 +1,4 @@
-"""Graphics cards by name: how fast they compute and move bytes at their peak, and their memory.
+"""Graphics cards by name: their peak rates and their memory.
 
 What lives here: data. What does not: what a run asks of a card (`tracing.Work`).
 """

@@ -1,4 +1,6 @@
-"""The devices that a run may compute on: what each can do, what it says of itself, and how tensors get there and back.
+"""The devices that a run may compute on, and what each can do.
+
+Also what a device says of itself, and how tensors get there and back.
 
 What lives here: the table `LACKS`, and every question to torch about a device. What does not: which device a process of
 several gets (accelerate, in `verbs/train.py`), how fast cards are (`cards.py`). ROCm is a kind of its own here, though
@@ -16,8 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lora_booth.config.config import Config
 from lora_booth.config.inputs import shown
-from lora_booth.config.settings import Config, Precision
+from lora_booth.config.settings import Precision
 from lora_booth.errors import ConfigError
 from lora_booth.models import cards
 from lora_booth.models.cards import Card

@@ -1,4 +1,4 @@
-"""Model families: the only rooms that know an architecture. `load` picks the one a base belongs to."""
+"""From the name of a base to its facts, or to its loaded family."""
 
 from __future__ import annotations
 

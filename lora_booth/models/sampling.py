@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_booth.errors import NumericError, lacks_memory
 from lora_booth.models import devices
 from lora_booth.models.families.family import Conditioning, Family
-from lora_booth.training.objective import generator_for
+from lora_booth.run.randomness import generator_for
 
 PICTURES_AT_ONCE = 4
 """Pictures that are denoised together where nobody says how many; large ones are decoded one by one

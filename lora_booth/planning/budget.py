@@ -1,7 +1,15 @@
-"""Staying within a memory budget: the fastest way to compute a run that fits, and what else could be changed.
+"""The fastest way to compute a run that fits a memory budget.
+
+Also what else could be changed.
 
 Words: a *way* changes how a run is computed and leaves its result as it is; a *lever* is any change that makes a
 training step smaller, with its price. What a way needs is traced by `memory.py`.
+
+The order of ways: the least share of blocks that compute their activations again with which anything fits; with it the
+most rows of a pass. Only then do inputs of those blocks move to main memory. By count SDXL at 1024 px would move
+5.4 GiB there and back for each row, 0.4 s over PCIe 4.0; computing them again is 5.2 TFLOP, 0.03 s on an RTX 4090 and
+0.2 s on an RTX 3060 at their peaks. The inputs that are left are a tenth of that. The denoiser leaves the card before
+pictures are decoded in tiles: tiles change tones a little, so they are for looking and never for training.
 """
 
 from __future__ import annotations
@@ -11,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.data.buckets import Bucket
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.planning.memory import OUTSIDE_GIB, Modules, Phase, rows_per_pass
@@ -145,7 +153,7 @@ def savings(config: Config, facts: BaseFacts, *, bucket: Bucket | None = None) -
     modules, found = Modules.of(config, facts), []
     before = modules.step(config, bucket).gib
     for lever in levers(config):
-        config = config.with_values({section: dict(pairs) for section, pairs in lever.changes.items()})
+        config = config.with_values(lever.changes)
         if lever.changes.keys() & {"adapter", "model"}:
             modules = Modules.of(config, facts)
         after = modules.step(config, None if "data" in lever.changes else bucket).gib

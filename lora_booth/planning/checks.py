@@ -1,4 +1,4 @@
-"""What can be wrong between a run's settings and its base, found on modules without weights before anything runs.
+"""What can be wrong between settings and base, found on modules without weights.
 
 What lives here: words that the text encoder cannot see, an adapter that is continued and does not fit, an optimizer
 that cannot be made. What does not: contradictions between settings (`config/config.py`), targets and patterns
@@ -12,8 +12,8 @@ import torch
 from lora_booth.adapter import inject
 from lora_booth.adapter.files import storage
 from lora_booth.adapter.files.family import family_of
+from lora_booth.config.config import Config
 from lora_booth.config.inputs import shown
-from lora_booth.config.settings import Config
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.planning.memory import Modules
 from lora_booth.training import optimizers

@@ -1,4 +1,6 @@
-"""How long a run takes a card at its peak rates: the work of its passes, as often as they come.
+"""How long a run takes a card at its peak rates.
+
+It is the work of its passes, as often as they come.
 
 The passes are those whose memory is predicted, so what counts one counts the other (`memory.py`). No run reaches the
 peak rates, and starting operations takes time too; so a prediction is the least that a run can take.
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.data.buckets import Bucket
 from lora_booth.data.subject import Pictures
 from lora_booth.models.cards import Card

@@ -1,8 +1,13 @@
-"""How much device memory a run takes, part by part, and how much work: its real step, traced on tensors without data.
+"""How much device memory and work a run takes, by tracing its real step.
+
+The step is traced on tensors without data, part by part.
 
 The base's modules are built on the meta device from its configs, the real adapter is put in, and the real forward, loss
 and backward run through them while every storage is counted from its birth to its death. That needs neither weights nor
 a GPU, and seconds.
+
+A change of the layer or the loss so changes the prediction with it. Attention alone is replaced, by what the fused
+kernels allocate. What a trace cannot see (the context, cuDNN, the allocator's gaps) is one stated constant.
 
 Words: a *part* is what some of the memory is for; a *phase* is a stretch of the run with its own parts. Totals are what
 `torch.cuda.max_memory_allocated` counts; `OUTSIDE_GIB` comes on top of them. Not counted: cuDNN's workspaces, and what
@@ -14,13 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_booth.adapter import inject
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.data.buckets import Bucket
 from lora_booth.models import loading
 from lora_booth.models.bases.identify import BaseFacts
@@ -30,12 +35,11 @@ from lora_booth.models.families.family import Family
 from lora_booth.models.families.quantize import saved_bytes
 from lora_booth.models.families.vae import Vae
 from lora_booth.models.sampling import PICTURES_AT_ONCE
+from lora_booth.planning import optimizer_states
 from lora_booth.planning.tracing import LiveBytes, Work, fused_attention, held_bytes, tensors_of
-from lora_booth.planning.trial import StepTrace, make_batch, trace_step
-from lora_booth.training import optimizers
 from lora_booth.training.batch import Batch, sample_losses
 from lora_booth.training.class_images import most_together
-from lora_booth.training.objective import objective_for
+from lora_booth.training.objective import Draws, Objective, objective_for
 from lora_booth.training.order import VALIDATION_QUANTILES
 
 GIB = 2**30
@@ -117,12 +121,12 @@ class Modules:
         assert parts.vae is not None, "all parts were asked for"
         is_text_trained = config.adapter.text_encoder
         adapted = {"unet": parts.unet} | (parts.text_encoders if is_text_trained else {})
-        sizes = [_stored_bytes(of.values(), config) for of in (adapted, parts.text_encoders)]
+        base_bytes, text_bytes = (_stored_bytes(of.values(), config) for of in (adapted, parts.text_encoders))
         used = family.num_used_text_layers if is_text_trained else {}
         groups = inject.inject_(adapted, config.adapter, num_used_text_layers=used)
         parameters = [parameter for group in groups.values() for parameter in group]
-        modules = (family, parts.vae, parts.text_encoders, adapted)
-        return Modules(*modules, parameters, *sizes, facts.native_resolution, {})
+        modules = (family, parts.vae, parts.text_encoders, adapted, parameters)
+        return Modules(*modules, base_bytes, text_bytes, facts.native_resolution, {})
 
     def square(self, config: Config) -> Bucket:
         side = config.data.resolution or self.native_resolution
@@ -230,7 +234,7 @@ class Modules:
         key = ("optimizer", config.optimizer.name)
         if key not in self.traced:
             shapes = [parameter.shape for parameter in self.parameters]
-            self.traced[key] = optimizers.state_bytes(shapes, config.optimizer, device_type="cuda")
+            self.traced[key] = optimizer_states.state_bytes(shapes, config.optimizer, device_type="cuda")
         size: int = self.traced[key]
         return size
 
@@ -315,3 +319,39 @@ class Modules:
 
     def _tensors(self) -> list[Tensor]:
         return tensors_of([self.family.denoiser, self.vae.module, *self.text_encoders.values()])
+
+
+def make_batch(
+    family: Family, rows: int, shape: Sequence[int], *, is_text_trained: bool, device: torch.device
+) -> Batch:
+    """A batch in the shapes and types of a real one. `shape`: of one row's latents, `[C, h, w]`."""
+    latents, noise = (torch.zeros(rows, *shape, device=device) for _ in range(2))
+    timesteps = torch.full((rows,), len(family.schedule.alphas_cumprod) // 2, device=device)
+    draws = Draws(timesteps, noise, torch.zeros(rows, shape[0], 1, 1, device=device))
+    prompts = [""] * rows
+    with torch.no_grad():
+        conditioning = None if is_text_trained else family.encode_prompts(prompts)
+    return Batch(latents, draws, torch.ones(rows, 6, device=device), conditioning, prompts)
+
+
+class StepTrace(NamedTuple):
+    """Bytes at the fullest moment of one forward and backward, those of gradients and all others, and its work."""
+
+    gradients: int
+    others: int
+    work: Work
+
+
+def trace_step(
+    family: Family, objective: Objective, batch: Batch, parameters: Sequence[nn.Parameter], known: Sequence[Tensor]
+) -> StepTrace:
+    """What one forward and backward holds beyond `known`, and asks of a card.
+
+    Gradients that `parameters` hold already count as gradients. Attention is traced as the fused kernels allocate it.
+    """
+    held = [p.grad for p in parameters if p.grad is not None]
+    live = LiveBytes(batch.latents.device.type, [*known, *held, *batch.tensors])
+    with live, fused_attention(live.work):
+        sample_losses(family, objective, batch).sum().backward()
+    new = live.at_peak(p.grad for p in parameters if p.grad is not None)
+    return StepTrace(held_bytes(held) + new, live.peak - new, live.work)

@@ -1,5 +1,6 @@
-"""Counting the bytes of tensors from their birth to their death, and the work of operations, on any device, the meta
-device among them.
+"""Counting the bytes of living tensors and the work of operations, on any device.
+
+The meta device is one of them.
 
 What lives here: the counts, and attention as the fused CUDA kernels allocate it. What does not: what is run under the
 count (`memory.py`).
@@ -116,7 +117,8 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 _Like = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Shape, strides and type of a tensor on the meta device."""
-_KNOWN: dict[Hashable, tuple[_Like | None, ...] | Literal["the first input", "not kept"]] = {}
+_Kept = tuple[_Like | None, ...] | Literal["the first input", "not kept"]
+_KNOWN: dict[Hashable, _Kept] = {}
 MAX_KNOWN = 100_000
 """Kept results; a plan of SDXL needs some thousands."""
 
@@ -145,7 +147,9 @@ def _without_numbers(func: Any, args: Any, kwargs: Any) -> Any:
         if len(_KNOWN) >= MAX_KNOWN:
             _KNOWN.clear()
         inputs = [*_tensors_in(args), *_tensors_in(tuple(kwargs.values()))]
-        kept = _results(out, inputs) if _is_pure(func) else "the first input" if out is args[0] else None
+        kept: _Kept | None = _results(out, inputs) if _is_pure(func) else None
+        if not _is_pure(func) and out is args[0]:
+            kept = "the first input"
         _KNOWN[key] = kept or "not kept"
     return out
 
@@ -200,7 +204,7 @@ def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype)
     return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(TorchDispatchMode):
     """Counts the storages on one device that come out of operations inside, until they die, and the operations' work.
 
     `live` and `peak` are bytes beyond `known`, the tensors that were there before. A storage counts once, however many

@@ -1,1 +1,1 @@
-"""What makes a run survive: atomic files, its folder, checkpoints, the cache, signals, who listens. No models."""
+"""What makes a run survive: files, checkpoints, cache, signals. No models."""

@@ -19,15 +19,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lora_booth.data.buckets import Crop
 from lora_booth.errors import DiskError, NumericError
 from lora_booth.run import disk
 from lora_booth.run.cached import DIGEST, digest_and_words, with_words
-
-LATENTS_VERSION = 1
-"""Raise it when the way from a picture's bytes to the pixels that are encoded changes."""
-PROMPT_VERSION = 1
-"""Raise it when the way from a prompt to its conditioning changes."""
 
 MAX_FILE_BYTES = 2**30
 """Of a file of the cache; latents of 4096 px take 34 MB."""
@@ -38,17 +32,6 @@ ABANDONED_SECONDS = 24 * 3600.0
 def key(*parts: str | int | float | bool) -> str:
     """SHA-256, 64 hex digits, of `parts`: other values, other types, another order, another split: another key."""
     return hashlib.sha256(json.dumps(parts, allow_nan=False).encode()).hexdigest()
-
-
-def latent_key(fingerprint: str, picture_sha256: str, crop: Crop, *, dtype: torch.dtype, is_flipped: bool) -> str:
-    """Key of the latents of one picture, cut in one way, under the base with this fingerprint."""
-    window = (*crop.geometry, crop.resized_width_px, crop.resized_height_px)
-    return key("latents", LATENTS_VERSION, fingerprint, picture_sha256, *window, str(dtype), is_flipped)
-
-
-def prompt_key(fingerprint: str, prompt: str, *, dtype: torch.dtype) -> str:
-    """Key of the conditioning that the base with this fingerprint makes of `prompt`."""
-    return key("prompt", PROMPT_VERSION, fingerprint, prompt, str(dtype))
 
 
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:

@@ -1,4 +1,4 @@
-"""The cache folder as a whole: what lies in it, of which bases, which runs used it, and what may go.
+"""The cache folder as a whole: what lies in it, which runs used it, what may go.
 
 What lives here: listing, removing, and the limit, without torch. What does not: keys and the tensors themselves
 (`cache.py`). Nothing is ever wrong for being removed, at any moment: a run makes again what it misses. Removing only
@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from lora_booth.config import inputs
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.errors import DiskError, LoraBoothError
 from lora_booth.run import disk, headers
 

@@ -1,4 +1,6 @@
-"""One checkpoint on the disk: written whole or not at all, trusted only if nothing of it has changed since.
+"""One checkpoint on the disk: written whole or not at all.
+
+It is trusted only if nothing of it has changed since.
 
 It counts only with a manifest, written last, whose SHA-256 hold. No pickle: tensors are safetensors, the rest is JSON.
 """

@@ -1,4 +1,4 @@
-"""Writing files so that a crash at any moment leaves the old content or the new, never half of it.
+"""Files written so that a crash leaves the old content or the new, never half.
 
 What is promised when the power fails: on Linux what was written is there. Windows gives no handle of a folder to wait
 for, and keeps names in a journal, so the last names may be lost, with the old content under them; macOS waits for the

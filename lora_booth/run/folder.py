@@ -9,6 +9,9 @@ previews/step-000400.png
 summary.json           written once, when the run is finished
 ```
 
+A run writes into its folder through `Run`, which asks first whether the folder is there and still its own. A disk
+that is unmounted leaves an empty place; what would be written there would hide the run when it comes back.
+
 The newest checkpoint is the whole one with the highest step, whatever the clock said.
 """
 
@@ -31,7 +34,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from lora_booth.config import inputs, toml
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, DiskError
 from lora_booth.run import checkpoints, disk, identity
 from lora_booth.run.checkpoints import Checkpoint

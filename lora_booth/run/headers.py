@@ -1,4 +1,6 @@
-"""What stands at the beginning of a safetensors file: its tensors' names, types, shapes and places, and its metadata.
+"""What stands at the beginning of a safetensors file.
+
+Its tensors' names, types, shapes and places, and its metadata.
 
 What lives here: reading and checking it without torch, within a bound. What does not: the numbers themselves.
 Format: github.com/huggingface/safetensors, README, "Format".

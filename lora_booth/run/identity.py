@@ -1,4 +1,6 @@
-"""What the result of a run depends on: one list of it for resuming, for processes that share a run, and for the header.
+"""What the result of a run depends on, in one list.
+
+Resuming, processes that share a run, and the header use it.
 
 Words: *inputs* are digests of what the user gives besides settings, by group ("pictures", "captions" …) and name; a
 setting is *free* when it changes how a run is computed or kept, not what it computes; what is *pinned* was open when
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_booth.config import inputs
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, DiskError
 
 Inputs = Mapping[str, Mapping[str, str]]

@@ -1,4 +1,7 @@
-"""How verbs tell what they do, without knowing who listens: a terminal, a log, a program, or nobody."""
+"""How verbs tell what they do, without knowing who listens.
+
+A terminal, a log, a program, or nobody.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A safetensors file written again with some of its tensors changed, without ever holding it in memory.
+"""A safetensors file written again with some tensors changed, never held in memory.
 
 The new file has the same tensors, types, shapes and offsets; its data section is copied in pieces, and only changed
 tensors differ. Format: github.com/huggingface/safetensors, README, "Format".

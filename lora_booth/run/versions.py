@@ -1,4 +1,6 @@
-"""Which versions of which packages are installed, and which of them lora_booth asks for. None of them is imported.
+"""Which versions of packages are installed, and which ones are asked for.
+
+None of them is imported.
 
 What lives here: what the packages' own metadata says. What does not: whether they work (`verbs/doctor.py`).
 """
@@ -11,8 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import lora_booth
-
+VERSION = "0.1.0"
+"""Of lora_booth itself; pyproject.toml has the same."""
 CORE = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers")
 """Looked for even where lora_booth runs from a folder that was never installed, and nothing says what it needs."""
 FOR_DEVELOPERS = ("dev", "miniature")
@@ -37,7 +39,7 @@ class Need:
 
 def versions() -> dict[str, str]:
     """Name to version: lora-booth, python, platform, and each installed package that a run can depend on."""
-    found = {"lora-booth": lora_booth.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    found = {"lora-booth": VERSION, "python": platform.python_version(), "platform": platform.platform()}
     asked_for = [line for line in _requirements() if not set(_EXTRA.findall(line)) & set(FOR_DEVELOPERS)]
     names = dict.fromkeys([*CORE, *(name[0] for line in asked_for if (name := _NAME.match(line)))])
     return found | {name: text for name in names if (text := installed(name)) is not None}

@@ -1,7 +1,10 @@
-"""Class images: what the base draws of the class before it learns the subject, so that it does not forget it.
+"""Class images: what the base draws of the class before it learns the subject.
+
+Trained on beside the subject, they keep the base from forgetting the class.
 
 What is trained on are the latents as the solver left them. The picture of the same name beside them is to be looked at:
-nothing goes through the VAE twice.
+nothing goes through the VAE twice. Neither counts without the other, so what a run sees does not depend on what a cache
+has lost. Those of one prompt and size are always drawn in the same batches, because devices round by it.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_booth.config.settings import Config, PriorConfig
+from lora_booth.config.config import Config
+from lora_booth.config.settings import PriorConfig
 from lora_booth.data.buckets import Bucket
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.models.sampling import PICTURES_AT_ONCE, Sampling, decode, sample

@@ -1,8 +1,15 @@
-"""The training loop: `optimize` reads top to bottom as one step. What surrounds it is in `verbs/train.py`.
+"""The training loop: `optimize` reads top to bottom as one step.
+
+What surrounds it is in `verbs/train.py`.
 
 Words: a *step* is one optimizer update over the effective batch; a *micro-step* is one forward and backward pass of
 rows of one shape. The run is a pure function of (config, step): nothing in the loop depends on what ran before but the
 adapter and the optimizer.
+
+A step waits for the device once, for its losses and the norm of its gradient; until then the next inputs are on their
+way, from pinned memory. Processes add their gradients as one flat sum for each step, without a DDP wrapper: the loop
+stays readable, and short micro-batches cannot keep one process waiting for another. A picture on the way is drawn after
+its checkpoint is safe, and on resume if a kill came between the two.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ from torch import Tensor, nn
 
 from lora_booth.adapter import inject
 from lora_booth.adapter.weights import plain_path
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import NumericError
 from lora_booth.models import devices
@@ -30,11 +37,12 @@ from lora_booth.models.sampling import concatenate
 from lora_booth.run.checkpoints import Checkpoint
 from lora_booth.run.folder import Run
 from lora_booth.run.interrupts import StopRequest
+from lora_booth.run.randomness import generator_for
 from lora_booth.run.report import Report
 from lora_booth.training import optimizers, preview
 from lora_booth.training.batch import Batch, sample_losses
 from lora_booth.training.flat import Flat
-from lora_booth.training.objective import Draws, Objective, draw, generator_for
+from lora_booth.training.objective import Draws, Objective, draw
 from lora_booth.training.order import VALIDATION_ROWS, Item, Row, micro_batches, validation_levels
 from lora_booth.training.prepare import Prepared
 from lora_booth.training.watchdog import Watchdog
@@ -202,7 +210,7 @@ def _batch(s: Session, items: Sequence[Item], draws: Draws, latent_noise: Tensor
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
 def validation_loss(s: Session) -> float:
     """Mean loss over the held-out images (the instance images where there are none) at fixed noise levels.
 
@@ -370,7 +378,7 @@ def draw_preview(s: Session, done: int) -> None:
     s.accelerator.wait_for_everyone()
 
 
-@torch.compiler.set_stance("force_eager")
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
 def draw_rows(s: Session) -> preview.Rows:
     """Pictures of the preview prompts through the adapter as it is now."""
     set_training_(s, False)

@@ -1,4 +1,4 @@
-"""From clean latents to one loss per sample: noising, targets and weights of the denoising objective.
+"""From clean latents to one loss for each sample: noise, targets, weights.
 
 What lives here: equations. What does not: the denoiser (a `predict` function is passed in), sums over samples
 (`verbs/train.py`).
@@ -10,38 +10,18 @@ min-SNR (arXiv 2303.09556), zero terminal SNR (arXiv 2305.08891, algorithm 1).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_booth.config.settings import ObjectiveConfig
+from lora_booth.models.families.schedules import NoiseSchedule
+from lora_booth.run.randomness import generator_for
 
-PredictionType = Literal["epsilon", "v_prediction"]
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(noisy latents `[B, C, h, w]`, timesteps `[B]`) to prediction `[B, C, h, w]`."""
-
-
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """The base's noise levels. `alphas_cumprod`: float64 `[T]`, falling, on the CPU."""
-
-    alphas_cumprod: Tensor
-    prediction_type: PredictionType
-
-    @property
-    def has_zero_terminal_snr(self) -> bool:
-        """True when the last timestep is pure noise."""
-        return bool(self.alphas_cumprod[-1] < 1e-12)
-
-    def rescaled_to_zero_terminal_snr(self) -> NoiseSchedule:
-        """The schedule shifted and scaled so that SNR(T-1) = 0 and SNR(0) stays (arXiv 2305.08891, algorithm 1)."""
-        root = self.alphas_cumprod.sqrt()
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-        return NoiseSchedule(root**2, self.prediction_type)
 
 
 @dataclass(frozen=True)
@@ -52,12 +32,6 @@ class Draws:
     timesteps: Tensor
     noise: Tensor
     offsets: Tensor
-
-
-def generator_for(*words: int | str) -> torch.Generator:
-    """A CPU generator that depends on `words` alone, whatever ran before."""
-    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def draw(

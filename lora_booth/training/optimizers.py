@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,10 +12,8 @@ import torch
 
 from lora_booth.config.settings import OptimizerConfig
 from lora_booth.errors import ConfigError
-from lora_booth.planning.tracing import rounded
-from lora_booth.training.flat import Flat, aligned
+from lora_booth.training.flat import Flat
 
-SAMPLE_SIZE = 2**20
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -61,7 +58,7 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
 
 def flatten(parameters: Sequence[torch.nn.Parameter], config: OptimizerConfig, *, device_type: str) -> list[Flat]:
     """What the optimizer of `config` updates: all `parameters` as one vector, or each by itself where shapes matter."""
-    row = OPTIMIZERS[_name(config, device_type)]
+    row = OPTIMIZERS[chosen_name(config, device_type)]
     return [Flat(parameters)] if row.is_elementwise else [Flat([parameter]) for parameter in parameters]
 
 
@@ -70,7 +67,7 @@ def make(groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, device_ty
 
     Raises ConfigError when its package is not installed.
     """
-    name = _name(config, device_type)
+    name = chosen_name(config, device_type)
     row = OPTIMIZERS[name]
     try:
         cls: Callable[..., torch.optim.Optimizer] = getattr(importlib.import_module(row.module), row.class_name)
@@ -86,34 +83,8 @@ def make(groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, device_ty
     return cls(list(groups), **settings)
 
 
-def state_bytes(shapes: Iterable[Sequence[int]], config: OptimizerConfig, *, device_type: str) -> int:
-    """Bytes that the optimizer of `config` keeps on the device for float32 parameters of these shapes, flattened.
-
-    Found by really stepping it on the CPU: once for each different shape where shapes matter, else on a vector of
-    `SAMPLE_SIZE` numbers. Paged moments count as if none had moved to main memory. Raises as `make` does.
-    """
-    name = _name(config, device_type)
-    config = config.model_copy(update={"name": name.removeprefix("paged_")})
-    counts = Counter(map(tuple, shapes))
-    if OPTIMIZERS[name].is_elementwise:
-        total = sum(count * aligned(math.prod(shape)) for shape, count in counts.items())
-        return rounded(total * _state_bytes_of_one((SAMPLE_SIZE,), config) // SAMPLE_SIZE)
-    return sum(count * _state_bytes_of_one(shape, config) for shape, count in counts.items())
-
-
-def _state_bytes_of_one(shape: tuple[int, ...], config: OptimizerConfig) -> int:
-    """Of two alike parameters, what the second adds: tables that all share do not count."""
-    first, second = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
-    optimizer = make([{"params": [first, second], "lr": 1e-6}], config, device_type="cpu")
-    first.grad, second.grad = torch.ones(shape), torch.ones(shape)
-    set_mode_(optimizer, training=True)
-    optimizer.step()
-    states = ([t for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)] for p in (first, second))
-    shared, own = ({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors} for tensors in states)
-    return sum(rounded(size) for key, size in own.items() if key not in shared)
-
-
-def _name(config: OptimizerConfig, device_type: str) -> str:
+def chosen_name(config: OptimizerConfig, device_type: str) -> str:
+    """The key of OPTIMIZERS that `optimizer.name` means on such a device."""
     return config.name if config.name != "auto" else default_name(device_type)
 
 

@@ -1,7 +1,11 @@
-"""The order in which training sees images: a pure function of (config, step), so that a resumed run needs no memory.
+"""The order in which training sees images, as a function of config and step.
 
-Words: an *item* is one image ready to train on; a *row* is one sample of a step's effective batch, at a *position* that
-names it whatever micro-batch or process it falls into. Weights are numbers on rows: nothing is chunked by position.
+So a resumed run needs no memory of it.
+
+Words: an *item* is one image ready to train on; a *row* is one sample of a step's effective batch, at a *position*
+that names it whatever micro-batch or process it falls into. Weights are numbers on rows: nothing is chunked by
+position, micro-batches may be short, and no image is dropped for lack of a full batch. A class row is taken from the
+bucket of the instance row that it joins, so that both fit one pass.
 """
 
 from __future__ import annotations
@@ -13,13 +17,14 @@ from typing import Literal
 
 import torch
 
-from lora_booth.training.objective import generator_for
+from lora_booth.run.randomness import generator_for
 
 Role = Literal["instance", "class"]
 Shape = tuple[int, int, int]
 VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
 VALIDATION_ROWS = 16
-"""Images times noise levels: by count of operations less than four steps of two rows each."""
+"""Images times noise levels, whatever is held out: images share the levels out among them. By count of operations less
+than four steps of two rows each; 64 would be fourteen, at every save."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Everything that is computed once, before the first step: class images, latents, prompt embeddings, the items' order.
+"""Everything that is computed once: class images, latents, prompts, their order.
 
 All of it goes through caches that outlive the run, so that an interrupted or repeated preparation starts where it was.
 """
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.data import images
 from lora_booth.data.buckets import Crop, assign
 from lora_booth.data.images import Picture
@@ -27,11 +27,12 @@ from lora_booth.models.bases.sources import is_local
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.models.sampling import denoiser_aside
 from lora_booth.run import cached
-from lora_booth.run.cache import TensorCache, latent_key, prompt_key, require_finite
+from lora_booth.run.cache import TensorCache, require_finite
 from lora_booth.run.interrupts import StopRequest
 from lora_booth.run.report import Report
 from lora_booth.training import class_images
 from lora_booth.training.class_images import ClassImage
+from lora_booth.training.keys import latent_key, prompt_key
 from lora_booth.training.order import Item, Order, Role
 
 
@@ -76,7 +77,8 @@ class _Image:
 def sheet(config: Config, pictures: Pictures) -> Image.Image:
     """The contact sheet: each instance image as the model will see it, with its prompt. `config` is resolved."""
     instances = _instances(config, pictures.instances.pictures, is_flipped=False)
-    shown = [(f"{image.name}: {image.prompt}", _cut(image.source, image.crop)) for image in instances]
+    pairs = zip(pictures.instances.pictures, instances, strict=True)
+    shown = [(f"{image.name}: {image.prompt}", _cut(picture, image.crop)) for picture, image in pairs]
     return contact_sheet(shown, title="What the model will see")
 
 
@@ -97,7 +99,7 @@ def prepare(
     training does not need the VAE either. Raises Interrupted between two images, NumericError naming a picture whose
     latents are not finite.
     """
-    root, run_folder = cached.folder_of(config), config.run.folder or Path("runs") / config.name
+    root, run_folder = cached.folder_of(config), config.folder
     with cached.in_use(root, run_folder=run_folder, base=_about(config, family)["base"]):
         prepared = _prepare(config, family, pictures, together, report=report, stop=stop)
     cached.trim(root, config.run.cache_limit_gib * 2**30, lambda text: report.event("cache", text))
@@ -190,10 +192,10 @@ def _classes(
         texts = [config.fill(p.caption) if p.caption else templates[i % len(templates)] for i, p in enumerate(own)]
         crops = [assign(p.width_px, p.height_px, sorted(set(sizes))) for p in own]
         return [_Image("class", *row) for row in zip(own, crops, texts, strict=True)], {}, together
-    places = {"root": cached.folder_of(config) / "class_images", "about": _about(config, family)}
+    places: dict[str, Any] = {"root": cached.folder_of(config) / "class_images", "about": _about(config, family)}
     while True:
         made_by, fingerprint = class_images.made_by(family, config, together), family.fingerprint
-        made = {"fingerprint": fingerprint, "made_by": made_by}
+        made: dict[str, Any] = {"fingerprint": fingerprint, "made_by": made_by}
         wanted = class_images.wanted(config.prior, templates, sizes, **made, **places)
         try:
             latents, count = class_images.draw_missing(wanted, family, config, prompts, together=together, **listeners)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.models.sampling import PICTURES_AT_ONCE, Sampling, draw
 

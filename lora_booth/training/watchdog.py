@@ -1,4 +1,6 @@
-"""Noticing that a run has outgrown its card: memory nearly full, or steps that suddenly take many times longer.
+"""Noticing that a run has outgrown its card.
+
+Memory is nearly full, or steps suddenly take many times longer.
 
 Some drivers, instead of failing, move what does not fit into main memory; then nothing is said and every step crawls.
 """

@@ -1,4 +1,4 @@
-"""What of this machine and installation would keep lora_booth from working, and the line that mends it.
+"""What of this machine would keep lora_booth from working, and the mending line.
 
 What lives here: the questions, in the order in which answers are read. What does not: versions (`run/versions.py`) and
 what devices can do (`models/devices.py`). Nothing is imported here but Python's own library, so that `python -m

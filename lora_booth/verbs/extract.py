@@ -1,4 +1,7 @@
-"""An adapter out of two models: the low-rank form of what fine-tuning changed, and how much of the change it is."""
+"""An adapter out of two models: the low-rank form of what fine-tuning changed.
+
+Also how much of the change it is.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_booth.adapter.decompose import Approximation, approximate, require_choice, tell_errors, whole_error
-from lora_booth.adapter.files import storage
+from lora_booth.adapter.files import kohya, storage
 from lora_booth.adapter.files.metadata import base_fields, base_name, network_fields
 from lora_booth.adapter.inject import target_modules
 from lora_booth.adapter.weights import plain_path
@@ -195,6 +198,6 @@ def _write(
     }
     storage.FORMATS[format].write(out, weights, facts.family, storage.DTYPES[dtype], fields)
     if format == "kohya":
-        for fault in storage.kohya.faults(weights, facts.family, storage.DTYPES[dtype]):
+        for fault in kohya.faults(weights, facts.family, storage.DTYPES[dtype]):
             report.warn(fault)
     report.event("extracted", f"{out}: {sum(map(len, weights.values()))} layers", path=str(out))

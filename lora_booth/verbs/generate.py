@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -15,7 +14,8 @@ from PIL import Image
 from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import AdapterWeights, find_module, misfit, num_parameters
 from lora_booth.config import inputs
-from lora_booth.config.settings import Config, ModelConfig, Sampler
+from lora_booth.config.config import Config
+from lora_booth.config.settings import ModelConfig, Sampler
 from lora_booth.config.toml import base_named
 from lora_booth.data.buckets import Bucket
 from lora_booth.data.grid import labelled_grid
@@ -203,36 +203,6 @@ def _loaded(
     return family, own_strengths
 
 
-def parse_adapter(text: str) -> tuple[Path, float]:
-    """ "FILE" or "FILE:STRENGTH" as a path and a strength, 1 where none is given."""
-    name, colon, strength = text.rpartition(":")
-    if colon and not os.path.lexists(text):
-        with suppress(ValueError):
-            return Path(name), float(strength)
-    return Path(text), 1.0
-
-
-def parse_strengths(text: str) -> tuple[float, ...]:
-    """ "0,0.5,1" as numbers. Raises ConfigError for anything else."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f'--strengths "{inputs.shown(text)}" is not a list of numbers; write e.g. 0,0.5,1.') from None
-
-
-def parse_size(text: str) -> tuple[int, int] | None:
-    """ "512x768" as width and height, "" as None. Raises ConfigError for anything else."""
-    if not text:
-        return None
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise ConfigError(
-            f'--size "{inputs.shown(text)}" is not a size; write WIDTHxHEIGHT in pixels, e.g. 512x768.'
-        ) from None
-    return width, height
-
-
 def _checked_size(size_px: tuple[int, int] | None, facts: BaseFacts) -> tuple[int, int]:
     """The size to draw at. Raises ConfigError for one that the base cannot draw."""
     width, height = size_px or (facts.native_resolution, facts.native_resolution)
@@ -255,7 +225,7 @@ def _fitted(family: Family, path: Path, weights: AdapterWeights) -> AdapterWeigh
     for component, layers in weights.items():
         for name, low in layers.items():
             try:
-                shape = tuple(find_module(modules[component], name).weight.shape)
+                shape = tuple(find_module(modules[component], name).get_parameter("weight").shape)
             except (KeyError, AttributeError, ModelError):
                 shape = ()
             if not shape or misfit(low, shape):

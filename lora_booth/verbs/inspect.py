@@ -1,4 +1,4 @@
-"""What an adapter file is, without a base: kinds, layers, ranks, norms, types, faults, and what it says of itself."""
+"""What an adapter file is, without a base: kinds, ranks, norms, faults, header."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_booth.adapter.files import storage
 from lora_booth.adapter.files.family import FAMILY_NAMES, MINIATURE_WIDTH, family_of
 from lora_booth.adapter.files.keys import is_norm
-from lora_booth.adapter.programs.telling import tell_programs
+from lora_booth.adapter.programs.verdicts import tell_programs
 from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, block_of, context_width, norm_of, num_parameters
 from lora_booth.config import names
 from lora_booth.data import charts

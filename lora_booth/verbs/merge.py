@@ -1,4 +1,4 @@
-"""Adapters made part of a base, or several of them made one: `merge_into_base` and `merge_adapters`.
+"""Adapters made part of a base, or several of them made one.
 
 Into a base: every change is computed in float32 against the original weight, the changes of several adapters are added
 up, and the sum is rounded once to the type of the tensor. So the order of the adapters does not matter. The result has
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_booth.adapter.combine import Adapter, Recipe, combine
 from lora_booth.adapter.decompose import tell_errors
-from lora_booth.adapter.files import combined, storage
+from lora_booth.adapter.files import combined, kohya, storage
 from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, misfit, weight_change
 from lora_booth.config import names
 from lora_booth.config.inputs import is_plain_file, require_plain_file
@@ -155,7 +155,7 @@ def merge_adapters(
     for name, path in paths.items():
         storage.FORMATS[name].write(path, result.weights, family, storage.DTYPES[dtype], header)
     if "kohya" in formats:
-        for fault in storage.kohya.faults(result.weights, family, storage.DTYPES[dtype]):
+        for fault in kohya.faults(result.weights, family, storage.DTYPES[dtype]):
             report.warn(fault)
     report.event("merged", f"{len(adapters)} adapters merged into {out}", path=str(out))
     return out

@@ -1,4 +1,7 @@
-"""An adapter of another rank: any kind of adapter file in, the nearest plain LoRA out, with how near it is."""
+"""An adapter of another rank, with how near it is.
+
+Any kind of adapter file in, the nearest plain LoRA out.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_booth.adapter.decompose import Approximation, approximate, require_choice, tell_errors, whole_error
-from lora_booth.adapter.files import storage
+from lora_booth.adapter.files import kohya, storage
 from lora_booth.adapter.files.family import family_of
 from lora_booth.adapter.files.metadata import base_name, carried, network_fields
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, Dense, LowRank, find_module, uses_dora, weight_change
@@ -74,7 +77,7 @@ def resize(
     fields["lora_booth.resized"] = _note(file, parts, rank, energy, base)
     storage.FORMATS[format].write(out, result, family, storage.DTYPES[dtype], fields)
     if format == "kohya":
-        for fault in storage.kohya.faults(result, family, storage.DTYPES[dtype]):
+        for fault in kohya.faults(result, family, storage.DTYPES[dtype]):
             report.warn(fault)
     _tell_kept(weights, result, out, report)
     return out

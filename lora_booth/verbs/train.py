@@ -17,7 +17,7 @@ from torch import nn
 
 from lora_booth.adapter import delivery, inject, kept
 from lora_booth.adapter.files import storage
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import (
     ConfigError,
@@ -37,6 +37,7 @@ from lora_booth.run import identity, systems
 from lora_booth.run.folder import Run, Summary, require_free_space
 from lora_booth.run.interrupts import stop_requests
 from lora_booth.run.report import Report, Silent
+from lora_booth.run.state import is_begun, is_finished
 from lora_booth.training import compiling, loop, optimizers, prepare, preview
 from lora_booth.training.flat import Flat
 from lora_booth.training.objective import objective_for
@@ -88,7 +89,7 @@ def train(
             run.write_picture(run.sheet_path, prepare.sheet(config, inputs.pictures))
         dtype = dtype_for(config.model.precision, device)
         family = _load(config, inputs.facts, device, dtype, report)
-        listeners = {"report": report, "stop": stop}
+        listeners: dict[str, Any] = {"report": report, "stop": stop}
         stopwatch.lap("loading")
         prepared = _prepared(config, family, inputs, run, accelerator, **listeners)
         stopwatch.seconds_of["class images"] = prepared.drawing_seconds
@@ -129,7 +130,7 @@ def _accelerator(config: Config, report: Report) -> Accelerator:
     return Accelerator(
         cpu=config.memory.device == "cpu",
         log_with=list(config.run.trackers) or None,
-        project_dir=decide.run_folder(config),
+        project_dir=config.folder,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
@@ -137,10 +138,10 @@ def _accelerator(config: Config, report: Report) -> Accelerator:
 def _resolved(config: Config, inputs: decide.Inputs, report: Report, device: torch.device) -> Config:
     """`config` with every open choice made; for a finished run nothing is computed, so its memory is not predicted, and
     what depends on the device stays open."""
-    if decide.is_finished(config):
+    if is_finished(config.folder):
         return decide.filled(config, inputs)
     config = decided(config, device)
-    modules = None if decide.is_begun(config) else decide.check(config, inputs, device_type=device.type)
+    modules = None if is_begun(config.folder) else decide.check(config, inputs, device_type=device.type)
     return decide.resolve(config, inputs, report, free_gib=devices.free_gib(device), modules=modules)
 
 
@@ -172,7 +173,7 @@ def _load(config: Config, facts: BaseFacts, device: torch.device, dtype: torch.d
 @contextmanager
 def _opened(config: Config, inputs: decide.Inputs, accelerator: Accelerator) -> Iterator[Run]:
     """The run folder, locked by the main process; what goes wrong while it is open is told plainly."""
-    folder = decide.run_folder(config)
+    folder = config.folder
     given = inputs.identity()
     run = Run.open(folder, config, given, inputs.to_pin()) if accelerator.is_main_process else Run(folder)
     try:

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_booth.adapter import delivery
 from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import uses_dora
 from lora_booth.errors import LoraBoothError
 from lora_booth.run.report import Silent
+from lora_booth.verbs import export as verb_export
 from lora_booth.verbs import extract, generate, inspect, merge, resize
-from tests import adapted, tiny
 from tests.soak.bench import Result
 from tests.soak.mutants import MUTATIONS, mutant
+from tests.support import adapted, tiny
 
 HEADER = {"modelspec.trigger_phrase": "sks dog", "ss_base_model_version": "sd_v1"}
 MAX_GROWTH_BYTES = 1 << 30
@@ -140,7 +140,7 @@ class Try:
         assert self.expected <= found and (may_add or found == self.expected), "half a file was taken"
 
     def _export(self, out: Path) -> None:
-        delivery.convert(file=self.path, out=out, dtype="fp32", report=Silent())
+        verb_export.export(file=self.path, out=out, dtype="fp32", report=Silent())
 
     def _resize(self, out: Path) -> None:
         with_base = {"base": str(self.base)} if uses_dora(storage.read_any(self.path)) else {}

@@ -27,8 +27,8 @@ from lora_booth.models.bases import identify, limits, sources
 from lora_booth.models.families import components
 from lora_booth.models.families.family import Family
 from lora_booth.models.sampling import Sampling, draw
-from tests import tiny
 from tests.soak.bench import Result
+from tests.support import tiny
 
 MAX_PROCESSOR_SECONDS = 60.0
 MAX_GROWTH_KIB = 2 << 20

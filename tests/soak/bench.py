@@ -14,12 +14,12 @@ from typing import Any
 from PIL import Image
 
 from lora_booth.adapter.files import storage
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.errors import LoraBoothError
 from lora_booth.run.folder import Run
-from tests import tiny
 from tests.soak import crash
 from tests.soak.crash import Fate
+from tests.support import tiny
 
 STEPS = 4
 FEW_LAYERS = r"regex:.*attn2\.to_k"

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, DataError
 from lora_booth.run import identity
-from tests import tiny
 from tests.soak import crash
 from tests.soak.bench import FEW_LAYERS, STEPS, Bench, Materials, Result, differences, made, materials
 from tests.soak.crash import Fate
+from tests.support import tiny
 
 OTHER: dict[str, tuple[Any, ...]] = {
     "model.precision": ("bf16", "fp16"),

@@ -23,7 +23,7 @@ import torch
 import transformers.models.clip
 
 from lora_booth.cli.console import Meter
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.errors import LoraBoothError
 from lora_booth.run.report import Silent
 from lora_booth.verbs import train

@@ -12,7 +12,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from tests.soak import crash
 from tests.soak.bench import Bench, Result, differences, lost_checkpoint, made
 from tests.soak.crash import Fate

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.errors import ProcessLostError
 from lora_booth.run.checkpoints import CHECKPOINT_FILES
 from lora_booth.run.folder import Run
-from tests import tiny
 from tests.soak import crash
 from tests.soak.bench import STEPS, Bench, Result, differences, half_file, lost_checkpoint, made, materials
 from tests.soak.crash import Fate
+from tests.support import tiny
 
 MAX_SECONDS_TO_STOP = 10.0
 SIZES: tuple[tuple[Callable[[Path], Path], dict[str, dict[str, Any]]], ...] = (

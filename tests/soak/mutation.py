@@ -24,11 +24,19 @@ from pathlib import Path
 from typing import Any
 
 TESTS = {
-    "lora_booth/run/folder.py": ("tests/test_run.py",),
-    "lora_booth/run/checkpoints.py": ("tests/test_run.py",),
-    "lora_booth/data/images.py": ("tests/test_images.py", "tests/test_images_crop.py", "tests/test_duplicates.py"),
-    "lora_booth/adapter/files/storage.py": ("tests/test_export.py", "tests/test_deliver.py", "tests/test_kinds.py"),
-    "lora_booth/run/disk.py": ("tests/test_files.py", "tests/test_cache.py", "tests/test_merge.py"),
+    "lora_booth/run/folder.py": ("tests/run/test_folder.py",),
+    "lora_booth/run/checkpoints.py": ("tests/run/test_folder.py",),
+    "lora_booth/data/images.py": (
+        "tests/data/test_images.py",
+        "tests/data/test_images_crop.py",
+        "tests/data/test_duplicates.py",
+    ),
+    "lora_booth/adapter/files/storage.py": (
+        "tests/adapter/test_storage.py",
+        "tests/adapter/test_delivery.py",
+        "tests/adapter/test_kinds.py",
+    ),
+    "lora_booth/run/disk.py": ("tests/run/test_disk.py", "tests/run/test_cache.py", "tests/verbs/test_merge.py"),
 }
 """Module to the tests that claim to hold it."""
 MAX_SECONDS = 300.0

@@ -21,11 +21,11 @@ from lora_booth.cli import app
 from lora_booth.cli.console import PlainReport
 from lora_booth.config import names as odd
 from lora_booth.config import toml
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.errors import Interrupted
 from lora_booth.verbs import train
-from tests import tiny
 from tests.soak.bench import FEW_LAYERS, Result
+from tests.support import tiny
 
 MAX_NAME_BYTES = 255
 LONGEST_ENDING = "-1_diffusers.safetensors"

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_booth.config.toml import override
-from tests import tiny
-from tests.adapted import adapter_file
 from tests.soak import commands
 from tests.soak.bench import FEW_LAYERS, Result
 from tests.soak.commands import ODD_THINGS, replace_
+from tests.support import tiny
+from tests.support.adapted import adapter_file
 
 SETTINGS = {
     "subject.class_noun": "dog",

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.errors import DeviceMemoryError, NumericError
 from lora_booth.training import loop
 from tests.soak import crash

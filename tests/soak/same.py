@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lora_booth.config.settings import Config
-from tests import tiny
+from lora_booth.config.config import Config
 from tests.soak import crash
 from tests.soak.bench import Bench, Result, materials
+from tests.support import tiny
 
 MAX_RELATIVE_DISTANCE = 1e-3
 """Of what two runs learnt, as a share of its norm. Sums in another order differ by 1e-6, and Adam divides."""

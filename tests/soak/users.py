@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.errors import DiskError
 from lora_booth.run import cached
 from lora_booth.verbs import train

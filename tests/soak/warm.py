@@ -13,7 +13,7 @@ import torch
 from lora_booth.config.settings import ModelConfig
 from lora_booth.models import loading
 from lora_booth.models.sampling import Sampling, draw
-from tests import tiny
+from tests.support import tiny
 
 torch.set_num_threads(1)  # a pool of threads does not outlive a fork
 with tempfile.TemporaryDirectory() as _folder, torch.no_grad():

@@ -11,10 +11,10 @@ from typing import Any
 import typer
 
 from lora_booth.cli import app
-from tests import tiny
-from tests.adapted import adapter_file
 from tests.soak import commands
 from tests.soak.bench import FEW_LAYERS, Result
+from tests.support import tiny
+from tests.support.adapted import adapter_file
 
 TEXTS = (
     "", " ", "-", "--", "=", "a=b", "x" * 300, "x" * 5000, "x/" * 3000, "~no-such-user/x",

@@ -1,1 +1,1 @@
-"""Adapter files: their keys, kinds, headers and formats, read without trust. No modules of torch."""
+"""Adapter files, read without trust: keys, kinds, formats. No modules of torch."""

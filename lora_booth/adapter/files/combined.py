@@ -1,4 +1,4 @@
-"""What merged files say of themselves: what went into them, and for adapters the family and words they keep."""
+"""What a merged file says of itself: what went into it, and what it keeps of their headers."""
 
 from __future__ import annotations
 

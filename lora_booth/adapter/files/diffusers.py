@@ -1,4 +1,4 @@
-"""The diffusers file: what `pipe.load_lora_weights` takes, and what a later run or `generate` continues from.
+"""The diffusers file: for `pipe.load_lora_weights`, and to continue from.
 
 Keys: `<component>.<module>.lora_A.weight` and `.lora_B.weight`, for DoRA also `.lora_magnitude_vector`.
 

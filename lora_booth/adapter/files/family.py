@@ -1,4 +1,7 @@
-"""Which family an adapter was made for, told from the widths and names of its layers, and last from its header."""
+"""Which family an adapter was made for, by its layers' widths and names.
+
+What its header says comes last.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the key of a tensor in an adapter file says: how it is spelled, which layer it belongs to, and which part of it.
+"""What the key of a tensor in an adapter file says: its spelling, layer and part.
 
 What lives here: every spelling of a layer's name and every name of its parts. What does not: what the parts mean
 (`kinds.py`) and what a program makes of a spelling (`adapter/programs/table.py`).

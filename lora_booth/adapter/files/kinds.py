@@ -1,4 +1,4 @@
-"""One layer of an adapter file, whatever its kind: from the tensors stored for it to the update they mean.
+"""From the tensors of one layer in a file to the update they mean, for every kind.
 
 Kinds and their tensors, in kohya's and LyCORIS' names (formulas: arXiv 2309.14859, sections 3 and A; LyCORIS 4.1):
 

@@ -1,4 +1,6 @@
-"""The portable file: kohya's names and alphas, by the rules that give one effect in every Stable Diffusion program.
+"""The portable file: kohya's names and alphas, which every program reads.
+
+Its rules give the same effect in every Stable Diffusion program.
 
 The rules, found by reading and running the loaders' own code (ComfyUI 0.3.64, A1111 1.10, Forge of 2025-06, InvokeAI of
 2026-08, SD.Next of 2026-07, sd-scripts of 2026-02, stable-diffusion.cpp of 2026-08, diffusers 0.42.1):

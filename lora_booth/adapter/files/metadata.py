@@ -1,4 +1,6 @@
-"""What an adapter file says of itself: ModelSpec 1.0.1 and the kohya fields that programs read, in their types.
+"""What an adapter file says of itself: ModelSpec 1.0.1 and the kohya fields.
+
+They are the fields that programs read, in their types.
 
 Every value is text. Never written: absolute paths (a path is cut to its last part), user names, machine names.
 
@@ -30,7 +32,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lora_booth.adapter.weights import AdapterWeights
-from lora_booth.config.settings import Config
+from lora_booth.config.config import Config
 from lora_booth.run.identity import settings
 
 STALE_FIELDS = (

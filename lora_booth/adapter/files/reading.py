@@ -1,4 +1,4 @@
-"""From the tensors of an adapter file to its layers, and what is wrong with it or cannot be read.
+"""From the tensors of an adapter file to its layers, and what is wrong with it.
 
 What lives here: keys sorted into layers, what is left out by name, and faults told once for each cause. What does not:
 what a key says (`keys.py`) and what a layer's tensors mean (`kinds.py`).

@@ -1,4 +1,6 @@
-"""What programs show beside an adapter file: a small JSON file, a cover picture, and the same picture in the header.
+"""What programs show beside an adapter file: a small JSON file and a cover picture.
+
+The header holds the same picture.
 
 `<name>.json` is read by A1111, Forge (activation text is put into the prompt when the adapter is chosen) and InvokeAI
 (trigger phrase, description); `<name>.png` by all three as the picture on its card. Inside the header,

@@ -1,4 +1,4 @@
-"""Adapter files: writing them in the formats that programs load, and reading them without trusting them.
+"""Adapter files written in each format, and read without trusting them.
 
 A format is one module with `to_tensors`, and a line in FORMATS; its spelling is read by `keys.py`.
 """

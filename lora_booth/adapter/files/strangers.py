@@ -1,4 +1,4 @@
-"""Which other model an adapter is for whose layers are none of Stable Diffusion 1, 2 or XL, told from its keys."""
+"""Which other model an adapter is for, if for none of ours, by its keys."""
 
 from __future__ import annotations
 

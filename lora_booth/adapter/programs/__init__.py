@@ -1,1 +1,1 @@
-"""What each program that loads adapters makes of a file. Nothing here reads or writes an adapter."""
+"""What programs make of an adapter file. Nothing here reads or writes one."""

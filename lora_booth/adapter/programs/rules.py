@@ -1,4 +1,4 @@
-"""The rules of programs that are no plain data: what refuses a file, at which scale a layer loads, what a header says.
+"""The rules of programs that need code: refusals, scales, what headers say.
 
 Every rule was measured on the program's own code, or read in it where "read" stands beside it; the versions stand in
 `table.py`.
@@ -154,7 +154,7 @@ def diffusers_header(file: AdapterFile) -> str | None:
 def diffusers_scale(file: AdapterFile, layer: Layer) -> float | None:
     """Own keys: the header's scale. kohya's: the component's commonest alpha wherever a layer has none, or its alpha is
     filed under a name that no layer has: in attention, and under text_model in the encoder that lost this level
-    (`_get_alpha_name`, `get_peft_kwargs`; held against diffusers in tests/test_loaders.py)."""
+    (`_get_alpha_name`, `get_peft_kwargs`; held against diffusers in tests/adapter/test_verdicts.py)."""
     common = file.common_alphas.get(layer.component)
     if layer.spelling != "kohya" or common is None:
         return file.header_scale(layer.component, layer.path, layer.rank or 1) or 1.0

@@ -1,4 +1,4 @@
-"""The layers of an adapter file as the file spells them, and the layers that each family of base has.
+"""The layers of a file as it spells them, and the layers that each family has.
 
 What lives here: keys, shapes and header sorted into layers, without a tensor of them. What does not: what a program
 makes of them (`verdicts.py`) and what the tensors mean (`adapter/files/kinds.py`).

@@ -1,4 +1,4 @@
-"""What each program accepts: one row a program, with its source, and the few rules that are no plain data.
+"""What each program accepts: one row for each, with its source.
 
 Every rule was measured on the program's own code, or read in it where "read" stands beside it; the versions stand in
 the rows. How the rows are applied to a file is in `verdicts.py`.

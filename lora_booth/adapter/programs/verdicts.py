@@ -1,5 +1,7 @@
-"""What each program will do with an adapter file, told from its keys, shapes and header: how many layers find their
-place, whether at the right strength, and what to do where not.
+"""What each program will do with an adapter file.
+
+It is told from the file's keys, shapes and header: how many layers find their place, whether at the right strength, and
+what to do where not.
 
 The programs' rules are in `table.py`. A table cannot see everything; not told are: dtypes (a bf16 file loses
 0.5 % of its change in every program), an alpha that is stored but wrong (diffusers' convert_state_dict_to_kohya writes
@@ -12,7 +14,7 @@ parses counts as present in it, and whether InvokeAI would recognise it is not j
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from lora_booth.adapter.programs.rules import CONVERT, RESIZE, alpha_over_rank
 from lora_booth.adapter.programs.spelling import TEXT_PROJECTION, AdapterFile, Layer, Shape, adapter_file
 from lora_booth.adapter.programs.table import LOADERS, Loader
 from lora_booth.errors import ModelError
+from lora_booth.run.report import Report
 
 
 @dataclass(frozen=True)
@@ -221,3 +224,34 @@ def _unstated(file: AdapterFile) -> str | None:
         "The file states no alpha, so every program takes scale 1; if it was trained with another, save it with its "
         "metadata or export it again."
     )
+
+
+def tell_programs(path: Path, family: str | None, report: Report, *, only: Container[str] | None = None) -> None:
+    """One line for each program, or for those in `only`: how many layers it takes, where the file goes, what is lost.
+
+    `family`: None when the file must tell it. Raises ModelError as `verdicts_of_file` does.
+    """
+    verdicts = [verdict for verdict in verdicts_of_file(path, family) if only is None or verdict.loader in only]
+    width = max(len(verdict.loader) for verdict in verdicts)
+    texts = [_outcome(verdict) for verdict in verdicts]
+    text_width = max(map(len, texts))
+    report.event("programs", f"layers of {path.name} that a program takes, and where to put the file:")
+    for verdict, text in zip(verdicts, texts, strict=True):
+        line = f"  {verdict.loader:<{width}}  {text:<{text_width}}  {verdict.folder}"
+        report.event(
+            "program",
+            line,
+            loader=verdict.loader,
+            matched=verdict.matched,
+            total=verdict.total,
+            is_exact=verdict.is_exact,
+            notes=list(verdict.notes),
+        )
+        for note in verdict.notes:
+            report.event("note", f"  {'':<{width}}  {note}", loader=verdict.loader)
+
+
+def _outcome(verdict: Verdict) -> str:
+    if not verdict.matched:
+        return f"none of {verdict.total}"
+    return f"{verdict.matched} of {verdict.total}" + ("" if verdict.is_exact else ", changed")

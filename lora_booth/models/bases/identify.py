@@ -1,4 +1,4 @@
-"""What a base is, from its configs and headers alone: family, sizes, prediction type; and the refusal of all others.
+"""What a base is, from its configs and headers alone; all others are refused.
 
 What lives here: facts that need no weights, so that `plan` knows them in milliseconds (no torch). What does not:
 finding the files (`sources.py`) and loading them (`models/families/components.py`).
@@ -152,7 +152,8 @@ def identify(base: Path, *, has_weights: bool = True) -> BaseFacts:
 def _native_resolution(unet: dict[str, Any], vae_factor: int, family: str, prediction_type: str) -> int:
     sample_size = unet.get("sample_size")
     if sample_size:
-        return vae_factor * (max(sample_size) if isinstance(sample_size, list) else sample_size)
+        side: int = max(sample_size) if isinstance(sample_size, list) else sample_size
+        return vae_factor * side
     return 768 if family == "sd2" and prediction_type == "v_prediction" else RESOLUTIONS[family]
 
 
@@ -162,7 +163,7 @@ def _bucket_step(unet: dict[str, Any], vae_factor: int, native_resolution: int) 
     The first part is needed: skip connections must fit. The second keeps buckets few, so that pictures share them, and
     gives 64 for SD 1, 2 and SDXL (the step of SDXL's own buckets, arXiv 2307.01952, appendix I), 16 for booth-mini.
     """
-    step = vae_factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    step: int = vae_factor * 2 ** (len(unet["block_out_channels"]) - 1)
     while step * 16 < native_resolution or step < STEPS_PX[0]:
         step *= 2
     return step

@@ -1,4 +1,6 @@
-"""The original names of a UNet's layers ("LDM": input_blocks …), which checkpoints in one file and SDXL adapters use.
+"""The original names of a UNet's layers, as checkpoints in one file have them.
+
+SDXL adapters use them too, as input_blocks, middle_block and output_blocks.
 
 Each level is 3 places of a list, resnet in column 0, attention in column 1; after the second place comes the sampler
 (Stability-AI/generative-models, openaimodel.py, UNetModel). Stable Diffusion 1 and 2 count the same way.

@@ -1,4 +1,6 @@
-"""How large a base may be: a bound for every number in its configs that decides how much is built or computed.
+"""How large a base may be: a bound for every number in its configs.
+
+Bounded is what decides how much is built or computed.
 
 What lives here: the table, and refusing a base that exceeds it, from its configs alone, before a library builds
 anything. What does not: what the numbers mean for a run (`identify.py`). Without bounds one wrong digit fills the
@@ -124,8 +126,8 @@ def require(configs: Path, components: Iterable[str], held: Mapping[str, int] | 
     if sum(asked.values()) > MAX_PARAMETERS:
         told = f"the configs of {configs} ask for {sum(asked.values()) / 1e9:,.1f} billion weights"
         raise ModelError(f"{told}, which is more than {MAX_PARAMETERS / 1e9:g}; {AGAIN}.")
-    for name, count in asked.items() if held is not None else ():
-        if count > UNEXPLAINED * held[name] + MAX_NUMBER:
+    for name, count in asked.items():
+        if held is not None and count > UNEXPLAINED * held[name] + MAX_NUMBER:
             told = f"{configs / name} has a config of {count / 1e6:,.0f} million weights and files of"
             raise ModelError(f"{told} {held[name] / 1e6:,.0f} million; {AGAIN}.")
 
@@ -212,7 +214,7 @@ def _of_unet(unet: Config) -> int:
     deep, cross = _per_level(unet, "transformer_layers_per_block", 1), _per_level(unet, "cross_attention_dim", 1280)
     types = [*(unet.get("down_block_types") or [*["CrossAttn"] * 3, ""]), *[""] * len(widths)]
     time = unet.get("time_embedding_dim") or 4 * widths[0]
-    count = widths[0] * time + time**2 + 2 * 4 * 9 * widths[0]
+    count: int = widths[0] * time + time**2 + 2 * 4 * 9 * widths[0]
     count += (unet.get("projection_class_embeddings_input_dim") or 0) * time
     count += time**2 if unet.get("addition_embed_type") else 0
     for i, width in enumerate(widths):
@@ -229,14 +231,13 @@ def _of_unet(unet: Config) -> int:
             count += block * (_stack(deep[i], layers[i]) + _stack(deep[i], layers[i] + 1))
             count += 2 * width**2 * (2 * layers[i] + 1)
     last = widths[-1]
-    return (
-        count + 2 * _resnet(last, last, time) + _largest(deep[-1]) * (18 * last**2 + 2 * last * cross[-1]) + 2 * last**2
-    )
+    count += 2 * _resnet(last, last, time) + _largest(deep[-1]) * (18 * last**2 + 2 * last * cross[-1]) + 2 * last**2
+    return count
 
 
 def _of_vae(vae: Config) -> int:
     widths, layers = vae["block_out_channels"], _per_level(vae, "layers_per_block", 1)
-    count = 4 * _resnet(widths[-1], widths[-1], 0) + 8 * widths[-1] ** 2
+    count: int = 4 * _resnet(widths[-1], widths[-1], 0) + 8 * widths[-1] ** 2
     for i, width in enumerate(widths):
         before, after = widths[max(0, i - 1)], widths[min(i + 1, len(widths) - 1)]
         count += _resnet(before, width, 0) + _resnet(after, width, 0) + _samplers(widths, i)

@@ -1,4 +1,4 @@
-"""From `model.base` to files: a folder in diffusers format, or one `.safetensors` checkpoint, on this machine.
+"""From `model.base` to files on this machine: a folder, or one `.safetensors` file.
 
 What lives here: names, paths, downloads, which files count, and the refusal of unsafe ones. What does not: what the
 files mean (`identify.py`) and loading them (`models/families/components.py`). No torch, so that `plan` answers at once.
@@ -298,7 +298,8 @@ def _download(repository: str, revision: str | None, config: ModelConfig, *, nee
     from huggingface_hub import errors
 
     where = repository if revision is None else f"{repository} (revision {revision})"
-    http_error = errors.HfHubHTTPError.__mro__[1]  # the HTTP client's own base, whose name differs between versions
+    # the HTTP client's own base, whose name differs between versions
+    http_error: type[BaseException] = errors.HfHubHTTPError.__mro__[1]
     try:
         facts = huggingface_hub.HfApi().model_info(repository, revision=revision)
         names = [sibling.rfilename for sibling in facts.siblings or ()]

@@ -1,4 +1,4 @@
-"""Where the weight of a layer lies in the files of a base: which file, which tensor, which rows of it.
+"""Which file, tensor and rows of a base hold the weight of a layer.
 
 A diffusers folder has a tensor for each layer. A single-file checkpoint has the original names (`ldm.py` for the
 UNet), and OpenCLIP's text encoder (SD 2, the second of SDXL) keeps q, k and v of an attention in one tensor.

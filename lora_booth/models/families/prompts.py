@@ -28,7 +28,8 @@ class Tokens:
                     "The text encoder reads %d tokens; it does not see the end of a prompt: …%s", self.window, cut
                 )
         settings = {"padding": "max_length", "max_length": self.window, "truncation": True, "return_tensors": "pt"}
-        return self.tokenizer(list(prompts), **settings).input_ids
+        ids: Tensor = self.tokenizer(list(prompts), **settings).input_ids
+        return ids
 
     def cut(self, prompts: Sequence[str]) -> dict[str, str]:
         """The prompts that are longer than the window, each with the words that are cut off."""

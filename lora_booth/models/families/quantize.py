@@ -1,4 +1,4 @@
-"""The frozen base in 4 or 8 bits: the linear layers of its transformer blocks, as bitsandbytes stores them.
+"""The linear layers of the frozen base in 4 or 8 bits, by bitsandbytes.
 
 What lives here: replacing layers. What does not: loading weights (`components.py`). diffusers' own way is not taken: it
 refuses machines without a GPU, which tests have, and reads single files in another order.
@@ -45,10 +45,12 @@ def move_frozen_(module: nn.Module, device: torch.device | str) -> None:
         for weight in part.parameters(recurse=False):
             if not weight.requires_grad:
                 weight.data = weight.data.to(device)
-                if getattr(weight, "quant_state", None) is not None:
-                    weight.quant_state.to(device)
+                state = getattr(weight, "quant_state", None)
+                if state is not None:
+                    state.to(device)
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, buffer.to(device))
+        holder: Any
         for holder in (getattr(part, "weight", None), getattr(part, "state", None)):
             if isinstance(getattr(holder, "CB", None), torch.Tensor):
                 holder.CB, holder.SCB = part.weight.data, holder.SCB.to(device)
@@ -79,21 +81,22 @@ def _layers(module: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 def _quantized(layer: nn.Linear, kind: Quantization) -> nn.Module:
     """The layer as bitsandbytes has it; its weight is quantised when it is moved to a device."""
-    import bitsandbytes as bnb
+    from bitsandbytes.nn import modules as layers
 
     weight, has_bias = layer.weight.data, layer.bias is not None
-    new: Any
+    new: Any  # of classes without types
     with torch.device("meta"):
         if kind == "nf4":
             settings: dict[str, Any] = {"compute_dtype": weight.dtype, "quant_type": "nf4", "compress_statistics": True}
-            new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=has_bias, **settings)
+            new = layers.Linear4bit(layer.in_features, layer.out_features, bias=has_bias, **settings)
         else:
-            new = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=has_bias, has_fp16_weights=False)
+            new = layers.Linear8bitLt(layer.in_features, layer.out_features, bias=has_bias, has_fp16_weights=False)
     if kind == "nf4":
         new.support_avx512bf16_for_cpu = False  # it would repack weights for inference, without gradients
-        new.weight = bnb.nn.Params4bit(weight, False, quant_type="nf4", compress_statistics=True, module=new)
+        new.weight = layers.Params4bit(weight, False, quant_type="nf4", compress_statistics=True, module=new)
     else:
-        new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        new.weight = layers.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if has_bias:
         new.bias = nn.Parameter(layer.bias.data, requires_grad=False)
-    return new
+    quantized: nn.Module = new
+    return quantized

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.models.bases.limits import MAX_TIMESTEPS
-from lora_booth.training.objective import NoiseSchedule
 
+PredictionType = Literal["epsilon", "v_prediction"]
 SPACINGS = ("linspace", "leading", "trailing")
 """How a solver chooses its timesteps (arXiv 2305.08891, table 2), as diffusers names them."""
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -24,6 +25,25 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
 }
 """Sampler name to diffusers class and what is set over the base's config. Latents are not bounded, so nothing clips."""
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The base's noise levels. `alphas_cumprod`: float64 `[T]`, falling, on the CPU."""
+
+    alphas_cumprod: Tensor
+    prediction_type: PredictionType
+
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """True when the last timestep is pure noise."""
+        return bool(self.alphas_cumprod[-1] < 1e-12)
+
+    def rescaled_to_zero_terminal_snr(self) -> NoiseSchedule:
+        """The schedule shifted and scaled so that SNR(T-1) = 0 and SNR(0) stays (arXiv 2305.08891, algorithm 1)."""
+        root = self.alphas_cumprod.sqrt()
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        return NoiseSchedule(root**2, self.prediction_type)
 
 
 def noise_schedule(config: Mapping[str, Any], *, source: object = "the base") -> NoiseSchedule:

@@ -1,4 +1,7 @@
-"""Pictures to latents and back, in float32 always: half-precision VAEs overflow on SDXL, and both ways are run once."""
+"""Pictures to latents and back, in float32 always.
+
+Half-precision VAEs overflow on SDXL, and both ways are run once.
+"""
 
 from __future__ import annotations
 
@@ -56,11 +59,13 @@ class Vae:
 
     def _chunks(self, batch: Tensor, pixels_per_cell: int) -> tuple[Tensor, ...]:
         height, width = (cells * pixels_per_cell for cells in batch.shape[-2:])
-        return batch.split(self.num_at_once(width, height))
+        chunks: tuple[Tensor, ...] = batch.split(self.num_at_once(width, height))
+        return chunks
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        device: torch.device = next(self.module.parameters()).device
+        return device
 
     def num_at_once(self, width_px: int, height_px: int) -> int:
         """Pictures of this size that are encoded or decoded together."""
@@ -69,7 +74,8 @@ class Vae:
     @property
     def factor(self) -> int:
         """Pixels per latent, along a side."""
-        return 2 ** (len(self.module.config.block_out_channels) - 1)
+        num_levels: int = len(self.module.config.block_out_channels)
+        return int(2 ** (num_levels - 1))
 
 
 def _cast_what_is_decoded_(module: nn.Module) -> None:
@@ -79,5 +85,5 @@ def _cast_what_is_decoded_(module: nn.Module) -> None:
         weight = next(module.parameters())
         return tuple(x.to(weight) if isinstance(x, Tensor) else x for x in inputs)
 
-    first = module.post_quant_conv if module.post_quant_conv is not None else module.decoder
+    first: Any = module.post_quant_conv if module.post_quant_conv is not None else module.decoder
     first.register_forward_pre_hook(cast)

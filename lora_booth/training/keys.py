@@ -1,0 +1,29 @@
+"""Keys of what training keeps in the cache: latents and prompts.
+
+A key holds all that a picture's latents, or a prompt's conditioning, depend on.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lora_booth.data.buckets import Crop
+from lora_booth.run.cache import key
+
+LATENTS_VERSION = 1
+"""Raise it when the way from a picture's bytes to the pixels that are encoded changes."""
+
+
+PROMPT_VERSION = 1
+"""Raise it when the way from a prompt to its conditioning changes."""
+
+
+def latent_key(fingerprint: str, picture_sha256: str, crop: Crop, *, dtype: torch.dtype, is_flipped: bool) -> str:
+    """Key of the latents of one picture, cut in one way, under the base with this fingerprint."""
+    window = (*crop.geometry, crop.resized_width_px, crop.resized_height_px)
+    return key("latents", LATENTS_VERSION, fingerprint, picture_sha256, *window, str(dtype), is_flipped)
+
+
+def prompt_key(fingerprint: str, prompt: str, *, dtype: torch.dtype) -> str:
+    """Key of the conditioning that the base with this fingerprint makes of `prompt`."""
+    return key("prompt", PROMPT_VERSION, fingerprint, prompt, str(dtype))

@@ -1,0 +1,130 @@
+"""The objective against hand-computed numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lora_booth.models.families.schedules import NoiseSchedule, PredictionType
+from lora_booth.training.objective import Draws, Objective, draw, elementwise_loss
+
+ALPHAS = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+
+
+def draws_at(timesteps: list[int], noise: torch.Tensor) -> Draws:
+    return Draws(torch.tensor(timesteps), noise, torch.zeros_like(noise[:, :, :1, :1]))
+
+
+@pytest.mark.parametrize(("prediction", "expected"), [("epsilon", 4.0), ("v_prediction", 0.5)])
+def test_loss_of_a_zero_prediction_is_the_mean_square_of_the_target(
+    prediction: PredictionType, expected: float
+) -> None:
+    # alpha_bar = 0.5, x0 = 1, noise = 2: epsilon target 2, v target sqrt(.5) * 2 - sqrt(.5) * 1 = sqrt(.5).
+    objective = Objective(NoiseSchedule(ALPHAS, prediction))
+    latents, noise = torch.ones(1, 4, 2, 2), torch.full((1, 4, 2, 2), 2.0)
+    loss = objective.loss(lambda noisy, t: torch.zeros_like(noisy), latents, draws_at([1], noise))
+    assert loss.tolist() == pytest.approx([expected])
+
+
+def test_noisy_latents_follow_ddpm_equation_4() -> None:
+    objective = Objective(NoiseSchedule(ALPHAS, "epsilon"))
+    seen = {}
+
+    def predict(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen["noisy"] = noisy
+        return noisy
+
+    objective.loss(predict, torch.full((1, 1, 1, 1), 3.0), draws_at([0], torch.full((1, 1, 1, 1), 2.0)))
+    assert seen["noisy"].item() == pytest.approx(math.sqrt(0.9) * 3 + math.sqrt(0.1) * 2)
+
+
+def test_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
+    objective = Objective(NoiseSchedule(ALPHAS, "epsilon"), min_snr_gamma=5)
+    latents, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    together = objective.loss(lambda noisy, t: noisy, latents, draws_at([0, 1, 2], noise))
+    alone = [objective.loss(lambda n, t: n, latents[i : i + 1], draws_at([i], noise[i : i + 1])) for i in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    # SNR = 9, 1, 1/9 and gamma = 5: epsilon min(SNR, 5) / SNR; v min(SNR, 5) / (SNR + 1).
+    [("epsilon", [5 / 9, 1.0, 1.0]), ("v_prediction", [0.5, 0.5, 0.1])],
+)
+def test_min_snr_weight_has_the_right_formula_for_each_prediction_type(
+    prediction: PredictionType, expected: list[float]
+) -> None:
+    weights = Objective(NoiseSchedule(ALPHAS, prediction), min_snr_gamma=5).weight(torch.tensor([0, 1, 2]))
+    assert weights.tolist() == pytest.approx(expected)
+
+
+def test_min_snr_weight_is_finite_at_zero_terminal_snr() -> None:
+    schedule = NoiseSchedule(ALPHAS, "epsilon").rescaled_to_zero_terminal_snr()
+    assert Objective(schedule, min_snr_gamma=5).weight(torch.tensor([2])).tolist() == [1.0]
+
+
+def test_zero_terminal_snr_keeps_the_first_level_and_zeroes_the_last() -> None:
+    rescaled = NoiseSchedule(ALPHAS, "v_prediction").rescaled_to_zero_terminal_snr()
+    assert rescaled.has_zero_terminal_snr
+    assert not NoiseSchedule(ALPHAS, "v_prediction").has_zero_terminal_snr
+    # sqrt(.5) shifted and scaled: (sqrt(.5) - sqrt(.1)) * sqrt(.9) / (sqrt(.9) - sqrt(.1)), squared.
+    middle = (math.sqrt(0.5) - math.sqrt(0.1)) * math.sqrt(0.9) / (math.sqrt(0.9) - math.sqrt(0.1))
+    assert rescaled.alphas_cumprod.tolist() == pytest.approx([0.9, middle**2, 0.0])
+
+
+def test_snr_weights_follow_the_rescaled_schedule() -> None:
+    schedule = NoiseSchedule(ALPHAS, "v_prediction")
+    before = Objective(schedule, min_snr_gamma=5).weight(torch.tensor([1]))
+    after = Objective(schedule.rescaled_to_zero_terminal_snr(), min_snr_gamma=5).weight(torch.tensor([1]))
+    assert after.item() < before.item()
+
+
+def test_noise_offset_is_part_of_the_target() -> None:
+    noise = torch.zeros(1, 2, 2, 2)
+    offsets = torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
+    draws = Draws(torch.tensor([0]), noise, offsets)
+    objective = Objective(NoiseSchedule(ALPHAS, "epsilon"), noise_offset=0.5)
+    assert objective.loss(lambda n, t: torch.zeros_like(n), noise, draws).tolist() == pytest.approx([0.25])
+
+
+def test_huber_equals_the_square_for_small_errors_and_grows_linearly_for_large_ones() -> None:
+    zero = torch.zeros(1)
+    assert elementwise_loss(torch.tensor([0.05]), zero, 0.1).item() == pytest.approx(0.05**2)
+    assert elementwise_loss(torch.tensor([3.0]), zero, 0.1).item() == pytest.approx(2 * 0.1 * (3 - 0.05))
+
+
+def test_a_draw_depends_on_seed_step_and_position_alone() -> None:
+    torch.manual_seed(1)
+    together, latent_noises = draw(0, 7, [0, 1, 5], (4, 2, 3), 1000)
+    torch.manual_seed(2)
+    alone, latent_noise = draw(0, 7, [5], (4, 2, 3), 1000)
+    for one, many in zip(vars(alone).values(), vars(together).values(), strict=True):
+        assert torch.equal(one[0], many[2])
+    assert torch.equal(latent_noise[0], latent_noises[2])
+    for key in ((1, 7, [5]), (0, 8, [5]), (0, 7, [4])):
+        other, other_latent_noise = draw(*key, (4, 2, 3), 1000)
+        assert not torch.equal(alone.noise, other.noise)
+        assert not torch.equal(latent_noise, other_latent_noise)
+
+
+def test_draws_are_normal_and_timesteps_uniform() -> None:
+    draws, latent_noise = draw(3, 0, range(400), (4, 8, 8), 1000)
+    assert abs(draws.noise.mean().item()) < 0.02  # 102,400 numbers: standard error 0.003
+    assert abs(draws.noise.std().item() - 1) < 0.02
+    assert not torch.equal(draws.noise, latent_noise)
+    assert draws.timesteps.min() >= 0 and draws.timesteps.max() < 1000
+    assert abs(draws.timesteps.float().mean().item() - 499.5) < 60  # standard error 14
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_asks_the_device_for_no_number(prediction: PredictionType) -> None:
+    # Tensors without data have none to give: whatever would wait for a card raises here.
+    objective = Objective(NoiseSchedule(ALPHAS, prediction), min_snr_gamma=5, noise_offset=0.1, huber_delta=0.1)
+    latents, noise = (torch.empty(2, 4, 2, 2, device="meta") for _ in range(2))
+    draws = Draws(torch.empty(2, dtype=torch.int64, device="meta"), noise, torch.empty(2, 4, 1, 1, device="meta"))
+    loss = objective.loss(lambda noisy, timesteps: noisy * timesteps.view(-1, 1, 1, 1), latents, draws)
+    assert loss.device.type == "meta" and loss.shape == (2,)
+    with pytest.raises(NotImplementedError):
+        draws.timesteps.cpu()
