@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lora_booth.models.bases.sources import ARCHITECTURES
+from lora_booth.models.bases.sources import SHIPPED_CONFIGS
 from lora_booth.models.families.components import shipped_tokenizer
 
 _VAE = {"block_out_channels": [32, 64, 128, 128]}
@@ -65,7 +65,7 @@ def random_base(folder: Path, architecture: str) -> Path:
 
     changes = SMALLER.get(architecture, {})
     architecture = architecture.removesuffix("_quarter").removesuffix("_narrow")
-    shutil.copytree(ARCHITECTURES / architecture, folder)
+    shutil.copytree(SHIPPED_CONFIGS / architecture, folder)
     for name, values in changes.items():
         path = folder / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=1), encoding="utf-8")
@@ -74,7 +74,7 @@ def random_base(folder: Path, architecture: str) -> Path:
         if name.startswith("text_encoder"):
             classes[name] = getattr(transformers, entry[1])
         elif name.startswith("tokenizer"):
-            shipped_tokenizer(ARCHITECTURES / architecture / name).save_pretrained(folder / name)
+            shipped_tokenizer(SHIPPED_CONFIGS / architecture / name).save_pretrained(folder / name)
     for name, cls in classes.items():
         config = json.loads((folder / name / "config.json").read_text())
         with torch.device("meta"):

@@ -33,36 +33,30 @@ from lora_booth.config.inputs import shown
 from lora_booth.config.patterns import Pattern
 from lora_booth.config.settings import AdapterConfig
 from lora_booth.errors import ConfigError, ModelError
+from lora_booth.models.bases import unets
+from lora_booth.models.bases.architectures import is_text
 
 TEXT_ATTENTION = "text-attention"
 """The preset of every text encoder: q, k, v and out together, since A1111 merges OpenCLIP's fused attention only so."""
 
-_ATTENTION = r".+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
-_FEED_FORWARD = r".+\.ff\.net\.(0\.proj|2)"
-_TRANSFORMER = r".+\.attentions\.\d+\.(proj_in|proj_out|transformer_blocks\..+)"
-_RESNETS = r".+\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|.+\.(downsamplers|upsamplers)\.\d+\.conv"
-_PATTERNS = {
-    "attention": _ATTENTION,
-    "attention+conv": f"{_ATTENTION}|{_RESNETS}",
-    "attention+ff": f"{_ATTENTION}|{_FEED_FORWARD}",
-    "attention+ff+conv": f"{_ATTENTION}|{_FEED_FORWARD}|{_RESNETS}",
-    "all-linear": _TRANSFORMER,
-    "all-linear+conv": f"{_TRANSFORMER}|{_RESNETS}",
-    TEXT_ATTENTION: r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj",
-}
-"""Preset to what matches its module names whole. All stay inside attentions, resnets and samplers, where every loader
-has a name for them: conv_in, conv_out and the embeddings are lost by sd-scripts and stable-diffusion.cpp. "+conv" is
-everything in the resnets and samplers, as kohya's LoCon, so "all-linear+conv" is the whole portable set."""
+_TEXT_TARGETS = {TEXT_ATTENTION: r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj"}
 
 
-def target_modules(module: nn.Module, targets: str, *, num_used_layers: int | None = None) -> list[str]:
+def target_modules(
+    module: nn.Module,
+    targets: str,
+    *,
+    presets: Mapping[str, str] = unets.TARGETS,
+    num_used_layers: int | None = None,
+) -> list[str]:
     """Names of the linear and convolutional layers of the plain `module` that `targets` means, in the module's order.
 
-    `targets`: a name of `config.TARGET_PRESETS`, TEXT_ATTENTION, or "regex:…" matched against whole names.
+    `targets`: a key of `presets` (those of the module's family), TEXT_ATTENTION, or "regex:…" matched against whole
+    names.
     `num_used_layers`: text encoder layers that reach the output; later ones would get no gradient and are left out.
     Raises ModelError when nothing matches, ConfigError when `targets` is no preset or not a regular expression.
     """
-    pattern = _pattern(targets)
+    pattern = _pattern(targets, presets)
     layers = [name for name, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)]
     found = [name for name in layers if pattern.matches(name) and _is_used(name, num_used_layers)]
     if found:
@@ -80,21 +74,23 @@ def inject_(
     config: AdapterConfig,
     *,
     seed: int = 0,
+    presets: Mapping[str, str] = unets.TARGETS,
     num_used_text_layers: Mapping[str, int] | None = None,
 ) -> dict[str, list[nn.Parameter]]:
     """Put an untrained adapter into each component and return its trainable parameters, float32, by component.
 
-    "unet" gets `config.targets`, every other component TEXT_ATTENTION. Everything else is frozen. Each layer's initial
-    values depend on (seed, component, module path) alone: not on the global random state, which is left as it was, nor
-    on the base's dtype, nor on which other layers are adapted. The output is unchanged until the first step; with init
-    "orthogonal" only up to rounding, since there `up` starts non-zero.
+    Text encoders get TEXT_ATTENTION, the denoiser `config.targets`, where a name means what `presets`, those of its
+    family, say. Everything else is frozen. Each layer's initial values depend on (seed, component, module path) alone:
+    not on the global random state, which is left as it was, nor on the base's dtype, nor on which other layers are
+    adapted. The output is unchanged until the first step; with init "orthogonal" only up to rounding, since there `up`
+    starts non-zero.
 
     Not promised: that dropout is reproducible; PEFT draws it from the global random state.
     Raises ModelError or ConfigError before any module is touched.
     """
     used = num_used_text_layers or {}
     numbers = Numbers(config)
-    plans = {name: _plan(name, module, config, numbers, used.get(name)) for name, module in modules.items()}
+    plans = {name: _plan(name, module, config, numbers, presets, used.get(name)) for name, module in modules.items()}
     _require_used(numbers)
     parameters = {}
     for component, module in modules.items():
@@ -206,11 +202,12 @@ class _Plan:
     alphas: dict[str, float]
 
 
-def _pattern(targets: str) -> Pattern:
-    if targets in _PATTERNS:
-        return Pattern(_PATTERNS[targets], "adapter.targets")
+def _pattern(targets: str, presets: Mapping[str, str]) -> Pattern:
+    patterns = {**presets, **_TEXT_TARGETS}
+    if targets in patterns:
+        return Pattern(patterns[targets], "adapter.targets")
     if not targets.startswith("regex:"):
-        raise ConfigError(f'adapter.targets is "{shown(targets)}"; use one of {", ".join(_PATTERNS)}, or "regex:…".')
+        raise ConfigError(f'adapter.targets is "{shown(targets)}"; use one of {", ".join(presets)}, or "regex:…".')
     return Pattern(targets.removeprefix("regex:"), "adapter.targets")
 
 
@@ -220,12 +217,17 @@ def _is_used(name: str, num_used_layers: int | None) -> bool:
 
 
 def _plan(
-    component: str, module: nn.Module, config: AdapterConfig, numbers: Numbers, num_used_layers: int | None
+    component: str,
+    module: nn.Module,
+    config: AdapterConfig,
+    numbers: Numbers,
+    presets: Mapping[str, str],
+    num_used_layers: int | None,
 ) -> _Plan:
     if any(isinstance(child, LoraLayer) for child in module.modules()):
         raise ModelError(f"The {component} already has an adapter; load the base afresh before adding another.")
-    targets = config.targets if component == "unet" else TEXT_ATTENTION
-    names = target_modules(module, targets, num_used_layers=num_used_layers)
+    targets = TEXT_ATTENTION if is_text(component) else config.targets
+    names = target_modules(module, targets, presets=presets, num_used_layers=num_used_layers)
     ranks, alphas = {}, {}
     for name in names:
         ranks[name], alphas[name] = numbers.of(f"{component}.{name}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_booth.errors import ModelError, NumericError
+from lora_booth.models.bases.architectures import is_text
 
 _WORST_ROUNDING = 0.01
 """Relative error of a stored tensor that is worth a word; fp16 has 0.0003 and bf16 0.002 on ordinary weights."""
@@ -183,8 +184,8 @@ def context_width(weights: AdapterWeights | AnyWeights) -> int | None:
 
     None where no cross-attention key or value is adapted, or where they disagree.
     """
-    layers = weights.get("unet", {})
-    found = {weight_shape(update)[1] for path, update in layers.items() if path.endswith(("attn2.to_k", "attn2.to_v"))}
+    layers = [item for component, of in weights.items() if not is_text(component) for item in of.items()]
+    found = {weight_shape(update)[1] for path, update in layers if path.endswith(("attn2.to_k", "attn2.to_v"))}
     return found.pop() if len(found) == 1 else None
 
 
@@ -199,7 +200,7 @@ def norm_of(update: LowRank | Dense) -> float:
 
 def block_of(component: str, path: str) -> str:
     """The part of the model that a layer lies in: "down_blocks.1", "mid_block", "conv_in", "text_encoder"."""
-    if component != "unet":
+    if is_text(component):
         return component
     first, _, rest = path.partition(".")
     return f"{first}.{rest.split('.')[0]}" if first in ("down_blocks", "up_blocks") else first

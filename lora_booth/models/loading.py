@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from lora_booth.models.families.components import Components
     from lora_booth.models.families.family import Family
 
-FAMILIES = {
-    "sd1": "lora_booth.models.families.stable_diffusion:StableDiffusion",
-    "sd2": "lora_booth.models.families.stable_diffusion:StableDiffusion",
-    "sdxl": "lora_booth.models.families.sdxl:StableDiffusionXL",
-}
-"""Family name to module and class; imported when loaded, so that facts about a base cost no torch."""
-
 
 def facts(
     config: ModelConfig, *, needs_weights: bool = True, pinned: sources.Found | None = None
@@ -76,7 +69,7 @@ def load(
 
 def around(base: identify.BaseFacts, parts: Components) -> Family:
     """The family of `base`, made of `parts`; without a fingerprint, since nothing of its weights is read."""
-    module, _, name = FAMILIES[base.family].partition(":")
+    module, _, name = base.architecture.family.partition(":")
     family: Family = getattr(import_module(module), name)(base, parts)
     return family
 
@@ -90,12 +83,18 @@ def _require_finite_sample(family: Family, base: identify.BaseFacts, *, is_denoi
         mean, std = family.encode_images(torch.zeros(1, 3, side, side))
         prompt = family.encode_prompts(["a dog"])
         geometry = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=mean.device)
-        timesteps = torch.tensor([len(family.schedule.alphas_cumprod) // 2], device=mean.device)
+        timesteps = family.schedule.timesteps_at([0.5]).to(mean.device)
         pixels = family.decode_latents(mean)
         with _in_turn(family) if is_denoiser_aside else nullcontext():
             output = family.predict(mean, timesteps, prompt, geometry)
     texts = [("text encoder", tensor) for tensor in prompt.values()]
-    for what, tensor in (("vae", mean), ("vae", std), ("vae", pixels), *texts, ("unet", output)):
+    for what, tensor in (
+        ("vae", mean),
+        ("vae", std),
+        ("vae", pixels),
+        *texts,
+        (base.architecture.denoiser, output),
+    ):
         if not torch.isfinite(tensor).all():
             raise ModelError(
                 f"the {what} of {base.path} computes NaN or infinity; its weights are damaged (copy or download it "

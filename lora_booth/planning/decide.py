@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STEPS_PER_IMAGE = 100
-STEP_LIMITS = {"sd1": (400, 1200), "sd2": (400, 1200), "sdxl": (500, 1500)}
-"""Fewest and most steps by family, where the recipes of other trainers and the DreamBooth paper meet."""
 MAX_WARMUP_STEPS = 100
 
 
@@ -68,12 +66,27 @@ def look(config: Config, report: Report, *, needs_weights: bool = True) -> Input
     pinned = {} if stored is None else stored["pinned"]
     home = sources.Found(Path(), pinned.get("repository"), pinned.get("revision"))
     facts = loading.facts(config.model, needs_weights=needs_weights, pinned=home)
+    _require_objective(config, facts)
+    return Inputs(pictures, facts, pinned, continued_adapter(config))
+
+
+def _require_objective(config: Config, facts: BaseFacts) -> None:
+    """Raises ConfigError for a setting of [objective] that has no meaning for what the base predicts."""
     if config.objective.zero_terminal_snr and facts.prediction_type == "epsilon":
         raise ConfigError(
             f"objective.zero_terminal_snr is true, but {facts.path.name} predicts epsilon, which says nothing at pure "
             "noise; set it to false, or choose a v-prediction base."
         )
-    return Inputs(pictures, facts, pinned, continued_adapter(config))
+    of_diffusion = {
+        "zero_terminal_snr": config.objective.zero_terminal_snr,
+        "min_snr_gamma": config.objective.min_snr_gamma is not None,
+    }
+    is_set = [setting for setting, is_on in of_diffusion.items() if is_on]
+    if is_set and facts.prediction_type == "flow":
+        raise ConfigError(
+            f"objective.{is_set[0]} is set, but {facts.path.name} is a rectified flow, whose levels have no SNR to "
+            f"weigh or rescale; leave objective.{is_set[0]} out."
+        )
 
 
 def continued_adapter(config: Config) -> dict[str, str]:
@@ -132,7 +145,7 @@ def filled(config: Config, inputs: Inputs) -> Config:
     """`config` with every choice made that does not depend on memory."""
     train, data, base = config.train, config.data, inputs.facts
     num_images = len(inputs.pictures.instances.pictures)
-    low, high = STEP_LIMITS[base.family]
+    low, high = base.architecture.step_limits
     steps = train.steps or min(max(STEPS_PER_IMAGE * num_images, low), high)
     warmup = config.optimizer.warmup_steps
     return config.with_values(

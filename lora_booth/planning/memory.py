@@ -116,14 +116,14 @@ class Modules:
     def of(config: Config, facts: BaseFacts) -> Modules:
         """Modules of the base, with the adapter of `config`. Raises ModelError or ConfigError where training would."""
         dtype = DTYPES.get(config.model.precision, torch.bfloat16)  # "auto" on a card: two bytes, bf16 or fp16
-        parts = without_weights(facts, dtype)
+        parts, row = without_weights(facts, dtype), facts.architecture
         family = loading.around(facts, parts)
         assert parts.vae is not None, "all parts were asked for"
         is_text_trained = config.adapter.text_encoder
-        adapted = {"unet": parts.unet} | (parts.text_encoders if is_text_trained else {})
+        adapted = {row.denoiser: parts.denoiser} | (parts.text_encoders if is_text_trained else {})
         base_bytes, text_bytes = (_stored_bytes(of.values(), config) for of in (adapted, parts.text_encoders))
         used = family.num_used_text_layers if is_text_trained else {}
-        groups = inject.inject_(adapted, config.adapter, num_used_text_layers=used)
+        groups = inject.inject_(adapted, config.adapter, presets=row.targets, num_used_text_layers=used)
         parameters = [parameter for group in groups.values() for parameter in group]
         modules = (family, parts.vae, parts.text_encoders, adapted, parameters)
         return Modules(*modules, base_bytes, text_bytes, facts.native_resolution, {})
@@ -326,7 +326,7 @@ def make_batch(
 ) -> Batch:
     """A batch in the shapes and types of a real one. `shape`: of one row's latents, `[C, h, w]`."""
     latents, noise = (torch.zeros(rows, *shape, device=device) for _ in range(2))
-    timesteps = torch.full((rows,), len(family.schedule.alphas_cumprod) // 2, device=device)
+    timesteps = family.schedule.timesteps_at([0.5] * rows).to(device)
     draws = Draws(timesteps, noise, torch.zeros(rows, shape[0], 1, 1, device=device))
     prompts = [""] * rows
     with torch.no_grad():

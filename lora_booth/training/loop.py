@@ -183,7 +183,7 @@ def _begun(steps: Iterator[MicroStep]) -> Iterator[MicroStep]:
 def micro_step(s: Session, rows: Sequence[Row], step: int) -> MicroStep:
     """One micro-step of `rows`, its inputs on their way to the device."""
     positions, items = [row.position for row in rows], [row.item for row in rows]
-    draws, latent_noise = draw(s.config.train.seed, step, positions, items[0].shape, _num_timesteps(s))
+    draws, latent_noise = draw(s.config.train.seed, step, positions, items[0].shape, s.objective.schedule)
     numbers = (torch.tensor(positions), torch.tensor([row.weight for row in rows]))
     moved = (devices.put(tensor, s.accelerator.device) for tensor in numbers)
     return MicroStep(step, rows, _batch(s, items, draws, latent_noise), *moved)
@@ -223,15 +223,11 @@ def validation_loss(s: Session) -> float:
         levels = validation_levels(number, len(items))
         generator = generator_for("validation", number)
         shape = (len(levels), *item.shape)
-        timesteps = torch.tensor([int(level * _num_timesteps(s)) for level in levels])
+        timesteps = s.objective.schedule.timesteps_at(levels)
         draws = Draws(timesteps, torch.randn(shape, generator=generator), torch.zeros(*shape[:2], 1, 1))
         batch = _batch(s, [item] * len(levels), draws, latent_noise=torch.zeros(shape))
         losses += sample_losses(s.family, s.objective, batch).tolist()
     return sum(losses) / len(losses)
-
-
-def _num_timesteps(s: Session) -> int:
-    return len(s.objective.schedule.alphas_cumprod)
 
 
 def _set_learning_rate_(s: Session, step: int) -> float:

@@ -72,7 +72,7 @@ _MARK = "lora-booth doctor: "
 _START = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from lora_booth.doctor import _probe
+from lora_booth.verbs.doctor import _probe
 _probe(*json.loads(sys.argv[2]))
 """
 

@@ -14,7 +14,7 @@ from lora_booth.adapter import kept
 from lora_booth.adapter.delivery import SUFFIX, Delivery, WeightOf, forms, tell_use, write_files
 from lora_booth.adapter.files import storage
 from lora_booth.adapter.files.family import family_of
-from lora_booth.adapter.files.metadata import base_fields, carried
+from lora_booth.adapter.files.metadata import base_fields, carried, prediction_of
 from lora_booth.adapter.weights import AnyWeights, find_module
 from lora_booth.config import inputs, names
 from lora_booth.config.toml import base_named
@@ -54,7 +54,7 @@ def export(
     name = own_name if name is None else name
     weights, family = storage.low_rank(file.name, read), _family(file, read, header, base)
     trigger = header.get("modelspec.trigger_phrase", "") if trigger is None else trigger
-    fields = base_fields(family, _prediction_type(header), name) | carried(header)
+    fields = base_fields(family, prediction_of(header), name) | carried(header)
     fields |= {"modelspec.title": name, "ss_output_name": name}
     fields |= {"modelspec.trigger_phrase": trigger} if trigger else {}
     picture = None if cover is None else _open(cover)
@@ -113,11 +113,6 @@ def _family(file: Path, weights: AnyWeights, header: dict[str, str], base: str |
     if told is None:
         raise ModelError(f"{file.name} does not tell which family it is of; name its base with --base.")
     return told
-
-
-def _prediction_type(header: dict[str, str]) -> str:
-    is_v = header.get("modelspec.prediction_type") == "v" or header.get("ss_base_model_version", "").endswith("_v")
-    return "v_prediction" if is_v else "epsilon"
 
 
 def _refuse_existing(delivery: Delivery, formats: Sequence[str], file: Path) -> None:

@@ -23,8 +23,9 @@ from lora_booth.config import names
 from lora_booth.config.toml import base_named
 from lora_booth.errors import ModelError
 from lora_booth.models import loading
+from lora_booth.models.bases.architectures import is_text
 from lora_booth.models.bases.identify import BaseFacts
-from lora_booth.models.families.components import component_names, load_component
+from lora_booth.models.families.components import load_component
 from lora_booth.run.report import Report, Silent
 
 TEXT_TARGETS = r"regex:(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
@@ -71,9 +72,10 @@ def extract(
     facts, tuned_facts = map(loading.facts, named)
     _require_alike(facts, tuned_facts, report)
     found = Difference()
-    for component in component_names(facts) if text_encoders else ("unet",):
+    row = facts.architecture
+    for component in row.adaptable if text_encoders else (row.denoiser,):
         pair = load_component(facts, component), load_component(tuned_facts, component)
-        for is_target, name, change in _changes(component, pair, targets, report):
+        for is_target, name, change in _changes(component, pair, targets, row.targets, report):
             if is_target:
                 found.parts.setdefault(component, {})[name] = approximate(change, rank=rank, energy=energy)
             else:
@@ -105,7 +107,7 @@ def _require_alike(facts: BaseFacts, tuned: BaseFacts, report: Report) -> None:
 
 
 def _changes(
-    component: str, pair: tuple[nn.Module, nn.Module], targets: str, report: Report
+    component: str, pair: tuple[nn.Module, nn.Module], targets: str, presets: Mapping[str, str], report: Report
 ) -> Iterator[tuple[bool, str, Tensor]]:
     """Of every parameter that differs: if it is a target's weight, its name, its change in float32.
 
@@ -113,7 +115,7 @@ def _changes(
     Raises ModelError when the modules are not built alike or the change is not finite.
     """
     before, after = ({plain_path(name): p for name, p in module.named_parameters()} for module in pair)
-    layers = target_modules(pair[0], targets if component == "unet" else TEXT_TARGETS)
+    layers = target_modules(pair[0], TEXT_TARGETS if is_text(component) else targets, presets=presets)
     weights = {f"{plain_path(layer)}.weight" for layer in layers}
     strange = [name for name in before | after if _shape(before, name) != _shape(after, name)]
     if strange:

@@ -220,7 +220,7 @@ def _fitted(family: Family, path: Path, weights: AdapterWeights) -> AdapterWeigh
 
     Raises ModelError when the base lacks a layer that the adapter changes, or has it in another size.
     """
-    modules = {"unet": family.denoiser, **family.text_encoders()}
+    modules = {family.architecture.denoiser: family.denoiser, **family.text_encoders()}
     fitted: AdapterWeights = {}
     for component, layers in weights.items():
         for name, low in layers.items():

@@ -9,13 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from lora_booth.adapter.files import storage
-from lora_booth.adapter.files.family import FAMILY_NAMES, MINIATURE_WIDTH, family_of
+from lora_booth.adapter.files.family import MINIATURE_WIDTH, family_of
 from lora_booth.adapter.files.keys import is_norm
 from lora_booth.adapter.programs.verdicts import tell_programs
 from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, block_of, context_width, norm_of, num_parameters
 from lora_booth.config import names
 from lora_booth.data import charts
 from lora_booth.errors import ModelError
+from lora_booth.models.bases.architectures import ARCHITECTURES
 from lora_booth.run import disk
 from lora_booth.run.report import Report
 
@@ -93,7 +94,7 @@ def base_family(weights: AnyWeights, header: Mapping[str, str]) -> str:
     if width == MINIATURE_WIDTH:
         return "booth-mini"
     if family is not None:
-        return FAMILY_NAMES[family]
+        return ARCHITECTURES[family].label
     return "unknown: " + (f"its text embeddings are {width} wide" if width else "its layers are those of several")
 
 

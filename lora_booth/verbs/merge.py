@@ -27,7 +27,7 @@ from lora_booth.config.inputs import is_plain_file, require_plain_file
 from lora_booth.config.toml import base_named
 from lora_booth.errors import ConfigError, ModelError, NumericError
 from lora_booth.models.bases.identify import BaseFacts, identify
-from lora_booth.models.bases.sources import PICKLES, WEIGHT_STEMS, read_json, resolve
+from lora_booth.models.bases.sources import PICKLES, read_json, resolve, weighted
 from lora_booth.models.bases.weight_names import Place, find, weight_sets
 from lora_booth.run import disk
 from lora_booth.run.report import Report, Silent
@@ -187,7 +187,7 @@ def _require_suffix(out: Path, suffix: str) -> None:
 
 
 def _refuse_quantised_config(base: Path) -> None:
-    for component in WEIGHT_STEMS:
+    for component in weighted():
         config = base / component / "config.json"
         if base.is_dir() and is_plain_file(config) and "quantization_config" in read_json(config):
             raise ModelError(_quantised(config, "has a quantization_config"))

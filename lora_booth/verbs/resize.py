@@ -23,7 +23,7 @@ from lora_booth.config.toml import base_named
 from lora_booth.errors import ModelError
 from lora_booth.models import loading
 from lora_booth.models.bases.identify import BaseFacts
-from lora_booth.models.families.components import component_names, load_component
+from lora_booth.models.families.components import load_component
 from lora_booth.run.report import Report, Silent
 from lora_booth.run.safetensors import read_layout
 
@@ -110,7 +110,7 @@ def _facts(file: Path, weights: AnyWeights, base: str | None, report: Report) ->
             "with --base."
         )
     facts = loading.facts(base_named(base))
-    strange = weights.keys() - set(component_names(facts))
+    strange = weights.keys() - set(facts.architecture.adaptable)
     if strange:
         raise ModelError(
             f"{file.name} changes {min(strange)}, which {base}, a {facts.family} model, lacks; name its own base."

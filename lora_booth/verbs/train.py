@@ -29,9 +29,11 @@ from lora_booth.errors import (
     lacks_memory,
 )
 from lora_booth.models import devices, loading
+from lora_booth.models.bases.architectures import is_text
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.devices import dtype_for
 from lora_booth.models.families.family import Family
+from lora_booth.models.families.noise import Diffusion
 from lora_booth.planning import decide
 from lora_booth.run import identity, systems
 from lora_booth.run.folder import Run, Summary, require_free_space
@@ -166,6 +168,7 @@ def _load(config: Config, facts: BaseFacts, device: torch.device, dtype: torch.d
     is_aside = bool(config.memory.denoiser_aside)
     family = loading.load(config.model, device=device, dtype=dtype, base=facts, is_denoiser_aside=is_aside)
     if config.objective.zero_terminal_snr:
+        assert isinstance(family.schedule, Diffusion), "refused before for all others"
         family.schedule = family.schedule.rescaled_to_zero_terminal_snr()
     return family
 
@@ -237,12 +240,15 @@ def _adapt(
     config: Config, family: Family, inputs: decide.Inputs
 ) -> tuple[dict[str, nn.Module], dict[str, list[nn.Parameter]]]:
     """Inject the adapter, and set how the denoiser computes."""
-    adapted: dict[str, nn.Module] = {"unet": family.denoiser}
+    row = family.architecture
+    adapted: dict[str, nn.Module] = {row.denoiser: family.denoiser}
     used: dict[str, int] = {}
     if config.adapter.text_encoder:
         adapted |= family.text_encoders()
         used = family.num_used_text_layers
-    parameters = inject.inject_(adapted, config.adapter, seed=config.train.seed, num_used_text_layers=used)
+    parameters = inject.inject_(
+        adapted, config.adapter, seed=config.train.seed, presets=row.targets, num_used_text_layers=used
+    )
     if config.adapter.continue_from is not None:
         if decide.continued_adapter(config) != inputs.continued:
             raise ModelError(
@@ -266,8 +272,8 @@ def _optimizer(
     """What is updated, and the optimizer with a group for each component, whose learning rate is told to the user."""
     trained, groups = [], []
     for component, parts in parameters.items():
-        is_text = component != "unet"
-        rate = config.optimizer.text_encoder_learning_rate if is_text else config.optimizer.learning_rate
+        names = config.optimizer
+        rate = names.text_encoder_learning_rate if is_text(component) else names.learning_rate
         flats = optimizers.flatten(parts, config.optimizer, device_type=device.type)
         trained += flats
         groups.append({"params": [flat.vector for flat in flats], "lr": rate, "base_lr": rate})

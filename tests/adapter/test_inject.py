@@ -21,6 +21,7 @@ from lora_booth.adapter.weights import delta
 from lora_booth.config.patterns import Pattern
 from lora_booth.config.settings import TARGET_PRESETS, AdapterConfig
 from lora_booth.errors import ConfigError, ModelError
+from lora_booth.models.bases import unets
 from tests.support import adapted
 
 KINDS: list[dict[str, Any]] = [
@@ -127,7 +128,8 @@ def test_patterns_mean_what_they_mean_to_pythons_engine() -> None:
     """Of those that both know: RE2 is told to match whole names, and ends of names, as `re` was."""
     names = [f"unet.{name}" for name in plain_layers(tiny_unet())]
     texts = [
-        *inject._PATTERNS.values(),
+        *unets.TARGETS.values(),
+        *inject._TEXT_TARGETS.values(),
         SOME.removeprefix("regex:"),
         "to_[qk]",
         r"\d\.proj_in",

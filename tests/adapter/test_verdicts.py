@@ -25,7 +25,7 @@ from lora_booth.adapter.weights import AdapterWeights, LowRank, plain_path
 from lora_booth.config.settings import TARGET_PRESETS
 from lora_booth.errors import ModelError
 from lora_booth.models.bases import ldm
-from lora_booth.models.bases.sources import ARCHITECTURES
+from lora_booth.models.bases.sources import SHIPPED_CONFIGS
 from tests.adapter.test_metadata import facts
 from tests.support import adapted
 
@@ -155,7 +155,7 @@ def real_modules(architecture: str) -> dict[str, nn.Module]:
     import diffusers
     import transformers
 
-    folder, modules = ARCHITECTURES / architecture, {}
+    folder, modules = SHIPPED_CONFIGS / architecture, {}
     with torch.device("meta"):
         modules["unet"] = diffusers.UNet2DConditionModel.from_config(
             json.loads((folder / "unet/config.json").read_text())

@@ -22,7 +22,8 @@ import transformers
 from lora_booth.config.settings import ModelConfig
 from lora_booth.errors import ConfigError, LoraBoothError, lacks_memory
 from lora_booth.models import devices, loading
-from lora_booth.models.families import components, sdxl, stable_diffusion, vae
+from lora_booth.models.families import components, vae
+from lora_booth.models.families import family as families
 from lora_booth.models.families import quantize as quantized
 from lora_booth.models.families.family import Conditioning, Family
 from tests.soak.sabotage import OutOfMemory
@@ -447,7 +448,7 @@ def test_a_base_is_loaded_with_the_denoiser_aside_and_never_beside_the_text_enco
         moves.append((kind.replace("WithProjection", ""), "device" if isinstance(device, torch.device) else device))
         move(module, device)
 
-    for module in (components, sdxl, stable_diffusion, quantized):
+    for module in (components, families, quantized):
         monkeypatch.setattr(module, "move_frozen_", moved)
     config = ModelConfig(base=str(base.folder), quantize=quantize)
     family = loading.load(config, device="cpu", dtype=torch.bfloat16, is_denoiser_aside=True)

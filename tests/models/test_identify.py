@@ -17,6 +17,7 @@ from lora_booth.config.settings import ModelConfig
 from lora_booth.errors import ModelError
 from lora_booth.models import loading
 from lora_booth.models.bases import identify, sources
+from lora_booth.models.bases.architectures import ARCHITECTURES, PredictionType
 from lora_booth.models.families.components import CLIP_MERGES, shipped_tokenizer
 from tests.models.test_sources import header_bytes
 from tests.support.tiny import tiny_sd, tiny_sd2, tiny_sdxl, tiny_single_file
@@ -159,13 +160,15 @@ def test_other_incomplete_and_unsafe_folders_are_refused(tmp_path: Path, bases: 
     ],
 )
 def test_real_architectures_have_their_published_sides_and_steps(
-    name: str, family: str, prediction_type: str, side: int, step: int
+    name: str, family: str, prediction_type: PredictionType, side: int, step: int
 ) -> None:
-    configs = sources.ARCHITECTURES / name
+    configs = sources.SHIPPED_CONFIGS / name
     unet, vae = (json.loads((configs / part / "config.json").read_text()) for part in ("unet", "vae"))
-    assert identify._native_resolution(unet, 8, family, prediction_type) == side
-    assert identify._native_resolution(unet | {"sample_size": None}, 8, family, prediction_type) == side
-    assert identify._bucket_step(unet, 8, side) == step
+    row = ARCHITECTURES[family]
+    assert row.recognises(unet) and row.predictions[prediction_type] == side
+    assert identify._native_resolution(unet, 8, side) == side
+    assert identify._native_resolution(unet | {"sample_size": None}, 8, side) == side
+    assert identify._bucket_step(8 * row.cells(unet), side) == step
     assert len(vae["block_out_channels"]) == 4
 
 
@@ -185,7 +188,7 @@ def test_shipped_architectures_have_the_published_number_of_weights() -> None:
 
     millions = {}
     for name in ("sd1", "sd2_v", "sdxl"):
-        folder = sources.ARCHITECTURES / name
+        folder = sources.SHIPPED_CONFIGS / name
         with torch.device("meta"):
             models = [diffusers.UNet2DConditionModel.from_config(json.loads((folder / "unet/config.json").read_text()))]
             for part in sorted(folder.glob("text_encoder*/config.json")):
@@ -197,7 +200,7 @@ def test_shipped_architectures_have_the_published_number_of_weights() -> None:
 
 
 def test_shipped_tokenizer_is_clips() -> None:
-    tokenizer = shipped_tokenizer(sources.ARCHITECTURES / "sdxl" / "tokenizer_2")
+    tokenizer = shipped_tokenizer(sources.SHIPPED_CONFIGS / "sdxl" / "tokenizer_2")
     ids = tokenizer("a photo of an astronaut riding a horse", padding="max_length").input_ids
     # the ids of CLIP's published vocabulary; SDXL's second tokenizer pads with "!", which is 0
     assert ids[:11] == [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 49407, 0]
@@ -219,7 +222,7 @@ def test_a_single_file_gives_the_very_weights_of_its_folder(
     write, architecture, metadata, name, prediction_type = SINGLE[kind]
     folder = write(tmp_path / "architectures" / architecture)
     file = tiny_single_file(folder, tmp_path / "one.safetensors", metadata=metadata)
-    monkeypatch.setattr(identify, "ARCHITECTURES", tmp_path / "architectures")
+    monkeypatch.setattr(identify, "SHIPPED_CONFIGS", tmp_path / "architectures")
     one, many = (loading.load(ModelConfig(base=str(b)), device="cpu", dtype=torch.float32) for b in (file, folder))
     assert (one.name, one.schedule.prediction_type) == (name, prediction_type)
     parts = [[f.denoiser, f.pipeline("ddim").vae, *f.text_encoders().values()] for f in (one, many)]
@@ -236,7 +239,7 @@ def test_a_single_file_gives_the_very_weights_of_its_folder(
 def test_a_single_file_in_half_precision_keeps_its_vae_in_float32(tmp_path: Path, monkeypatch: Any) -> None:
     folder = tiny_sd(tmp_path / "architectures" / "sd1")
     file = tiny_single_file(folder, tmp_path / "one.safetensors")
-    monkeypatch.setattr(identify, "ARCHITECTURES", tmp_path / "architectures")
+    monkeypatch.setattr(identify, "SHIPPED_CONFIGS", tmp_path / "architectures")
     family = loading.load(ModelConfig(base=str(file)), device="cpu", dtype=torch.bfloat16)
     assert {p.dtype for p in family.denoiser.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in family.pipeline("ddim").vae.parameters()} == {torch.float32}
@@ -245,7 +248,7 @@ def test_a_single_file_in_half_precision_keeps_its_vae_in_float32(tmp_path: Path
 def test_a_single_file_that_lacks_a_weight_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
     folder = tiny_sd(tmp_path / "architectures" / "sd1")
     file = tiny_single_file(folder, tmp_path / "one.safetensors")
-    monkeypatch.setattr(identify, "ARCHITECTURES", tmp_path / "architectures")
+    monkeypatch.setattr(identify, "SHIPPED_CONFIGS", tmp_path / "architectures")
     from safetensors.torch import load_file, save_file
 
     weights = load_file(file)
@@ -356,7 +359,7 @@ def test_unknown_schedules_are_refused() -> None:
 def test_loading_is_silent(tmp_path: Path, capfd: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_sdxl(tmp_path / "architectures" / "sdxl")
     file = tiny_single_file(folder, tmp_path / "one.safetensors")
-    monkeypatch.setattr(identify, "ARCHITECTURES", tmp_path / "architectures")
+    monkeypatch.setattr(identify, "SHIPPED_CONFIGS", tmp_path / "architectures")
     capfd.readouterr()
     for base in (folder, file):
         with caplog.at_level(logging.WARNING):

@@ -79,7 +79,7 @@ def test_a_number_that_asks_for_too_much_is_refused_before_anything_is_built(
 
 def test_what_published_bases_and_their_pruned_descendants_ask_for_is_within_the_bounds(base: Path) -> None:
     for name in ("sd1", "sd2_base", "sd2_v", "sdxl"):
-        identify.identify(sources.ARCHITECTURES / name, has_weights=False)
+        identify.identify(sources.SHIPPED_CONFIGS / name, has_weights=False)
     change(
         base / "unet" / "config.json",
         transformer_layers_per_block=[1, [2, 2], [4, 4], 1],  # as SSD-1B writes it
@@ -93,7 +93,7 @@ def test_what_published_bases_and_their_pruned_descendants_ask_for_is_within_the
 def test_weights_are_counted_to_a_hundredth_from_configs_alone() -> None:
     real = {"sd1": 859.5 + 123.1 + 83.7, "sd2_v": 865.9 + 340.4 + 83.7, "sdxl": 2567.5 + 123.1 + 694.7 + 83.7}
     for name, millions in real.items():
-        folder = sources.ARCHITECTURES / name
+        folder = sources.SHIPPED_CONFIGS / name
         configs = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/config.json")}
         assert sum(limits.num_parameters(configs).values()) / 1e6 == pytest.approx(millions, rel=0.01), name
 

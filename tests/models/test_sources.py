@@ -42,7 +42,8 @@ def header_bytes(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | 
 def folder(tmp_path: Path) -> Path:
     """A diffusers folder as far as finding is concerned."""
     base = tmp_path / "base"
-    for name, stem in sources.WEIGHT_STEMS.items():
+    for name in sources.weighted():
+        stem = sources.weight_stem(name)
         if name != "text_encoder_2":
             (base / name).mkdir(parents=True)
             (base / name / f"{stem}.safetensors").write_bytes(header_bytes({"w": (2, 3)}))
@@ -283,7 +284,7 @@ def test_without_weights_only_the_small_files_are_downloaded_and_of_an_alias_not
     assert not any(name.endswith(".safetensors") for name in settings["allow_patterns"])
     for alias, architecture in sources.SHIPPED.items():
         path = sources.resolve(ModelConfig(base=alias), needs_weights=False).path
-        assert path == sources.ARCHITECTURES / architecture
+        assert path == sources.SHIPPED_CONFIGS / architecture
         assert identify(path, has_weights=False).family == architecture.partition("_")[0]
     assert len(hub.asked) == 1
     sources.resolve(ModelConfig(base="sdxl", revision="v1"), needs_weights=False)  # which may not be what ships

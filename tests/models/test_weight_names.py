@@ -16,7 +16,7 @@ from lora_booth.adapter import inject
 from lora_booth.adapter.weights import plain_path
 from lora_booth.errors import ModelError
 from lora_booth.models.bases.identify import BaseFacts
-from lora_booth.models.bases.sources import ARCHITECTURES
+from lora_booth.models.bases.sources import SHIPPED_CONFIGS
 from lora_booth.models.bases.weight_names import Place, find, weight_sets
 from tests.support import tiny
 
@@ -37,7 +37,7 @@ def file(tmp_path: Path) -> Path:
 
 def real_modules(architecture: str) -> dict[str, nn.Module]:
     """The components of a published model, full size, without weights."""
-    folder, modules = ARCHITECTURES / architecture, {}
+    folder, modules = SHIPPED_CONFIGS / architecture, {}
     with torch.device("meta"):
         modules["unet"] = UNet2DConditionModel.from_config(json.loads((folder / "unet/config.json").read_text()))
         for name, class_name in TEXT_CLASSES.items():

@@ -11,7 +11,7 @@ from lora_booth.data.buckets import Bucket
 from lora_booth.data.images import Found, Picture
 from lora_booth.data.subject import Pictures
 from lora_booth.models.bases.identify import BaseFacts
-from lora_booth.models.bases.sources import ARCHITECTURES
+from lora_booth.models.bases.sources import SHIPPED_CONFIGS
 from lora_booth.planning import budget, decide, memory
 from lora_booth.run.report import Silent
 
@@ -20,7 +20,7 @@ SIZES = {"sd1": (512, 64), "sd2": (768, 64), "sdxl": (1024, 64)}
 
 def inputs(family: str, count: int) -> decide.Inputs:
     resolution, step = SIZES[family]
-    configs = ARCHITECTURES / {"sd2": "sd2_v"}.get(family, family)
+    configs = SHIPPED_CONFIGS / {"sd2": "sd2_v"}.get(family, family)
     facts = BaseFacts(Path(__file__), configs, family, "epsilon", resolution, step, {})  # type: ignore[arg-type]
     pictures = tuple(Picture(Path(f"{n}.jpg"), str(n), 600, 600, None) for n in range(count))
     return decide.Inputs(Pictures(Found(pictures, (), ()), None, None), facts)

@@ -19,7 +19,7 @@ from lora_booth.config.settings import OptimizerConfig
 from lora_booth.errors import ModelError
 from lora_booth.models import cards, devices, loading
 from lora_booth.models.bases.identify import BaseFacts
-from lora_booth.models.bases.sources import ARCHITECTURES
+from lora_booth.models.bases.sources import SHIPPED_CONFIGS
 from lora_booth.models.families.components import without_weights
 from lora_booth.models.families.family import Family
 from lora_booth.planning import budget, decide, memory, optimizer_states, tracing
@@ -37,7 +37,7 @@ MIB = 2**20
 def full_size(family: str) -> BaseFacts:
     """The facts of a base of real size, without its weights. The path is any file: it is not read as weights."""
     folder, side = FULL_SIZE[family]
-    return BaseFacts(Path(__file__), ARCHITECTURES / folder, family, "epsilon", side, 64, {})  # type: ignore[arg-type]
+    return BaseFacts(Path(__file__), SHIPPED_CONFIGS / folder, family, "epsilon", side, 64, {})  # type: ignore[arg-type]
 
 
 def config_of(**sections: dict[str, Any]) -> Config:

@@ -199,7 +199,7 @@ def _link(base: Path, rng: random.Random) -> str:
     elif kind == "folder":
         path.mkdir()
     elif kind == "shard":
-        index = path.parent / f"{sources.WEIGHT_STEMS.get(path.parent.name, 'model')}.safetensors.index.json"
+        index = path.parent / f"{sources.weight_stem(path.parent.name)}.safetensors.index.json"
         name = rng.choice(("x" * 300 + ".safetensors", "../x.safetensors", "a\0.safetensors", ".safetensors", ""))
         index.write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
         for weights in path.parent.glob("*.safetensors"):

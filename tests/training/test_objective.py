@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
-from lora_booth.models.families.schedules import NoiseSchedule, PredictionType
+from lora_booth.models.bases.architectures import PredictionType
+from lora_booth.models.families.noise import Diffusion, RectifiedFlow
 from lora_booth.training.objective import Draws, Objective, draw, elementwise_loss
 
 ALPHAS = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+LEVELS = Diffusion(torch.linspace(0.99, 0.01, 1000, dtype=torch.float64), "epsilon")
 
 
 def draws_at(timesteps: list[int], noise: torch.Tensor) -> Draws:
@@ -22,14 +24,14 @@ def test_loss_of_a_zero_prediction_is_the_mean_square_of_the_target(
     prediction: PredictionType, expected: float
 ) -> None:
     # alpha_bar = 0.5, x0 = 1, noise = 2: epsilon target 2, v target sqrt(.5) * 2 - sqrt(.5) * 1 = sqrt(.5).
-    objective = Objective(NoiseSchedule(ALPHAS, prediction))
+    objective = Objective(Diffusion(ALPHAS, prediction))
     latents, noise = torch.ones(1, 4, 2, 2), torch.full((1, 4, 2, 2), 2.0)
     loss = objective.loss(lambda noisy, t: torch.zeros_like(noisy), latents, draws_at([1], noise))
     assert loss.tolist() == pytest.approx([expected])
 
 
 def test_noisy_latents_follow_ddpm_equation_4() -> None:
-    objective = Objective(NoiseSchedule(ALPHAS, "epsilon"))
+    objective = Objective(Diffusion(ALPHAS, "epsilon"))
     seen = {}
 
     def predict(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -41,7 +43,7 @@ def test_noisy_latents_follow_ddpm_equation_4() -> None:
 
 
 def test_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
-    objective = Objective(NoiseSchedule(ALPHAS, "epsilon"), min_snr_gamma=5)
+    objective = Objective(Diffusion(ALPHAS, "epsilon"), min_snr_gamma=5)
     latents, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     together = objective.loss(lambda noisy, t: noisy, latents, draws_at([0, 1, 2], noise))
     alone = [objective.loss(lambda n, t: n, latents[i : i + 1], draws_at([i], noise[i : i + 1])) for i in range(3)]
@@ -56,28 +58,28 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
 def test_min_snr_weight_has_the_right_formula_for_each_prediction_type(
     prediction: PredictionType, expected: list[float]
 ) -> None:
-    weights = Objective(NoiseSchedule(ALPHAS, prediction), min_snr_gamma=5).weight(torch.tensor([0, 1, 2]))
+    weights = Diffusion(ALPHAS, prediction).weight(torch.tensor([0, 1, 2]), 5)
     assert weights.tolist() == pytest.approx(expected)
 
 
 def test_min_snr_weight_is_finite_at_zero_terminal_snr() -> None:
-    schedule = NoiseSchedule(ALPHAS, "epsilon").rescaled_to_zero_terminal_snr()
-    assert Objective(schedule, min_snr_gamma=5).weight(torch.tensor([2])).tolist() == [1.0]
+    schedule = Diffusion(ALPHAS, "epsilon").rescaled_to_zero_terminal_snr()
+    assert schedule.weight(torch.tensor([2]), 5).tolist() == [1.0]
 
 
 def test_zero_terminal_snr_keeps_the_first_level_and_zeroes_the_last() -> None:
-    rescaled = NoiseSchedule(ALPHAS, "v_prediction").rescaled_to_zero_terminal_snr()
+    rescaled = Diffusion(ALPHAS, "v_prediction").rescaled_to_zero_terminal_snr()
     assert rescaled.has_zero_terminal_snr
-    assert not NoiseSchedule(ALPHAS, "v_prediction").has_zero_terminal_snr
+    assert not Diffusion(ALPHAS, "v_prediction").has_zero_terminal_snr
     # sqrt(.5) shifted and scaled: (sqrt(.5) - sqrt(.1)) * sqrt(.9) / (sqrt(.9) - sqrt(.1)), squared.
     middle = (math.sqrt(0.5) - math.sqrt(0.1)) * math.sqrt(0.9) / (math.sqrt(0.9) - math.sqrt(0.1))
     assert rescaled.alphas_cumprod.tolist() == pytest.approx([0.9, middle**2, 0.0])
 
 
 def test_snr_weights_follow_the_rescaled_schedule() -> None:
-    schedule = NoiseSchedule(ALPHAS, "v_prediction")
-    before = Objective(schedule, min_snr_gamma=5).weight(torch.tensor([1]))
-    after = Objective(schedule.rescaled_to_zero_terminal_snr(), min_snr_gamma=5).weight(torch.tensor([1]))
+    schedule = Diffusion(ALPHAS, "v_prediction")
+    before = schedule.weight(torch.tensor([1]), 5)
+    after = schedule.rescaled_to_zero_terminal_snr().weight(torch.tensor([1]), 5)
     assert after.item() < before.item()
 
 
@@ -85,7 +87,7 @@ def test_noise_offset_is_part_of_the_target() -> None:
     noise = torch.zeros(1, 2, 2, 2)
     offsets = torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
     draws = Draws(torch.tensor([0]), noise, offsets)
-    objective = Objective(NoiseSchedule(ALPHAS, "epsilon"), noise_offset=0.5)
+    objective = Objective(Diffusion(ALPHAS, "epsilon"), noise_offset=0.5)
     assert objective.loss(lambda n, t: torch.zeros_like(n), noise, draws).tolist() == pytest.approx([0.25])
 
 
@@ -97,20 +99,20 @@ def test_huber_equals_the_square_for_small_errors_and_grows_linearly_for_large_o
 
 def test_a_draw_depends_on_seed_step_and_position_alone() -> None:
     torch.manual_seed(1)
-    together, latent_noises = draw(0, 7, [0, 1, 5], (4, 2, 3), 1000)
+    together, latent_noises = draw(0, 7, [0, 1, 5], (4, 2, 3), LEVELS)
     torch.manual_seed(2)
-    alone, latent_noise = draw(0, 7, [5], (4, 2, 3), 1000)
+    alone, latent_noise = draw(0, 7, [5], (4, 2, 3), LEVELS)
     for one, many in zip(vars(alone).values(), vars(together).values(), strict=True):
         assert torch.equal(one[0], many[2])
     assert torch.equal(latent_noise[0], latent_noises[2])
     for key in ((1, 7, [5]), (0, 8, [5]), (0, 7, [4])):
-        other, other_latent_noise = draw(*key, (4, 2, 3), 1000)
+        other, other_latent_noise = draw(*key, (4, 2, 3), LEVELS)
         assert not torch.equal(alone.noise, other.noise)
         assert not torch.equal(latent_noise, other_latent_noise)
 
 
 def test_draws_are_normal_and_timesteps_uniform() -> None:
-    draws, latent_noise = draw(3, 0, range(400), (4, 8, 8), 1000)
+    draws, latent_noise = draw(3, 0, range(400), (4, 8, 8), LEVELS)
     assert abs(draws.noise.mean().item()) < 0.02  # 102,400 numbers: standard error 0.003
     assert abs(draws.noise.std().item() - 1) < 0.02
     assert not torch.equal(draws.noise, latent_noise)
@@ -121,10 +123,48 @@ def test_draws_are_normal_and_timesteps_uniform() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_loss_asks_the_device_for_no_number(prediction: PredictionType) -> None:
     # Tensors without data have none to give: whatever would wait for a card raises here.
-    objective = Objective(NoiseSchedule(ALPHAS, prediction), min_snr_gamma=5, noise_offset=0.1, huber_delta=0.1)
+    objective = Objective(Diffusion(ALPHAS, prediction), min_snr_gamma=5, noise_offset=0.1, huber_delta=0.1)
     latents, noise = (torch.empty(2, 4, 2, 2, device="meta") for _ in range(2))
     draws = Draws(torch.empty(2, dtype=torch.int64, device="meta"), noise, torch.empty(2, 4, 1, 1, device="meta"))
     loss = objective.loss(lambda noisy, timesteps: noisy * timesteps.view(-1, 1, 1, 1), latents, draws)
     assert loss.device.type == "meta" and loss.shape == (2,)
     with pytest.raises(NotImplementedError):
         draws.timesteps.cpu()
+
+
+def test_a_rectified_flow_mixes_along_a_straight_line_and_asks_for_its_direction() -> None:
+    # sigma = 0.25, x0 = 4, n = 8: x_t = 0.75 * 4 + 0.25 * 8 = 5, target 8 - 4 = 4; a prediction of 1 is wrong by 3.
+    seen = {}
+
+    def predict(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.update(noisy=noisy, t=t)
+        return torch.ones_like(noisy)
+
+    latents, noise = torch.full((1, 4, 2, 2), 4.0), torch.full((1, 4, 2, 2), 8.0)
+    draws = Draws(torch.tensor([250.0]), noise, torch.zeros(1, 4, 1, 1))
+    loss = Objective(RectifiedFlow()).loss(predict, latents, draws)
+    assert torch.equal(seen["noisy"], torch.full_like(latents, 5.0)) and seen["t"].tolist() == [250.0]
+    assert loss.tolist() == [9.0]
+
+
+def test_a_shift_moves_the_levels_of_a_flow_towards_noise() -> None:
+    # 3 * 0.5 / (1 + 2 * 0.5) = 0.75; the ends stay.
+    assert RectifiedFlow(shift=3).timesteps_at([0.0, 0.5, 1.0]).tolist() == [0.0, 750.0, 1000.0]
+    assert RectifiedFlow().timesteps_at([0.125, 0.875]).tolist() == [125.0, 875.0]
+
+
+def test_levels_of_a_flow_are_logit_normal_and_of_a_diffusion_uniform() -> None:
+    # The sigmoid of a normal number has the median 0.5 and, at one standard deviation, 1 / (1 + 1 / e) = 0.731.
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([RectifiedFlow().draw_timestep(generator) for _ in range(4000)]) / 1000
+    assert drawn.min() > 0 and drawn.max() < 1 and drawn.dtype == torch.float32
+    shares = [(drawn < level).float().mean().item() for level in (1 - 0.7311, 0.5, 0.7311)]
+    assert shares == pytest.approx([0.1587, 0.5, 0.8413], abs=0.03)  # standard error 0.008
+    shifted = torch.stack([RectifiedFlow(shift=3).draw_timestep(generator) for _ in range(4000)]) / 1000
+    assert (shifted < 0.75).float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_min_snr_is_no_weight_of_a_flow() -> None:
+    assert RectifiedFlow().weight(torch.tensor([1.0, 999.0]), None).tolist() == [1.0, 1.0]
+    with pytest.raises(AssertionError, match="refused"):
+        RectifiedFlow().weight(torch.tensor([1.0]), 5.0)

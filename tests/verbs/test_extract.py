@@ -114,7 +114,7 @@ def test_folders_and_single_files_give_the_same_adapter(
 ) -> None:
     make, architecture, metadata = SINGLE[family]
     base = make(tmp_path / "architectures" / architecture)
-    monkeypatch.setattr(identify, "ARCHITECTURES", tmp_path / "architectures")
+    monkeypatch.setattr(identify, "SHIPPED_CONFIGS", tmp_path / "architectures")
     edits = {"unet": change("mid_block.attentions.0.proj_in.weight")}
     texts = [name for name in ("text_encoder", "text_encoder_2") if (base / name).is_dir()]
     edits |= {name: change("encoder.layers.1.self_attn.k_proj.weight") for name in texts}

@@ -151,7 +151,7 @@ def test_a_merged_single_file_loads_and_draws_like_the_adapter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(bases[family], tmp_path / "architectures" / ARCHITECTURE[family])
-    monkeypatch.setattr(identify, "ARCHITECTURES", tmp_path / "architectures")
+    monkeypatch.setattr(identify, "SHIPPED_CONFIGS", tmp_path / "architectures")
     base = single_file(family, bases, tmp_path / "base.safetensors")
     out = merge_into_base(base=str(base), adapters=[(kohya_files[family], 1.0)], out=tmp_path / "out.safetensors")
     loaded = loading.load(ModelConfig(base=str(out)), device="cpu", dtype=torch.float32)
@@ -563,7 +563,7 @@ def test_memory_stays_at_one_tensor(tmp_path: Path) -> None:
 import resource
 from pathlib import Path
 import torch
-from lora_booth.export.rewrite import read_layout, rewrite
+from lora_booth.run.safetensors import read_layout, rewrite
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 folder = Path({str(tmp_path)!r})
 rewrite(read_layout(folder / "in.safetensors"), folder / "out.safetensors", {{"small": lambda t: t + 1}}, metadata={{}})

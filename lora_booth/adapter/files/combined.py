@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_booth.adapter.files.family import family_of
-from lora_booth.adapter.files.metadata import KOHYA_VERSIONS, base_fields, carried, network_fields
+from lora_booth.adapter.files.metadata import base_fields, carried, network_fields, prediction_of
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, context_width
 from lora_booth.errors import ConfigError, ModelError
+from lora_booth.models.bases.architectures import ARCHITECTURES
 from lora_booth.run import disk
 
 _MERGED = "lora_booth.merged"
@@ -39,8 +40,8 @@ def common_family(adapters: Sequence[tuple[str, AnyWeights, Mapping[str, str]]],
     Raises ModelError when they differ from each other or from `stated`, or nothing tells; ConfigError when `stated` is
     no family.
     """
-    if stated is not None and stated not in KOHYA_VERSIONS:
-        raise ConfigError(f'family "{stated}" is unknown; use one of {", ".join(KOHYA_VERSIONS)}.')
+    if stated is not None and stated not in ARCHITECTURES:
+        raise ConfigError(f'family "{stated}" is unknown; use one of {", ".join(ARCHITECTURES)}.')
     families = {family_of(weights, header): name for name, weights, header in adapters}
     families.pop(None, None)
     widths = {context_width(weights): f"{name}, text width" for name, weights, _ in adapters}
@@ -53,7 +54,7 @@ def common_family(adapters: Sequence[tuple[str, AnyWeights, Mapping[str, str]]],
         raise ModelError(f"{' and '.join(families.values())} was made for {next(iter(families))}, not {stated}.")
     if not stated and not families:
         names = " and ".join(name for name, _, _ in adapters)
-        raise ModelError(f"{names} do not tell which family they are of; name it: {', '.join(KOHYA_VERSIONS)}.")
+        raise ModelError(f"{names} do not tell which family they are of; name it: {', '.join(ARCHITECTURES)}.")
     return stated or str(next(iter(families)))
 
 
@@ -67,9 +68,8 @@ def adapter_fields(
     recipe: Mapping[str, Any],
 ) -> dict[str, str]:
     """The header of an adapter combined from others, whose `headers` give what they agree on; without hashes."""
-    version = _agreed(headers, "ss_base_model_version")
-    is_v = _agreed(headers, "modelspec.prediction_type") == "v" or version.endswith("_v")
-    fields = base_fields(family, "v_prediction" if is_v else "epsilon", title) | network_fields(weights)
+    agreed = {key: _agreed(headers, key) for key in ("ss_base_model_version", "modelspec.prediction_type")}
+    fields = base_fields(family, prediction_of(agreed), title) | network_fields(weights)
     fields |= {
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.merged_from": ", ".join(str(adapter["file"]) for adapter in adapters),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lora_booth.adapter.weights import AdapterWeights, LowRank, cast, padded, plain_path, require_finite
 from lora_booth.errors import ModelError
+from lora_booth.models.bases.architectures import is_text
 
 _METADATA = "lora_adapter_metadata"
 _CHANGED_BASES = ("pissa", "olora", "corda", "loftq")
@@ -53,7 +54,7 @@ def unrounded(weights: AdapterWeights) -> dict[str, Tensor]:
         rank = max((low_rank.rank for low_rank in layers.values()), default=0)
         for path, low_rank in layers.items():
             low = padded(low_rank, rank)
-            lies_above = component == "unet" or path == "text_projection"
+            lies_above = not is_text(component) or path == "text_projection"
             name = f"{component}.{path}" if lies_above else f"{component}.text_model.{path}"
             tensors[f"{name}.lora_A.weight"] = low.down.float()
             tensors[f"{name}.lora_B.weight"] = (low.up.double() * low.scale).float()
@@ -93,7 +94,7 @@ def peft_metadata(fields: Mapping[str, Any]) -> dict[str, str]:
 def _magnitude_key(component: str, name: str) -> str:
     """UNet: peft's own saved name. Text encoder: the parameter's name, as transformers' `load_adapter` silently keeps
     the initial magnitudes when it meets peft's."""
-    return f"{name}.lora_magnitude_vector" + ("" if component == "unet" else ".weight")
+    return f"{name}.lora_magnitude_vector" + (".weight" if is_text(component) else "")
 
 
 def _magnitude_shape(low_rank: LowRank) -> tuple[int, ...]:

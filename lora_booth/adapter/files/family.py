@@ -9,15 +9,10 @@ import re
 from collections.abc import Mapping
 
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, weight_shape
+from lora_booth.models.bases.architectures import ARCHITECTURES, is_text
 
-FAMILY_NAMES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
-"""Family to the name a user knows."""
-CONTEXT_FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-"""Width of the text embeddings that cross-attention reads, to family."""
 MINIATURE_WIDTH = 192
 """booth-mini's; it is shaped like "sd1", and tests make other small bases of this width."""
-MARKS = {"sdxl": "sdxl", "-xl-": "sdxl", "sd_v2": "sd2", "-v2": "sd2", "sd_v1": "sd1", "-v1": "sd1"}
-"""Parts of ss_base_model_version and modelspec.architecture, to family."""
 
 Inputs = Mapping[tuple[str, str], int | None]
 """(component, module path) to the width of the layer's input, None where it is not known."""
@@ -41,8 +36,9 @@ def told_family(inputs: Inputs, header: Mapping[str, str]) -> str | None:
     if any(component == "text_encoder_2" for component, _ in inputs):
         return "sdxl"
     widths = context_widths(inputs)
-    if widths and widths[0] in CONTEXT_FAMILIES:
-        return CONTEXT_FAMILIES[widths[0]]
+    wide = next(filter(None, map(family_of_width, widths[:1])), None)
+    if wide is not None:
+        return wide
     if any(re.search(r"transformer_blocks\.[1-9]|^add_embedding", path) for _, path in inputs):
         return "sdxl"
     texts = {width for (_, path), width in inputs.items() if ".self_attn." in path}
@@ -51,15 +47,21 @@ def told_family(inputs: Inputs, header: Mapping[str, str]) -> str | None:
     return said_family(header) or ("sd2" if 1024 in texts else "sd1" if is_small else None)
 
 
+def family_of_width(width: int) -> str | None:
+    """The family whose cross-attention reads text embeddings of this width; None where none of full size does."""
+    return next((row.name for row in ARCHITECTURES.values() if row.context_width == width), None)
+
+
 def context_widths(inputs: Inputs) -> list[int]:
     """Input widths of the adapted cross-attention keys and values, one for each."""
     ends = ("attn2.to_k", "attn2.to_v")
     return [
-        width for (component, path), width in inputs.items() if width and component == "unet" and path.endswith(ends)
+        width for (component, path), width in inputs.items() if width and not is_text(component) and path.endswith(ends)
     ]
 
 
 def said_family(header: Mapping[str, str]) -> str | None:
     """What the header says; None where it says nothing known."""
     said = header.get("ss_base_model_version", "") + header.get("modelspec.architecture", "")
-    return next((family for mark, family in MARKS.items() if mark in said), None)
+    rows = reversed(ARCHITECTURES.values())  # SDXL's own versions end as those of Stable Diffusion 1 do
+    return next((row.name for row in rows if any(mark in said for mark in row.marks)), None)

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from lora_booth.adapter.files import kohya
 from lora_booth.adapter.weights import plain_path
+from lora_booth.models.bases.architectures import ARCHITECTURES, is_text
 
 SPELLINGS = {
     "kohya": "lora_unet_…, lora_te_…",
@@ -78,7 +79,6 @@ EXTRAS = {
 
 _LEAVES = "|".join(sorted(map(re.escape, (*ALIASES, *WHOLE_KINDS, *EXTRAS)), key=len, reverse=True))
 _KEY = re.compile(rf"(?P<name>.+?)(?:\.|(?=_lora\.))(?P<leaf>{_LEAVES})(?:\.default)?(?:\.weight)?")
-_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_")
 _GENERIC = {
     "diffusion_model.": "lora_unet_",
     "text_encoders.clip_l.transformer.": "lora_te1_",
@@ -86,7 +86,6 @@ _GENERIC = {
     "text_encoders.clip_g.transformer.": "lora_te2_",
 }
 _PEFT = "base_model.model."
-_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _BARE = re.compile(
     r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|time_embedding|add_embedding)\b.*"
 )
@@ -136,7 +135,7 @@ def naming_of(spelling: str) -> str:
 
 def _layer(name: str) -> tuple[str, str, str] | None:
     """Spelling, component and path of a layer's name."""
-    if name.startswith(_KOHYA):
+    if name.startswith(tuple(f"{prefix}_" for prefix in kohya.prefixes())):
         if "." in name:
             return None
         found = kohya.module_path(name)
@@ -149,7 +148,7 @@ def _layer(name: str) -> tuple[str, str, str] | None:
         path = _plain(name.removeprefix(_PEFT))
         return "peft", "text_encoder" if path.startswith("encoder.layers") else "unet", path
     first, _, rest = name.partition(".")
-    if first in _COMPONENTS and rest:
+    if rest and first in {name for row in ARCHITECTURES.values() for name in row.adaptable}:
         path = _plain(rest)
         return _dotted(first, rest, path, "dotted"), first, path
     return (_dotted("unet", name, _plain(name), "bare"), "unet", _plain(name)) if _BARE.fullmatch(name) else None
@@ -161,7 +160,7 @@ def _plain(path: str) -> str:
 
 
 def _dotted(component: str, name: str, path: str, start: str) -> str:
-    if component != "unet":
+    if is_text(component):
         return "dotted text"
     if ".processor." in name:
         return "processor" if start == "dotted" else "bare processor"

@@ -28,6 +28,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,21 +36,8 @@ from torch import Tensor
 from lora_booth.adapter.weights import AdapterWeights, LowRank, cast, padded, require_finite, rounding_faults, uses_dora
 from lora_booth.errors import ModelError
 from lora_booth.models.bases import ldm
+from lora_booth.models.bases.architectures import ARCHITECTURES, is_text
 
-PREFIXES = {
-    "sd1": {"unet": "lora_unet", "text_encoder": "lora_te"},
-    "sd2": {"unet": "lora_unet", "text_encoder": "lora_te"},
-    "sdxl": {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
-}
-"""Family to component to key prefix (R2, R3)."""
-
-_COMPONENTS = {
-    "lycoris": "unet",
-    "lora_unet": "unet",
-    "lora_te": "text_encoder",
-    "lora_te1": "text_encoder",
-    "lora_te2": "text_encoder_2",
-}
 _WORDS = """
     down_blocks mid_block up_blocks attentions resnets downsamplers upsamplers transformer_blocks
     attn1 attn2 to_q to_k to_v to_out ff net proj proj_in proj_out
@@ -58,7 +46,6 @@ _WORDS = """
     norm norm1 norm2 norm3 conv_norm_out layer_norm1 layer_norm2 final_layer_norm
 """
 """Every part of a module path: what tells the underscores inside a part from those between parts."""
-_WORD = "|".join([*sorted(_WORDS.split(), key=len, reverse=True), r"\d+"])
 _PORTABLE = re.compile(
     r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(attentions|resnets|downsamplers|upsamplers)\..+"
     r"|encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
@@ -71,14 +58,14 @@ def kohya_name(component: str, module: str, family: str) -> str:
     `module` may begin with `text_model.` or not. SDXL's rule assumes its two resnets per level.
     Raises ModelError for a component that the family does not have.
     """
-    prefixes = PREFIXES[family]
-    if component not in prefixes:
+    row = ARCHITECTURES[family]
+    if component not in row.kohya_prefixes:
         raise ModelError(f"The adapter has a part for {component}, which {family} lacks; it is of another family.")
-    if component != "unet" and module != "text_projection":  # which lies beside text_model
+    if is_text(component) and module != "text_projection":  # which lies beside text_model
         module = "text_model." + module.removeprefix("text_model.")
-    elif family == "sdxl":
+    elif row.has_original_names:
         module = ldm.original_name(module)
-    return f"{prefixes[component]}_{module.replace('.', '_')}"
+    return f"{row.kohya_prefixes[component]}_{module.replace('.', '_')}"
 
 
 def to_tensors(weights: AdapterWeights, family: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -94,18 +81,41 @@ def to_tensors(weights: AdapterWeights, family: str, dtype: torch.dtype) -> dict
 def module_path(name: str) -> tuple[str, str] | None:
     """Component and module path behind a kohya name, whichever family and naming of the UNet; None for the name of no
     layer of a Stable Diffusion model. The inverse of `kohya_name`."""
-    match = re.fullmatch(r"(lora_unet|lora_te[12]?|lycoris)_(?:text_model_)?(.+)", name)
+    components = prefixes()
+    match = re.fullmatch(rf"({'|'.join(sorted(components, key=len, reverse=True))})_(?:text_model_)?(.+)", name)
     path = ldm.diffusers_name(match[2]) if match else ""
     if match is None or not is_layer(path):
         return None
     # LyCORIS has one prefix for everything.
-    is_text = match[1] == "lycoris" and path.startswith(("encoder_layers", "final_layer_norm"))
-    return "text_encoder" if is_text else _COMPONENTS[match[1]], ".".join(re.findall(_WORD, path))
+    is_of_text = match[1] == "lycoris" and path.startswith(("encoder_layers", "final_layer_norm"))
+    return "text_encoder" if is_of_text else components[match[1]], ".".join(re.findall(_word(), path))
 
 
 def is_layer(path: str) -> bool:
-    """Whether a module path, with dots or underscores, has no other parts than those of Stable Diffusion models."""
-    return re.fullmatch(f"(?:{_WORD})(?:[._](?:{_WORD}))*", path) is not None
+    """Whether a module path, with dots or underscores, has no other parts than those of the families here."""
+    return re.fullmatch(f"(?:{_word()})(?:[._](?:{_word()}))*", path) is not None
+
+
+def prefixes() -> dict[str, str]:
+    """Prefix of a kohya name to the component it stands for, of all families."""
+    return _prefixes_of(tuple(ARCHITECTURES))
+
+
+@lru_cache(maxsize=4)
+def _prefixes_of(families: tuple[str, ...]) -> dict[str, str]:
+    rows = [ARCHITECTURES[family] for family in families]
+    return {"lycoris": "unet"} | {prefix: name for row in rows for name, prefix in row.kohya_prefixes.items()}
+
+
+def _word() -> str:
+    """What matches one part of a module path, of all families."""
+    return _word_of(tuple(ARCHITECTURES))
+
+
+@lru_cache(maxsize=4)
+def _word_of(families: tuple[str, ...]) -> str:
+    words = {word for family in families for word in ARCHITECTURES[family].path_words.split()} | set(_WORDS.split())
+    return "|".join([*sorted(words, key=lambda word: (-len(word), word)), r"\d+"])
 
 
 def faults(weights: AdapterWeights, family: str, dtype: torch.dtype = torch.float16) -> list[str]:
@@ -165,7 +175,7 @@ def _outside(weights: AdapterWeights) -> list[str]:
 
 def _split_attention(weights: AdapterWeights) -> list[str]:
     """R8."""
-    for component in weights.keys() - {"unet"}:
+    for component in filter(is_text, weights):
         layers: dict[str, set[str]] = {}
         for path in weights[component]:
             parent, _, leaf = path.rpartition(".")

@@ -26,13 +26,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
 from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config.config import Config
+from lora_booth.models.bases.architectures import ARCHITECTURES, PredictionType
 from lora_booth.run.identity import settings
 
 STALE_FIELDS = (
@@ -50,18 +51,6 @@ MAX_HEADER_BYTES = 1 << 20
 """ComfyUI shows no metadata of a file whose header is longer."""
 _MAX_CONFIG_BYTES = 1 << 18
 
-ARCHITECTURES = {
-    ("sd1", "epsilon"): "stable-diffusion-v1/lora",
-    ("sd1", "v_prediction"): "stable-diffusion-v1/lora",
-    ("sd2", "epsilon"): "stable-diffusion-v2-512/lora",
-    ("sd2", "v_prediction"): "stable-diffusion-v2-768-v/lora",
-    ("sdxl", "epsilon"): "stable-diffusion-xl-v1-base/lora",
-    ("sdxl", "v_prediction"): "stable-diffusion-xl-v1-base/lora",
-}
-"""Family and prediction type to `modelspec.architecture`."""
-KOHYA_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-"""Family to `ss_base_model_version`."""
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -70,7 +59,7 @@ class Facts:
     same second. `identity`: digest of all that the result depends on (`run/identity.py`)."""
 
     family: str
-    prediction_type: Literal["epsilon", "v_prediction"]
+    prediction_type: PredictionType
     config: Config
     steps: int
     num_instance_images: int
@@ -91,20 +80,18 @@ def metadata(facts: Facts) -> dict[str, str]:
     return fields | _modelspec(facts) | _kohya_base(facts) | _kohya_training(facts) | _own(facts)
 
 
-def base_fields(family: str, prediction_type: str, name: str) -> dict[str, str]:
-    """What programs sort and label an adapter by, for one made without a training: its base's kind and its own `name`.
-
-    `prediction_type`: "epsilon" or "v_prediction".
-    """
+def base_fields(family: str, prediction_type: PredictionType, name: str) -> dict[str, str]:
+    """What programs sort and label an adapter by, without a training: its base's kind and its own `name`."""
+    row = ARCHITECTURES[family]
     fields = {
         "sai_model_spec": "1.0.1",
-        "architecture": ARCHITECTURES[family, prediction_type],
-        "implementation": "https://github.com/Stability-AI/generative-models" if family == "sdxl" else "diffusers",
+        "architecture": row.modelspec[prediction_type],
+        "implementation": row.implementation,
         "title": name,
-        "prediction_type": "epsilon" if prediction_type == "epsilon" else "v",
+        "prediction_type": {"v_prediction": "v"}.get(prediction_type, prediction_type),
     }
-    version = KOHYA_VERSIONS[family]
-    if prediction_type == "v_prediction" and family != "sdxl":
+    version = row.kohya_version
+    if prediction_type == "v_prediction" and not row.has_original_names:
         version += "_v"
     return {f"modelspec.{key}": value for key, value in fields.items()} | {
         "ss_base_model_version": version,
@@ -113,6 +100,14 @@ def base_fields(family: str, prediction_type: str, name: str) -> dict[str, str]:
         "ss_output_name": name,
         "ss_clip_skip": "None",
     }
+
+
+def prediction_of(header: Mapping[str, str]) -> PredictionType:
+    """What the base of an adapter predicts, as far as the header tells: noise where it says nothing."""
+    said = header.get("modelspec.prediction_type", "")
+    if said == "v" or header.get("ss_base_model_version", "").endswith("_v"):
+        return "v_prediction"
+    return "flow" if said == "flow" else "epsilon"
 
 
 def network_fields(weights: AdapterWeights) -> dict[str, str]:

@@ -17,20 +17,20 @@ from pathlib import Path
 
 from PIL import Image
 
+from lora_booth.models.bases.architectures import ARCHITECTURES
 from lora_booth.run import disk
 
 COVER_PX = 512
 """Longest side of `<name>.png`."""
 THUMBNAIL_PX = 256
 """Longest side of the picture in the header: ModelSpec 1.0.1 asks for 256x256; some 15 kB as JPEG."""
-_VERSIONS = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 
 
 def write_sidecar(path: Path, *, family: str, trigger: str, strength: float = 1.0, description: str = "") -> Path:
     """Write the JSON file that belongs to the adapter file `path`; returns its path. Raises DiskError."""
     fields = {
         "description": description,
-        "sd version": _VERSIONS.get(family, "Unknown"),
+        "sd version": ARCHITECTURES[family].ui_version,
         "activation text": trigger,
         "preferred weight": strength,
         "negative text": "",

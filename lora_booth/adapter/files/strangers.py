@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from lora_booth.adapter.files import kohya
 from lora_booth.adapter.files.keys import parse
+from lora_booth.models.bases.architectures import is_text
 
 _MODELS = (
     (r"single_transformer_blocks", "Flux"),
@@ -34,11 +35,11 @@ diffusers and of the models' own code, and kohya's names of them."""
 
 
 def model_of(keys: Iterable[str]) -> str | None:
-    """The name of the other model, None where a key is a layer of a Stable Diffusion UNet or nothing is known."""
+    """The name of the other model, None where a key is a layer of a denoiser that is known here or nothing is known."""
     keys = list(keys)
     for key in keys:
         found = parse(key)
-        if found and found.component == "unet" and found.spelling != "unknown" and kohya.is_layer(found.path):
+        if found and not is_text(found.component) and found.spelling != "unknown" and kohya.is_layer(found.path):
             return None
     return next((name for pattern, name in _MODELS if any(re.search(pattern, key) for key in keys)), None)
 

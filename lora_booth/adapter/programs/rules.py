@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from lora_booth.adapter.files.family import FAMILY_NAMES
 from lora_booth.adapter.programs.spelling import AdapterFile, Layer
+from lora_booth.models.bases.architectures import ARCHITECTURES
 
 CONVERT = "`lora-booth export` makes a file of it that every program reads"
 """What mends a file that is only spelled wrongly."""
@@ -73,7 +73,7 @@ def invokeai_base(file: AdapterFile) -> str | None:
     told = _invokeai_family(file)
     if told == file.family or not file.is_full_size:
         return None
-    effect = f"takes the file for {FAMILY_NAMES[told]}" if told else "refuses to import the file"
+    effect = f"takes the file for {ARCHITECTURES[told].label}" if told else "refuses to import the file"
     return (
         f"InvokeAI {effect}: it tells the base by the first layer in the file of attn2.to_k, attn2.to_v, time_emb_proj "
         "or, for SD 1 and 2, a text encoder; adapt attn2.to_k in every block."
@@ -106,7 +106,7 @@ def diffusers_keys(file: AdapterFile) -> str | None:
     if file.family != "sdxl" and original and all(original):
         return (
             f"diffusers refuses the whole file: it does not know the original block names for "
-            f"{FAMILY_NAMES[file.family]}; {CONVERT}."
+            f"{ARCHITECTURES[file.family].label}; {CONVERT}."
         )
     return None
 
@@ -184,8 +184,9 @@ def sorted_by(version: Callable[[Mapping[str, str]], str | None], effect: str) -
         if told is None or told == file.family:
             return None
         return (
-            f"By its header the file is one for {FAMILY_NAMES[told]}: "
-            f"{effect.format(base=FAMILY_NAMES[file.family])}; write ss_base_model_version and ss_v2 into the header."
+            f"By its header the file is one for {ARCHITECTURES[told].label}: "
+            f"{effect.format(base=ARCHITECTURES[file.family].label)}; write ss_base_model_version and ss_v2 into the "
+            "header."
         )
 
     return rule

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from lora_booth.adapter.files import diffusers
-from lora_booth.adapter.files.family import CONTEXT_FAMILIES, FAMILY_NAMES, context_widths, told_family
+from lora_booth.adapter.files.family import context_widths, family_of_width, told_family
 from lora_booth.adapter.files.keys import EXTRAS, WHOLE_KINDS, parse
 from lora_booth.adapter.files.reading import require_no_stranger
 from lora_booth.errors import ModelError
+from lora_booth.models.bases.architectures import ARCHITECTURES, is_text
 
 Shape = tuple[int, ...]
 
@@ -30,14 +31,6 @@ OUTSIDE = frozenset({
 })  # fmt: skip
 TEXT_PROJECTION = "text_projection"
 
-_DEPTHS = {"sd1": (1, 1, 1, 0), "sd2": (1, 1, 1, 0), "sdxl": (0, 2, 10)}
-"""Transformer blocks in each attention, by level from the largest picture to the smallest; 0 is no attention.
-Sources: the configs in assets/architectures."""
-_TEXT_LAYERS = {
-    "sd1": {"text_encoder": 12},
-    "sd2": {"text_encoder": 23},
-    "sdxl": {"text_encoder": 12, "text_encoder_2": 32},
-}
 _WIDENING_LEVELS = (1, 2)
 """Levels whose first resnet has more channels than the level above: 320, 640, 1280 (, 1280)."""
 _IN_BLOCK = (
@@ -77,7 +70,7 @@ class Layer:
     @property
     def is_text(self) -> bool:
         """Whether it lies in a text encoder."""
-        return self.component != "unet"
+        return is_text(self.component)
 
     @cached_property
     def naming(self) -> str:
@@ -163,7 +156,7 @@ class AdapterFile:
     def is_in_base(self, layer: Layer) -> bool:
         """Whether the base has the layer. Of a base whose layout is unknown every name that parses counts as present,
         as long as the family has the component."""
-        if layer.spelling == "unknown" or layer.component not in {"unet", *_TEXT_LAYERS[self.family]}:
+        if layer.spelling == "unknown" or layer.component not in ARCHITECTURES[self.family].adaptable:
             return False
         place = (layer.component, layer.path)
         return not self.is_full_size or place in module_paths(self.family) or place in norm_paths(self.family)
@@ -223,17 +216,17 @@ def adapter_file(
     layers = tuple(found.values())
     inputs = {(layer.component, layer.path): layer.fan_in for layer in layers}
     widths, told = context_widths(inputs), told_family(inputs, header)
-    wide = next((CONTEXT_FAMILIES[width] for width in widths if width in CONTEXT_FAMILIES), None)
+    wide = next(filter(None, map(family_of_width, widths)), None)
     if family is not None and wide is not None and wide != family:
         raise ModelError(
-            f"The adapter is for {FAMILY_NAMES[wide]} by the width of its cross-attention, not for "
-            f"{FAMILY_NAMES[family]}; check it against its own family."
+            f"The adapter is for {ARCHITECTURES[wide].label} by the width of its cross-attention, not for "
+            f"{ARCHITECTURES[family].label}; check it against its own family."
         )
     family = family or told
     if family is None:
         raise ModelError(
             "The family of the base cannot be told: no cross-attention keys or values are adapted and the header names "
-            f"none. Say which of {', '.join(FAMILY_NAMES)} it is."
+            f"none. Say which of {', '.join(ARCHITECTURES)} it is."
         )
     return AdapterFile(family, layers, tuple(foreign), header, not widths or wide == family)
 
@@ -241,13 +234,14 @@ def adapter_file(
 @lru_cache
 def module_paths(family: str) -> frozenset[tuple[str, str]]:
     """(component, module path) of every linear and convolutional layer of a full-size base's UNet and text encoders."""
-    paths = {("unet", path) for path in _unet_paths(_DEPTHS[family])}
-    paths |= {("unet", path) for path in OUTSIDE if family == "sdxl" or not path.startswith("add_embedding")}
-    for component, count in _TEXT_LAYERS[family].items():
+    row = ARCHITECTURES[family]
+    outside = {path for path in OUTSIDE if "text_encoder_2" in row.parts or not path.startswith("add_embedding")}
+    paths = {(row.denoiser, path) for path in [*_unet_paths(row.depths), *outside]}
+    for component, count in row.text_layers.items():
         layers = [f"encoder.layers.{i}" for i in range(count)]
         paths |= {(component, f"{layer}.self_attn.{leaf}_proj") for layer in layers for leaf in ("q", "k", "v", "out")}
         paths |= {(component, f"{layer}.mlp.{leaf}") for layer in layers for leaf in ("fc1", "fc2")}
-    if "text_encoder_2" in _TEXT_LAYERS[family]:
+    if "text_encoder_2" in row.parts:
         paths.add(("text_encoder_2", TEXT_PROJECTION))
     return frozenset(paths)
 
@@ -255,17 +249,18 @@ def module_paths(family: str) -> frozenset[tuple[str, str]]:
 @lru_cache
 def norm_paths(family: str) -> frozenset[tuple[str, str]]:
     """(component, module path) of every normalisation of a full-size base's UNet and text encoders."""
+    row = ARCHITECTURES[family]
+    unet = row.denoiser
     parents = {(component, path.rpartition(".")) for component, path in module_paths(family)}
-    unet = {parent for component, (parent, _, _) in parents if component == "unet"}
-    paths = {("unet", "conv_norm_out")}
-    for parent in unet:
+    paths = {(unet, "conv_norm_out")}
+    for parent in {parent for component, (parent, _, _) in parents if component == unet}:
         if re.search(r"resnets\.\d+$", parent):
-            paths |= {("unet", f"{parent}.norm1"), ("unet", f"{parent}.norm2")}
+            paths |= {(unet, f"{parent}.norm1"), (unet, f"{parent}.norm2")}
         elif re.search(r"attentions\.\d+$", parent):
-            paths.add(("unet", f"{parent}.norm"))
+            paths.add((unet, f"{parent}.norm"))
         elif match := re.fullmatch(r"(.+\.transformer_blocks\.\d+)\.attn1", parent):
-            paths |= {("unet", f"{match[1]}.norm{i}") for i in (1, 2, 3)}
-    for component, count in _TEXT_LAYERS[family].items():
+            paths |= {(unet, f"{match[1]}.norm{i}") for i in (1, 2, 3)}
+    for component, count in row.text_layers.items():
         paths |= {(component, f"encoder.layers.{i}.layer_norm{j}") for i in range(count) for j in (1, 2)}
         paths.add((component, "final_layer_norm"))
     return frozenset(paths)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from lora_booth.adapter.files.family import FAMILY_NAMES
 from lora_booth.adapter.programs.rules import (
     Rule,
     Scale,
@@ -32,12 +31,11 @@ from lora_booth.adapter.programs.rules import (
     sorted_by,
 )
 from lora_booth.adapter.programs.spelling import OUTSIDE, TEXT_PROJECTION, Layer
+from lora_booth.models.bases.architectures import ARCHITECTURES
 
-_BOTH_NAMINGS = {family: frozenset({"diffusers", "ldm"}) for family in FAMILY_NAMES}
+_BOTH_NAMINGS = {family: frozenset({"diffusers", "ldm"}) for family in ARCHITECTURES}
 _TEXT_PREFIXES = {
-    "sd1": frozenset({"lora_te"}),
-    "sd2": frozenset({"lora_te"}),
-    "sdxl": frozenset({"lora_te1", "lora_te2"}),
+    family: frozenset(row.kohya_prefixes[name] for name in row.text_encoders) for family, row in ARCHITECTURES.items()
 }
 _ALL_KINDS = frozenset({"LoRA", "LoCon with lora_mid", "LoHa", "LoKr", "LoKr with Tucker core", "full difference"})
 _NORMS = frozenset({"norm", "norm without bias"})
@@ -90,7 +88,7 @@ class Loader:
 
 def _nameless(paths: frozenset[str]) -> dict[tuple[str, str], frozenset[str]]:
     """In every family and naming."""
-    return {(family, naming): paths for family in FAMILY_NAMES for naming in ("diffusers", "ldm")}
+    return {(family, naming): paths for family in ARCHITECTURES for naming in ("diffusers", "ldm")}
 
 
 _ANY_TEXT_PREFIX = {

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_booth.adapter.files import storage
-from lora_booth.adapter.files.family import FAMILY_NAMES
 from lora_booth.adapter.files.keys import is_norm
 from lora_booth.adapter.programs.rules import CONVERT, RESIZE, alpha_over_rank
 from lora_booth.adapter.programs.spelling import TEXT_PROJECTION, AdapterFile, Layer, Shape, adapter_file
 from lora_booth.adapter.programs.table import LOADERS, Loader
 from lora_booth.errors import ModelError
+from lora_booth.models.bases.architectures import ARCHITECTURES
 from lora_booth.run.report import Report
 
 
@@ -82,6 +82,9 @@ def verdicts_of_file(path: Path, family: str | None = None) -> list[Verdict]:
 
 def _verdict(loader: Loader, file: AdapterFile) -> Verdict:
     total = len(file.layers)
+    if file.family not in loader.unet_namings:
+        note = f"what {loader.name} makes of adapters for {ARCHITECTURES[file.family].label} is not known here."
+        return Verdict(loader.name, 0, total, False, (note,), loader.folder)
     lost: dict[str, list[Layer]] = {}
     wrong: dict[str, list[Layer]] = {}
     for layer in file.layers:
@@ -198,7 +201,7 @@ def _wrong_text(reason: str, loader: Loader) -> str:
 def _note(text: str, loader: Loader, file: AdapterFile, layers: list[Layer]) -> str:
     filled = text.format(
         loader=loader.name,
-        base=FAMILY_NAMES[file.family],
+        base=ARCHITECTURES[file.family].label,
         convert=CONVERT,
         kind=layers[0].kind,
         resize=f"{RESIZE} of them" if layers[0].kind in _RESIZED else "nothing converts them",

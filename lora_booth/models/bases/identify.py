@@ -15,59 +15,32 @@ import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_booth.config.inputs import MISSING, is_plain_file, read_text, why_unreadable
 from lora_booth.errors import ModelError
 from lora_booth.models.bases import limits
+from lora_booth.models.bases.architectures import ARCHITECTURES, Architecture, PredictionType
 from lora_booth.models.bases.sources import (
     AGAIN,
-    ARCHITECTURES,
-    WEIGHT_STEMS,
+    SHIPPED_CONFIGS,
     component_weights,
     read_header,
     read_json,
     require_small_files,
+    weighted,
 )
+from lora_booth.models.bases.unets import WHAT_WORKS, why_channels
 
 Shapes = dict[str, tuple[int, ...]]
 
-PIPELINES = {"StableDiffusionPipeline": 1, "StableDiffusionXLPipeline": 2}
-"""Pipeline class to the number of its text encoders."""
-SCHEDULERS = frozenset(
-    {
-        "DDIMScheduler",
-        "DDPMScheduler",
-        "DEISMultistepScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "KDPM2AncestralDiscreteScheduler",
-        "KDPM2DiscreteScheduler",
-        "LMSDiscreteScheduler",
-        "PNDMScheduler",
-        "UniPCMultistepScheduler",
-    }
-)
-CLASSES = {
-    "unet": ("diffusers", frozenset({"UNet2DConditionModel"})),
-    "vae": ("diffusers", frozenset({"AutoencoderKL"})),
-    "scheduler": ("diffusers", SCHEDULERS),
-    "text_encoder": ("transformers", frozenset({"CLIPTextModel"})),
-    "text_encoder_2": ("transformers", frozenset({"CLIPTextModelWithProjection"})),
-    "tokenizer": ("transformers", frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})),
-    "tokenizer_2": ("transformers", frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})),
-}
 NEVER_LOADED = frozenset({"safety_checker", "feature_extractor", "image_encoder"})
 CODE_KEYS = frozenset(
     {"auto_map", "custom_pipelines", "trust_remote_code", "quantization_config", "attn_implementation"}
 )
 """Config keys that could bring code, or weights of a kind that LoRA is not put on here."""
-WHAT_WORKS = "lora_booth trains Stable Diffusion 1.x, 2.x and SDXL base models"
-RESOLUTIONS = {"sd1": 512, "sd2": 512, "sdxl": 1024}
-"""Native side in pixels where the UNet's config does not say it; 768 for SD 2 with v-prediction."""
+FLOW_SOLVERS = frozenset({"FlowMatchEulerDiscreteScheduler"})
+"""diffusers' solvers whose config describes a rectified flow."""
 SIDES_PX = (16, 4096)
 """Smallest and largest native side, as `data.resolution` allows them."""
 STEPS_PX = (8, 256)
@@ -82,8 +55,8 @@ class BaseFacts:
     """Folder or single file."""
     configs: Path
     """Folder of the component configs: the base itself, or the shipped architecture of a single file."""
-    family: Literal["sd1", "sd2", "sdxl"]
-    prediction_type: Literal["epsilon", "v_prediction"]
+    family: str
+    prediction_type: PredictionType
     native_resolution: int
     bucket_step: int
     scheduler_changes: dict[str, Any]
@@ -92,6 +65,11 @@ class BaseFacts:
     """Of a base of the hub: which one served it."""
     revision: str | None = None
     """Of a base of the hub: its commit."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row of its family."""
+        return ARCHITECTURES[self.family]
 
     def config(self, component: str) -> dict[str, Any]:
         """The config of "unet", "vae", "text_encoder", "scheduler" …"""
@@ -118,30 +96,23 @@ def identify(base: Path, *, has_weights: bool = True) -> BaseFacts:
     else:
         _check_folder(base, has_weights=has_weights)
         configs, changes, held = base, {}, _weights_held(base) if has_weights else None
-    components = [name for name in CLASSES if not name.startswith("tokenizer") and (configs / name).is_dir()]
-    limits.require(configs, components, held)
-    unet, vae = read_json(configs / "unet" / "config.json"), read_json(configs / "vae" / "config.json")
-    scheduler = read_json(configs / "scheduler" / "scheduler_config.json") | changes
-    is_sdxl = unet.get("addition_embed_type") == "text_time"
-    # Stable Diffusion 2 brought linear projections and the 1024-wide OpenCLIP; everything else is shaped like 1.x.
-    is_sd2 = bool(unet.get("use_linear_projection")) or unet.get("cross_attention_dim") == 1024
-    family: Literal["sd1", "sd2", "sdxl"] = "sdxl" if is_sdxl else "sd2" if is_sd2 else "sd1"
-    prediction_type = scheduler.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise ModelError(
-            f"{base} predicts {reprlib.repr(prediction_type)}; only epsilon and v_prediction can be trained."
-        )
-    vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    native = _native_resolution(unet, vae_factor, family, prediction_type)
-    step = _bucket_step(unet, vae_factor, native)
+    row = _architecture(base, configs)
+    components = [name for name in row.parts if not name.startswith("tokenizer")]
+    limits.require(configs, row, held)
+    found = {name: read_json(_config_path(configs, name)) for name in components}
+    denoiser, scheduler = found[row.denoiser], found["scheduler"] | changes
+    prediction_type = _prediction_type(base, row, scheduler)
+    factor = 2 ** (len(found["vae"]["block_out_channels"]) - 1)
+    native = _native_resolution(denoiser, factor, row.predictions[prediction_type])
+    step = _bucket_step(factor * row.cells(denoiser), native)
     for what, side, (least, most) in (("pictures", native, SIDES_PX), ("steps", step, STEPS_PX)):
         if not least <= side <= most:
-            told = f"{configs / 'unet' / 'config.json'}, with its VAE, asks for {what} of {side} px"
+            told = f"{_config_path(configs, row.denoiser)}, with its VAE, asks for {what} of {side} px"
             raise ModelError(f"{told}, and {least} to {most} can be trained; {AGAIN}.")
     return BaseFacts(
         path=base,
         configs=configs,
-        family=family,
+        family=row.name,
         prediction_type=prediction_type,
         native_resolution=native,
         bucket_step=step,
@@ -149,21 +120,50 @@ def identify(base: Path, *, has_weights: bool = True) -> BaseFacts:
     )
 
 
-def _native_resolution(unet: dict[str, Any], vae_factor: int, family: str, prediction_type: str) -> int:
-    sample_size = unet.get("sample_size")
+def _prediction_type(base: Path, row: Architecture, scheduler: dict[str, Any]) -> PredictionType:
+    """What a base predicts, by its scheduler's config."""
+    said = "flow" if scheduler.get("_class_name") in FLOW_SOLVERS else scheduler.get("prediction_type", "epsilon")
+    for known in row.predictions:
+        if said == known:
+            return known
+    raise ModelError(f"{base} predicts {reprlib.repr(said)}; only {' and '.join(row.predictions)} can be trained.")
+
+
+def _architecture(base: Path, configs: Path) -> Architecture:
+    """The row of the family that the configs of a base are of."""
+    rows = _candidates(base, read_json(configs / "model_index.json"))
+    return next((row for row in rows if row.recognises(read_json(_config_path(configs, row.denoiser)))), rows[0])
+
+
+def _candidates(base: Path, index: dict[str, Any]) -> list[Architecture]:
+    """The families with the pipeline that model_index.json names. Raises ModelError when there is none."""
+    pipeline = index.get("_class_name")
+    rows = [row for row in ARCHITECTURES.values() if row.pipeline == pipeline]
+    if not rows:
+        raise ModelError(f"{base} is a {reprlib.repr(pipeline)[:200]}; {WHAT_WORKS}.")
+    return rows
+
+
+def _config_path(configs: Path, component: str) -> Path:
+    """Where the config of a component lies."""
+    return configs / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
+
+
+def _native_resolution(denoiser: dict[str, Any], vae_factor: int, usual: int) -> int:
+    sample_size = denoiser.get("sample_size")
     if sample_size:
         side: int = max(sample_size) if isinstance(sample_size, list) else sample_size
         return vae_factor * side
-    return 768 if family == "sd2" and prediction_type == "v_prediction" else RESOLUTIONS[family]
+    return usual
 
 
-def _bucket_step(unet: dict[str, Any], vae_factor: int, native_resolution: int) -> int:
-    """The smallest step whose latents halve evenly at every level, doubled until 16 of them reach the native side.
+def _bucket_step(least_px: int, native_resolution: int) -> int:
+    """The smallest step, doubled until 16 of them reach the native side.
 
-    The first part is needed: skip connections must fit. The second keeps buckets few, so that pictures share them, and
-    gives 64 for SD 1, 2 and SDXL (the step of SDXL's own buckets, arXiv 2307.01952, appendix I), 16 for booth-mini.
+    `least_px`: the smallest whose latents the denoiser takes. Doubling keeps buckets few, so that pictures share them,
+    and gives 64 for SD 1, 2 and SDXL (the step of SDXL's own buckets, arXiv 2307.01952, appendix I), 16 for booth-mini.
     """
-    step: int = vae_factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    step = least_px
     while step * 16 < native_resolution or step < STEPS_PX[0]:
         step *= 2
     return step
@@ -173,11 +173,8 @@ def _check_folder(base: Path, *, has_weights: bool) -> None:
     """Refuse a diffusers folder that is not one of ours, is incomplete, or names other classes or code."""
     require_small_files(base)
     index = read_json(base / "model_index.json")
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
-        raise ModelError(f"{base} is a {reprlib.repr(pipeline)[:200]}; {WHAT_WORKS}.")
-    num_encoders = PIPELINES[pipeline]
-    needed = [name for name in CLASSES if num_encoders == 2 or not name.endswith("_2")]
+    row = _candidates(base, index)[0]
+    needed = list(row.parts)
     for name, value in index.items():
         if name in needed or name.startswith("_") or name in NEVER_LOADED or not isinstance(value, list):
             continue
@@ -186,7 +183,7 @@ def _check_folder(base: Path, *, has_weights: bool) -> None:
                 f"{base}/model_index.json has an unknown component {name} ({reprlib.repr(value)}); {WHAT_WORKS}."
             )
     for name in needed:
-        library, classes = CLASSES[name]
+        library, classes = row.parts[name].library, row.parts[name].classes
         if name not in index:
             raise ModelError(f"{base}/model_index.json names no {name}; the base is incomplete, download it again.")
         if not isinstance(index[name], list) or len(index[name]) != 2 or index[name][0] != library:
@@ -195,14 +192,14 @@ def _check_folder(base: Path, *, has_weights: bool) -> None:
             )
         _check_class(base / "model_index.json", name, index[name][1], classes)
     for name in needed:
-        _check_component(base, name, has_weights=has_weights)
-    unet, vae = read_json(base / "unet" / "config.json"), read_json(base / "vae" / "config.json")
-    _check_denoiser(base, unet, vae, is_sdxl=num_encoders == 2)
+        _check_component(base, name, row.parts[name].classes, has_weights=has_weights)
+    sized = [name for name in needed if not name.startswith(("tokenizer", "scheduler"))]
+    row.check(base, {name: read_json(base / name / "config.json") for name in sized})
 
 
-def _check_component(base: Path, name: str, *, has_weights: bool) -> None:
+def _check_component(base: Path, name: str, classes: Iterable[str], *, has_weights: bool) -> None:
     """Refuse a component whose config names another class or code, or whose weights are missing or unsafe."""
-    folder, classes = base / name, CLASSES[name][1]
+    folder = base / name
     if name.startswith("tokenizer"):
         vocabularies = (folder / "tokenizer.json", folder / "vocab.json")
         if has_weights and not any(map(is_plain_file, vocabularies)):
@@ -210,9 +207,9 @@ def _check_component(base: Path, name: str, *, has_weights: bool) -> None:
         path = folder / "tokenizer_config.json"
         config = {} if why_unreadable(path) == MISSING else read_json(path)
         named = [config[key] for key in ("tokenizer_class",) if key in config]
-        classes = classes | {"TokenizersBackend", "PreTrainedTokenizerFast"}
+        classes = (*classes, "TokenizersBackend", "PreTrainedTokenizerFast")
     else:
-        path = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
+        path = _config_path(base, name)
         config = read_json(path)
         key = "architectures" if name.startswith("text_encoder") else "_class_name"
         named = config.get(key) or ([] if name != "scheduler" else [None])  # which solver "base" means stands there
@@ -226,7 +223,7 @@ def _check_component(base: Path, name: str, *, has_weights: bool) -> None:
 def _weights_held(base: Path) -> dict[str, int]:
     """Component to the count of numbers in its weight files, by their headers."""
     held = {}
-    for name in WEIGHT_STEMS:
+    for name in weighted():
         if (base / name).is_dir():
             shapes = [shape for file in component_weights(base / name).files for shape in read_header(file)[0].values()]
             held[name] = sum(math.prod(shape) for shape in shapes)
@@ -239,37 +236,6 @@ def _check_class(path: Path, component: str, class_name: Any, allowed: Iterable[
         raise ModelError(f"{path}: {component} is a {named}; {WHAT_WORKS}, whose {component} is never that.")
 
 
-def _check_denoiser(base: Path, unet: dict[str, Any], vae: dict[str, Any], *, is_sdxl: bool) -> None:
-    """Refuse UNets that want inputs which training from pictures and prompts does not have."""
-    for name, config in (("unet", unet), ("vae", vae)):
-        channels = config.get("block_out_channels")
-        if not isinstance(channels, list) or not 1 <= len(channels) <= limits.MAX_LEVELS:
-            raise ModelError(f"{base}/{name}/config.json lacks block_out_channels; copy or download the base again.")
-    taken, made = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if taken != made:
-        raise ModelError(f"{base} takes {reprlib.repr(taken)} input channels{_why_channels(taken)}; {WHAT_WORKS}.")
-    for key in ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim", "num_class_embeds"):
-        if unet.get(key) is not None:
-            raise ModelError(f"{base}: its unet has {key} (a distilled, upscaling or unCLIP model); {WHAT_WORKS}.")
-    expected = "text_time" if is_sdxl else None
-    if unet.get("addition_embed_type") != expected:
-        found = unet.get("addition_embed_type")
-        raise ModelError(
-            f"{base}: its unet has addition_embed_type {reprlib.repr(found)}, not {expected!r}; {WHAT_WORKS}."
-        )
-    if is_sdxl:
-        text = read_json(base / "text_encoder_2" / "config.json")
-        time_dim = unet.get("addition_time_embed_dim")
-        width, pooled = unet.get("projection_class_embeddings_input_dim"), text.get("projection_dim", 512)
-        if not isinstance(time_dim, int) or not isinstance(pooled, int) or width != 6 * time_dim + pooled:
-            raise ModelError(f"{base}: its unet does not take 6 sizes and a pooled prompt (a refiner?); {WHAT_WORKS}.")
-
-
-def _why_channels(channels: Any) -> str:
-    kinds = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model", 7: "an upscaler"}
-    return f" ({kinds[channels]})" if isinstance(channels, int) and channels in kinds else ""
-
-
 def _architecture_of_file(path: Path) -> tuple[Path, dict[str, Any]]:
     """Config folder for a single-file checkpoint, and what the file itself says about its schedule."""
     shapes, metadata = read_header(path)
@@ -277,7 +243,7 @@ def _architecture_of_file(path: Path) -> tuple[Path, dict[str, Any]]:
     if first is None or len(first) != 4:
         raise ModelError(f"{path} is {_foreign(shapes)}; {WHAT_WORKS}.")
     if first[1] != 4:
-        raise ModelError(f"{path} takes {first[1]} input channels{_why_channels(first[1])}; {WHAT_WORKS}.")
+        raise ModelError(f"{path} takes {first[1]} input channels{why_channels(first[1])}; {WHAT_WORKS}.")
     if "first_stage_model.decoder.conv_in.weight" not in shapes:
         raise ModelError(f"{path} has no VAE; use a checkpoint with everything in it, or a diffusers folder.")
     if any(name.startswith("conditioner.embedders.1.model.transformer.") for name in shapes):
@@ -302,7 +268,7 @@ def _architecture_of_file(path: Path) -> tuple[Path, dict[str, Any]]:
     if "ztsnr" in shapes:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     folder = {"sd2": "sd2_v" if prediction_type == "v_prediction" else "sd2_base"}.get(family, family)
-    return ARCHITECTURES / folder, changes
+    return SHIPPED_CONFIGS / folder, changes
 
 
 def _declared_prediction(path: Path, shapes: Shapes, metadata: dict[str, str]) -> str | None:

@@ -10,16 +10,16 @@ memory or takes for ever, since modules are built one by one before the weights 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
 from lora_booth.errors import ModelError
+from lora_booth.models.bases.architectures import Architecture, is_text
 from lora_booth.models.bases.sources import AGAIN, read_json
 
-MAX_LEVELS = 8
 MAX_LAYERS = 100
 """Of one kind, one after the other; the deepest real stack is SDXL's second text encoder with 32."""
 MAX_BLOCKS = 400
@@ -107,18 +107,19 @@ CHOICES: dict[str, dict[str, tuple[str | None, ...]]] = {
 Config = Mapping[str, Any]
 
 
-def require(configs: Path, components: Iterable[str], held: Mapping[str, int] | None = None) -> None:
-    """Raises ModelError, naming file and key, when a number in the configs of `components` exceeds its bound.
+def require(configs: Path, row: Architecture, held: Mapping[str, int] | None = None) -> None:
+    """Raises ModelError, naming file and key, when a number in the configs of a base of this family exceeds its bound.
 
     `block_out_channels` of UNet and VAE must be lists. `held`: component to the numbers that its weight files hold,
     where they are known: a library makes up what is missing, in full size, before it says so.
     """
     found: dict[str, Config] = {}
-    for name in components:
+    for name in (name for name in row.parts if not name.startswith("tokenizer")):
         path = configs / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
         found[name] = read_json(path)
-        _require_values(path, name.removesuffix("_2"), found[name])
-    blocks = _num_blocks(found["unet"])
+        kind = name.removesuffix("_2")
+        _require_values(path, kind, found[name], row.bounds if name == row.denoiser and row.bounds else MOST[kind])
+    blocks = _num_blocks(found["unet"]) if "unet" in found else 0
     if blocks > MAX_BLOCKS:
         path = configs / "unet" / "config.json"
         raise ModelError(f"{path} asks for {blocks} transformer blocks, which is more than {MAX_BLOCKS}; {AGAIN}.")
@@ -133,13 +134,17 @@ def require(configs: Path, components: Iterable[str], held: Mapping[str, int] | 
 
 
 def num_parameters(configs: Mapping[str, Config]) -> dict[str, int]:
-    """Weights of UNet, VAE and text encoders by their configs, but for biases and norms: to a few hundredths."""
-    count = {"unet": _of_unet(configs["unet"]), "vae": _of_vae(configs["vae"])}
-    return count | {name: _of_text(name, found) for name, found in configs.items() if name.startswith("text_encoder")}
+    """Weights of UNet, VAE and text encoders by their configs, but for biases and norms: to a few hundredths.
+
+    Another denoiser is not counted; the bounds of its family hold it.
+    """
+    counts = {"unet": _of_unet, "vae": _of_vae}
+    found = {name: counts[name](config) for name, config in configs.items() if name in counts}
+    return found | {name: _of_text(name, config) for name, config in configs.items() if is_text(name)}
 
 
-def _require_values(path: Path, component: str, config: Config) -> None:
-    most, choices = MOST[component], CHOICES.get(component, {})
+def _require_values(path: Path, component: str, config: Config, most: Mapping[str, int]) -> None:
+    choices = CHOICES.get(component, {})
     for key, value in config.items():
         if key in most:
             _require_counts(path, key, value, most[key], depth=PER_LEVEL.get(component, {}).get(key, 0))

@@ -21,24 +21,17 @@ from typing import Any
 from lora_booth.config import inputs
 from lora_booth.config.settings import BASE_ALIASES, ModelConfig
 from lora_booth.errors import ConfigError, DiskError, ModelError
+from lora_booth.models.bases.architectures import components, is_text
 from lora_booth.run import headers
 
 log = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parents[2] / "assets" / "booth_mini"
-ARCHITECTURES = Path(__file__).parents[2] / "assets" / "architectures"
+SHIPPED_CONFIGS = Path(__file__).parents[2] / "assets" / "architectures"
 """Folders of component configs: for single-file checkpoints, which carry weights alone, and for aliases."""
 SHIPPED = {"sd15": "sd1", "sd21": "sd2_v", "sdxl": "sdxl"}
 """Alias to its folder of configs, by which it is known before it is downloaded."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
-WEIGHT_STEMS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
-"""Component to the name of its weight file without ending, as diffusers writes it."""
-CONFIG_FOLDERS = (*WEIGHT_STEMS, "tokenizer", "tokenizer_2", "scheduler")
 SMALL_SUFFIXES = (".json", ".txt")
 AGAIN = "copy or download the base again"
 MAX_COMPARED = 200
@@ -95,7 +88,7 @@ def resolve(config: ModelConfig, *, needs_weights: bool = True, pinned: Found | 
         _refuse_revision(config)
         return Found(_checked_local(_path(base)))
     if not needs_weights and base in SHIPPED and config.revision is None:
-        return Found(ARCHITECTURES / SHIPPED[base])
+        return Found(SHIPPED_CONFIGS / SHIPPED[base])
     homes, revision = BASE_ALIASES.get(base, (base,)), config.revision
     if not all(map(_is_hub_id, homes)):
         why = inputs.why_unreadable(_path(base))
@@ -112,9 +105,19 @@ def resolve(config: ModelConfig, *, needs_weights: bool = True, pinned: Found | 
     raise ModelError("\n".join(faults))
 
 
+def weight_stem(component: str) -> str:
+    """The name of the weight file of a component, without ending, as diffusers and transformers write it."""
+    return "model" if is_text(component) else "diffusion_pytorch_model"
+
+
+def weighted() -> tuple[str, ...]:
+    """The components that have weights, of all families."""
+    return tuple(name for name in components() if not name.startswith(("tokenizer", "scheduler")))
+
+
 def component_weights(folder: Path) -> Weights:
     """The safetensors files of the component in `folder`, full precision first, then fp16."""
-    stem, odd = WEIGHT_STEMS[folder.name], []
+    stem, odd = weight_stem(folder.name), []
     for variant in (None, "fp16"):
         dotted = "" if variant is None else f".{variant}"
         single, index = folder / f"{stem}{dotted}.safetensors", folder / f"{stem}.safetensors.index{dotted}.json"
@@ -135,7 +138,7 @@ def weight_files(base: Path) -> list[Path]:
     """Every safetensors file that loading `base` reads, sorted."""
     if base.is_file():
         return [base]
-    found = (component_weights(base / name).files for name in WEIGHT_STEMS if (base / name).is_dir())
+    found = (component_weights(base / name).files for name in weighted() if (base / name).is_dir())
     return sorted(path for files in found for path in files)
 
 
@@ -158,7 +161,7 @@ def fingerprint(base: Path) -> str:
 def small_files(base: Path) -> list[Path]:
     """The configs and vocabularies in a folder, sorted: all that counts besides weights. Nothing is opened."""
     found = [base / "model_index.json"]
-    for name in CONFIG_FOLDERS:
+    for name in components():
         found += [p for p in _listed(base / name) if p.suffix in SMALL_SUFFIXES and ".index" not in p.name]
     return sorted(found)
 
@@ -356,9 +359,10 @@ def _wanted(names: list[str], where: str, *, prefer_fp16: bool) -> tuple[list[st
     small, weights = ["model_index.json"], []
     for name in names:
         folder, _, file = name.partition("/")
-        if folder in CONFIG_FOLDERS and "/" not in file and file.endswith((".json", ".txt")):
+        if folder in components() and "/" not in file and file.endswith((".json", ".txt")):
             small.append(name)
-    for component, stem in WEIGHT_STEMS.items():
+    for component in weighted():
+        stem = weight_stem(component)
         files = [n for n in names if n.startswith(f"{component}/")]
         if not files:
             continue

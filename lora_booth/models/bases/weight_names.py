@@ -15,23 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_booth.errors import ModelError
+from lora_booth.models.bases.architectures import ARCHITECTURES
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.bases.ldm import original_name
-from lora_booth.models.bases.sources import WEIGHT_STEMS, read_header
+from lora_booth.models.bases.sources import read_header, weight_stem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SINGLE_FILE_PREFIXES = {
-    "sd1": {"unet": "model.diffusion_model.", "text_encoder": "cond_stage_model.transformer."},
-    "sd2": {"unet": "model.diffusion_model.", "text_encoder": "cond_stage_model.model."},
-    "sdxl": {
-        "unet": "model.diffusion_model.",
-        "text_encoder": "conditioner.embedders.0.transformer.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    },
-}
-"""Family to component to how its keys begin in a single file; `….model.` holds an OpenCLIP text encoder."""
 
 _OPEN_CLIP_LAYERS = {
     "self_attn.q_proj": ("attn.in_proj_weight", 0),
@@ -77,11 +68,11 @@ def weight_sets(base: BaseFacts, component: str) -> list[dict[str, Path]]:
 
     Raises ModelError when the base has no such component.
     """
-    if component not in SINGLE_FILE_PREFIXES[base.family]:
+    if component not in base.architecture.adaptable:
         raise ModelError(f"{base.path} is a {base.family} model, which has no {component}; use an adapter made for it.")
     if base.path.is_file():
         return [dict.fromkeys(read_header(base.path)[0], base.path)]
-    pattern = rf"{WEIGHT_STEMS[component]}(?:\.(\w+))?(?:-\d{{5}}-of-\d{{5}})?(?:\.(\w+))?\.safetensors"
+    pattern = rf"{weight_stem(component)}(?:\.(\w+))?(?:-\d{{5}}-of-\d{{5}})?(?:\.(\w+))?\.safetensors"
     sets: dict[str, dict[str, Path]] = {}
     for path in sorted((base.path / component).iterdir()):
         if match := re.fullmatch(pattern, path.name):
@@ -115,8 +106,9 @@ def _plain(path: str, prefix: str = "") -> list[Place]:
 
 def _single_file_places(family: str, component: str, path: str) -> list[Place]:
     """Every place that a layer can have in a single file of the family."""
-    prefix = SINGLE_FILE_PREFIXES[family][component]
-    if component == "unet":
+    row = ARCHITECTURES[family]
+    prefix = row.single_file_prefixes[component]
+    if component == row.denoiser:
         name = original_name(path)
         names = [name, re.sub(r"\.2\.conv$", ".1.conv", name)]  # an upsampler with and without attention before it
         return [Place(f"{prefix}{name}.weight") for name in names]

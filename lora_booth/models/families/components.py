@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_booth.errors import ConfigError, LoraBoothError, ModelError, lacks_memory
 from lora_booth.models import devices
+from lora_booth.models.bases.architectures import Architecture, is_text
 from lora_booth.models.bases.identify import BaseFacts
-from lora_booth.models.bases.sources import ARCHITECTURES, component_weights, read_json
-from lora_booth.models.bases.weight_names import SINGLE_FILE_PREFIXES
+from lora_booth.models.bases.sources import SHIPPED_CONFIGS, component_weights, read_json
 from lora_booth.models.families.prompts import Tokens
 from lora_booth.models.families.quantize import Quantization, move_frozen_, quantize_
 from lora_booth.models.families.vae import Vae
@@ -38,14 +39,14 @@ MAX_REASON_CHARACTERS = 300
 """What a library says of a file is cut there: it may quote all of it."""
 MIN_WINDOW = 3
 """Tokens of a prompt: start, one word, end."""
-CLIP_MERGES = ARCHITECTURES / "clip_merges.txt.gz"
+CLIP_MERGES = SHIPPED_CONFIGS / "clip_merges.txt.gz"
 
 
 @dataclass(frozen=True)
 class Components:
     """The parts of a base, all frozen and in eval mode; `vae` and `text_encoders` only where they were asked for."""
 
-    unet: nn.Module
+    denoiser: nn.Module
     vae: Vae | None
     text_encoders: dict[str, nn.Module]
     tokens: dict[str, Tokens]
@@ -62,35 +63,34 @@ class Wanted:
     needs_vae: bool = True
     needs_text_encoders: bool = True
     quantization: Quantization | None = None
-    """Of the UNet and the text encoders."""
+    """Of the denoiser and the text encoders."""
     is_denoiser_aside: bool = False
-    """Whether the UNet is left in main memory."""
+    """Whether the denoiser is left in main memory."""
 
 
 def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
     """Load what is wanted. ModelError, naming the file, when weights are missing, surplus in shape, or unreadable."""
-    encoders = _encoders(facts)
-    classes = {"unet": "UNet2DConditionModel"}
-    classes |= {"vae": "AutoencoderKL"} if wanted.needs_vae else {}
-    classes |= encoders if wanted.needs_text_encoders else {}
+    row = facts.architecture
+    names = [row.denoiser, *(["vae"] if wanted.needs_vae else [])]
+    names += row.text_encoders if wanted.needs_text_encoders else ()
     load = _from_single_file if facts.path.is_file() else _from_folder
     with quiet():
-        modules = load(facts, classes, wanted.dtype)
-        tokens = {name: _tokens(facts, name) for name in encoders}
+        modules = load(facts, names, wanted.dtype)
+        tokens = {name: _tokens(facts, name) for name in row.text_encoders}
         for name, module in modules.items():
             module.requires_grad_(False)
             if wanted.quantization is not None and name != "vae":
                 quantize_(module, wanted.quantization, wanted.device)
-            if name == "unet" and wanted.is_denoiser_aside:
+            if name == row.denoiser and wanted.is_denoiser_aside:
                 move_frozen_(module.eval(), "cpu")
             else:
                 module.eval().to(wanted.device)
     with readable(facts.path):
         vae = Vae(modules["vae"]) if "vae" in modules else None
     return Components(
-        unet=modules["unet"],
+        denoiser=modules[row.denoiser],
         vae=vae,
-        text_encoders={name: modules[name] for name in encoders if name in modules},
+        text_encoders={name: modules[name] for name in row.text_encoders if name in modules},
         tokens=tokens,
         device=wanted.device,
     )
@@ -101,41 +101,34 @@ def without_weights(facts: BaseFacts, dtype: torch.dtype) -> Components:
 
     For finding out what a run needs. Raises ModelError when the configs cannot be built.
     """
-    import diffusers
     import transformers
 
+    row = facts.architecture
     modules: dict[str, nn.Module] = {}
     with quiet(), torch.device("meta"):
-        for name, class_name in {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", **_encoders(facts)}.items():
+        for name in (row.denoiser, "vae", *row.text_encoders):
             with readable(facts.configs / name):
-                if name.startswith("text_encoder"):
-                    config = transformers.CLIPTextConfig(**facts.config(name))
-                    module = getattr(transformers, class_name)(config)
+                if is_text(name):
+                    module = _class_of(row, name)(transformers.CLIPTextConfig(**facts.config(name)))
                 else:
-                    module = getattr(diffusers, class_name).from_config(facts.config(name))
+                    module = _class_of(row, name).from_config(facts.config(name))
             module = module.to(torch.float32 if name == "vae" else dtype)
             modules[name] = module.requires_grad_(False).eval()
     with readable(facts.configs / "vae"):
         vae = Vae(modules["vae"])
-    encoders = {name: modules[name] for name in _encoders(facts)}
-    tokens = {name: _tokens(facts, name) for name in encoders}
-    return Components(modules["unet"], vae, encoders, tokens, torch.device("meta"))
-
-
-def component_names(facts: BaseFacts) -> tuple[str, ...]:
-    """The components that an adapter can change: the UNet first, then the text encoders."""
-    return ("unet", *_encoders(facts))
+    encoders = {name: modules[name] for name in row.text_encoders}
+    tokens = {name: _tokens(facts, name) for name in row.text_encoders}
+    return Components(modules[row.denoiser], vae, encoders, tokens, torch.device("meta"))
 
 
 def load_component(facts: BaseFacts, name: str) -> nn.Module:
-    """One of `component_names` alone, frozen, on the CPU, in the type it is stored in (float32 where that is mixed).
+    """One adaptable component alone, frozen, on the CPU, in the type it is stored in (float32 where that is mixed).
 
     For reading and comparing weights. Raises ModelError as `load_components` does.
     """
-    classes = {"unet": "UNet2DConditionModel"} | _encoders(facts)
     load = _from_single_file if facts.path.is_file() else _from_folder
     with quiet():
-        module = load(facts, {name: classes[name]}, _stored_dtype(facts, name))[name]
+        module = load(facts, [name], _stored_dtype(facts, name))[name]
     return module.requires_grad_(False).eval()
 
 
@@ -193,34 +186,30 @@ def checkpointed_units(unet: Any) -> list[Any]:
     return [unit for block in blocks for unit in block.modules() if "gradient_checkpointing" in vars(unit)]
 
 
-def _encoders(facts: BaseFacts) -> dict[str, str]:
-    """Component name of each text encoder to its class."""
-    encoders = {"text_encoder": "CLIPTextModel"}
-    return encoders | ({"text_encoder_2": "CLIPTextModelWithProjection"} if facts.family == "sdxl" else {})
+def _class_of(row: Architecture, component: str) -> Any:
+    """The class that a component of a family is built with."""
+    part = row.parts[component]
+    return getattr(importlib.import_module(part.library), part.classes[0])
 
 
 def _stored_dtype(facts: BaseFacts, name: str) -> torch.dtype:
     """The floating type that all tensors of a component have, else float32."""
-    prefix = SINGLE_FILE_PREFIXES[facts.family][name] if facts.path.is_file() else ""
+    prefix = facts.architecture.single_file_prefixes[name] if facts.path.is_file() else ""
     paths = [facts.path] if facts.path.is_file() else component_weights(facts.path / name).files
     entries = [item for path in paths for item in read_layout(path).entries.items()]
     found = {FLOATS[entry.dtype] for key, entry in entries if key.startswith(prefix) and entry.dtype in FLOATS}
     return found.pop() if len(found) == 1 and found < {torch.float16, torch.bfloat16} else torch.float32
 
 
-def _from_folder(facts: BaseFacts, classes: dict[str, str], dtype: torch.dtype) -> dict[str, nn.Module]:
-    import diffusers
-    import transformers
-
+def _from_folder(facts: BaseFacts, names: Sequence[str], dtype: torch.dtype) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
-    for name, class_name in classes.items():
+    for name in names:
         folder = facts.path / name
         settings: dict[str, Any] = {"variant": component_weights(folder).variant, "local_files_only": True}
         settings |= {"use_safetensors": True, "output_loading_info": True}
         settings["dtype"] = torch.float32 if name == "vae" else dtype
-        is_text = name.startswith("text_encoder")
         with readable(folder):
-            model_class = getattr(transformers if is_text else diffusers, class_name)
+            model_class = _class_of(facts.architecture, name)
             modules[name], report = model_class.from_pretrained(str(folder), **settings)
         absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
         if absent:
@@ -228,36 +217,26 @@ def _from_folder(facts: BaseFacts, classes: dict[str, str], dtype: torch.dtype) 
     return modules
 
 
-def _from_single_file(facts: BaseFacts, classes: dict[str, str], dtype: torch.dtype) -> dict[str, nn.Module]:
+def _from_single_file(facts: BaseFacts, names: Sequence[str], dtype: torch.dtype) -> dict[str, nn.Module]:
     """Through diffusers' converter, with the shipped configs of the architecture."""
     import diffusers
 
     path, configs = str(facts.path), str(facts.configs)
     settings = {"config": configs, "local_files_only": True}
     parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    parts |= {
-        "unet": None,
-        "tokenizer": None,
-        "tokenizer_2": None,
-        "text_encoder": None,
-        "text_encoder_2": None,
-        "vae": None,
-    }
-    pipeline_class: type[Any] = diffusers.StableDiffusionPipeline
-    if facts.family == "sdxl":
-        pipeline_class = diffusers.StableDiffusionXLPipeline
+    row = facts.architecture
+    parts |= dict.fromkeys(row.parts)
+    if "text_encoder_2" in row.parts:
         del parts["safety_checker"]
-    else:
-        del parts["tokenizer_2"], parts["text_encoder_2"]
-    for name in classes:
+    for name in names:
         parts.pop(name, None)
     parts["scheduler"] = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)  # unused, but asked for
     with readable(facts.path):
-        if "vae" in classes:
+        if "vae" in names:
             vae_settings = settings | {"subfolder": "vae", "dtype": torch.float32}
             parts["vae"] = diffusers.AutoencoderKL.from_single_file(path, **vae_settings)
-        pipeline = pipeline_class.from_single_file(path, dtype=dtype, **settings, **parts)
-    modules = {name: getattr(pipeline, name) for name in classes}
+        pipeline = getattr(diffusers, row.pipeline).from_single_file(path, dtype=dtype, **settings, **parts)
+    modules = {name: getattr(pipeline, name) for name in names}
     for name, module in modules.items():
         absent = [key for key, tensor in module.named_parameters() if tensor.is_meta]
         if absent:

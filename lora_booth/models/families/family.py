@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_booth.models.bases.architectures import ARCHITECTURES, Architecture
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.families.components import Components, compile_unet_, prepare_unet_
+from lora_booth.models.families.noise import NoiseSchedule
 from lora_booth.models.families.quantize import move_frozen_
-from lora_booth.models.families.schedules import NoiseSchedule, noise_schedule
+from lora_booth.models.families.schedules import noise_schedule
 from lora_booth.models.families.vae import Vae
 
 Conditioning = dict[str, Tensor]
@@ -34,7 +36,7 @@ class Family(ABC):
     """One loaded base: a frozen denoiser, VAE and text encoders, and the only code that knows how they are called."""
 
     name: str
-    """Key in FAMILIES: "sd1", "sd2" or "sdxl"."""
+    """Key in `architectures.ARCHITECTURES`, as "sd1"."""
     fingerprint: str
     """Identity of the base's weights, for cache keys and metadata (`sources.fingerprint`)."""
     native_resolution: int
@@ -56,7 +58,7 @@ class Family(ABC):
         self.bucket_step = facts.bucket_step
         self._solver_config = facts.config("scheduler")
         self.schedule = noise_schedule(self._solver_config, source=facts.path)
-        self.denoiser, self.device = parts.unet, parts.device
+        self.denoiser, self.device = parts.denoiser, parts.device
         self._parts_vae, self._encoders, self._tokens = parts.vae, dict(parts.text_encoders), parts.tokens
 
     @abstractmethod
@@ -84,6 +86,11 @@ class Family(ABC):
 
         The empty prompt becomes zeros here, and only here, where the base wants that of a negative.
         """
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row of its family."""
+        return ARCHITECTURES[self.name]
 
     def text_encoders(self) -> dict[str, nn.Module]:
         """Component name ("text_encoder", "text_encoder_2") to module, for adapters; not once they are released."""

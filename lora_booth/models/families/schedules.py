@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_booth.errors import ConfigError, ModelError
+from lora_booth.models.bases.identify import FLOW_SOLVERS
 from lora_booth.models.bases.limits import MAX_TIMESTEPS
+from lora_booth.models.families.noise import Diffusion, NoiseSchedule, RectifiedFlow
 
-PredictionType = Literal["epsilon", "v_prediction"]
 SPACINGS = ("linspace", "leading", "trailing")
 """How a solver chooses its timesteps (arXiv 2305.08891, table 2), as diffusers names them."""
+MAX_SHIFT = 100
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++": (
         "DPMSolverMultistepScheduler",
@@ -27,27 +28,10 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Sampler name to diffusers class and what is set over the base's config. Latents are not bounded, so nothing clips."""
 
 
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """The base's noise levels. `alphas_cumprod`: float64 `[T]`, falling, on the CPU."""
-
-    alphas_cumprod: Tensor
-    prediction_type: PredictionType
-
-    @property
-    def has_zero_terminal_snr(self) -> bool:
-        """True when the last timestep is pure noise."""
-        return bool(self.alphas_cumprod[-1] < 1e-12)
-
-    def rescaled_to_zero_terminal_snr(self) -> NoiseSchedule:
-        """The schedule shifted and scaled so that SNR(T-1) = 0 and SNR(0) stays (arXiv 2305.08891, algorithm 1)."""
-        root = self.alphas_cumprod.sqrt()
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-        return NoiseSchedule(root**2, self.prediction_type)
-
-
 def noise_schedule(config: Mapping[str, Any], *, source: object = "the base") -> NoiseSchedule:
     """The schedule that a scheduler config describes, computed in float64. `source`: named in a ModelError."""
+    if config.get("_class_name") in FLOW_SOLVERS:
+        return RectifiedFlow(shift=_shift(config, source))
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ModelError(f"{source} predicts {prediction_type!r}; only epsilon and v_prediction can be trained.")
@@ -63,7 +47,7 @@ def noise_schedule(config: Mapping[str, Any], *, source: object = "the base") ->
         ) from error
     if betas.ndim != 1 or not 2 <= len(betas) <= MAX_TIMESTEPS or not ((betas > 0) & (betas <= 1)).all():
         raise ModelError(f"the noise schedule of {source} leaves its range; download the base again.")
-    schedule = NoiseSchedule((1 - betas).cumprod(0), prediction_type)
+    schedule = Diffusion((1 - betas).cumprod(0), prediction_type)
     return schedule.rescaled_to_zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
 
 
@@ -76,6 +60,7 @@ def solver(name: str, config: Mapping[str, Any], schedule: NoiseSchedule) -> Any
     import diffusers
 
     class_name, changes = (config["_class_name"], {}) if name == "base" else SOLVERS[name]
+    assert isinstance(schedule, Diffusion), "these solvers are of diffusion"
     if schedule.has_zero_terminal_snr and not config.get("rescale_betas_zero_snr"):
         changes = changes | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     solver_class = getattr(diffusers, class_name)
@@ -85,6 +70,14 @@ def solver(name: str, config: Mapping[str, Any], schedule: NoiseSchedule) -> Any
     return solver_class.from_config(
         {k: v for k, v in settings.items() if k in solver_class._get_init_keys(solver_class)}
     )
+
+
+def _shift(config: Mapping[str, Any], source: object) -> float:
+    """The constant shift of a flow's config; how it may depend on the picture's size is left to its family."""
+    shift = config.get("shift", 1.0)
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift <= MAX_SHIFT:
+        raise ModelError(f"{source} has shift {reprlib.repr(shift)}, and it must lie in (0, {MAX_SHIFT}].")
+    return float(shift)
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:
