@@ -1,4 +1,4 @@
-"""What the configs of Stable Diffusion's UNets say: which family one is of, what it wants, and its sizes.
+"""What configs of Stable Diffusion's UNets say: family, inputs, sizes; and its adapters' targets.
 
 Configs are those of `config.json` in a folder of the base, by component. Nothing is read here.
 """
