@@ -1,4 +1,4 @@
-"""What configs of Stable Diffusion's UNets say: family, inputs, sizes; and its adapters' targets.
+"""What configs of Stable Diffusion's UNets say: family, inputs, sizes, targets.
 
 Configs are those of `config.json` in a folder of the base, by component. Nothing is read here.
 """
