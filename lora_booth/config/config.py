@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import model_validator
 
@@ -76,12 +76,12 @@ class Config(Section):
         """`template` with the slots {token} and {class} replaced."""
         return template.replace("{token}", self.subject.token).replace("{class}", self.subject.class_noun)
 
-    def with_values(self, values: Mapping[str, Mapping[str, Any]]) -> Config:
+    def with_values(self, values: Mapping[str, Mapping[str, Any]]) -> Self:
         """A copy with `values[section][key]` set and every check made again."""
         data = self.model_dump()
         for section, pairs in values.items():
             data[section].update(pairs)
-        return Config.model_validate(data)
+        return type(self).model_validate(data)
 
 
 def contradictions(config: Config) -> list[str]:

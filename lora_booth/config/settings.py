@@ -102,8 +102,8 @@ class SubjectConfig(Section):
         min_length=1,
         description="Prompt of instance images without a caption file. Slots: {token}, {class}.",
     )
-    captions: Literal["auto", "off"] = Field(
-        "auto", description="auto: a .txt of the same name beside a picture replaces the prompt. off: prompt always."
+    captions: Literal["files", "off"] = Field(
+        "files", description="files: a .txt of the same name beside a picture replaces the prompt. off: prompt always."
     )
     held_out: FilePath | None = Field(
         None, description="Folder of pictures never trained on; their loss chooses the best checkpoint."
@@ -247,11 +247,11 @@ class TrainConfig(Section):
         "backward pass: smaller, and up to a third slower. false is 0, true is 1. Default: decided by the memory "
         "budget.",
     )
-    compile: Literal[True, False, "auto"] = Field(
-        "auto",
+    compile: Literal[True, False, "trial"] = Field(
+        "trial",
         description="Compile the denoiser's transformer blocks (torch.compile): fewer kernels to launch and less "
         "memory traffic, after a minute or so of compiling; needs a C++ compiler. Equal up to rounding, but for "
-        "dropout, which draws other numbers. auto: on a card with Triton, where a trial before the first step finds "
+        "dropout, which draws other numbers. trial: on a card with Triton, where a trial before the first step finds "
         "that it pays. true: always, in the first step.",
     )
     save_every_steps: int | None = Field(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_booth.config.config import Config, slot_faults
+from lora_booth.config.resolved import Filled
 from lora_booth.data import images
 from lora_booth.data.buckets import Crop, assign, buckets
 from lora_booth.data.images import Found, Picture, shown
@@ -57,7 +58,7 @@ def find_pictures(config: Config, report: Report) -> Pictures:
     def found_in(folder: Path | None, remedy: str) -> Found | None:
         if folder is None:
             return None
-        captions = config.subject.captions == "auto"
+        captions = config.subject.captions == "files"
         found = images.find(folder, max_megapixels=config.data.max_megapixels, captions=captions, remedy=remedy)
         for fault in found.left_out:
             report.warn(f"left out: {fault}")
@@ -85,8 +86,8 @@ def find_pictures(config: Config, report: Report) -> Pictures:
     return pictures
 
 
-def tell_small(config: Config, pictures: Pictures, report: Report) -> None:
-    """Warn of each picture that has to be enlarged. `config` is resolved."""
+def tell_small(config: Filled, pictures: Pictures, report: Report) -> None:
+    """Warn of each picture that has to be enlarged."""
     for found in pictures.all:
         for picture, crop in zip(found.pictures, crops_of(config, found.pictures), strict=True):
             if crop.enlargement > 1:
@@ -97,10 +98,9 @@ def tell_small(config: Config, pictures: Pictures, report: Report) -> None:
                 )
 
 
-def crops_of(config: Config, pictures: Sequence[Picture]) -> list[Crop]:
-    """The crop of each picture under the buckets of a resolved config."""
+def crops_of(config: Filled, pictures: Sequence[Picture]) -> list[Crop]:
+    """The crop of each picture under the buckets of the config."""
     data = config.data
-    assert data.resolution is not None and data.bucket_step is not None, "config is not resolved"
     available = buckets(data.resolution, data.bucket_step, data.max_aspect)
     return [assign(picture.width_px, picture.height_px, available) for picture in pictures]
 

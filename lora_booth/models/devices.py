@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from lora_booth.errors import ConfigError
 from lora_booth.models import cards
 from lora_booth.models.cards import Card
 from lora_booth.run import systems
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 Kind = Literal["cuda", "rocm", "xpu", "mps", "cpu"]
 Ability = Literal[
@@ -155,6 +157,21 @@ def best_optimizer(device: torch.device) -> Literal["adamw8bit", "adamw"]:
     return "adamw" if kind(device) == "cpu" or "8-bit optimizers" in lacks(device) else "adamw8bit"
 
 
+def decided(config: AnyConfig, device: torch.device) -> AnyConfig:
+    """`config` with each "auto" as what it means on `device`, so that a run stays what it is on another one."""
+    dtype = dtype_for(config.model.precision, device)
+    name, compile = config.optimizer.name, config.train.compile
+    is_never_tried = compile == "trial" and ("compiling" in LACKS[kind(device)] or config.adapter.dropout > 0)
+    return config.with_values(
+        {
+            "model": {"precision": next(word for word, known in DTYPES.items() if known == dtype)},
+            "optimizer": {"name": best_optimizer(device) if name == "auto" else name},
+            "train": {"compile": False if is_never_tried else compile},
+            "memory": {"device": device.type},
+        }
+    )
+
+
 def require(config: Config, device: torch.device) -> None:
     """Raises ConfigError, with all that `config` asks for and `device` lacks, before anything is computed."""
     faults = faults_of(config, device)
@@ -184,7 +201,7 @@ def faults_of(config: Config, device: torch.device) -> list[str]:
     return faults
 
 
-def without_moving(config: Config, device: torch.device) -> Config:
+def without_moving(config: AnyConfig, device: torch.device) -> AnyConfig:
     """`config` without what saves nothing on a device that computes in main memory: moving things there."""
     if "memory of its own" not in lacks(device):
         return config

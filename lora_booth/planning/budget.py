@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from lora_booth.config.config import Config
+from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Bucket
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.planning.memory import OUTSIDE_GIB, Modules, Phase, rows_per_pass
@@ -90,7 +90,7 @@ class Plan:
 
 
 def choose(
-    config: Config,
+    config: Filled,
     facts: BaseFacts,
     budget_gib: float,
     *,
@@ -118,16 +118,15 @@ def choose(
     return Plan(changes, (*reasons, *of_pictures), modules.phases(chosen, bucket), budget_gib, modules)
 
 
-def choose_for_pictures(config: Config, facts: BaseFacts, budget_gib: float, bucket: Bucket) -> Config:
+def choose_for_pictures(config: Filled, facts: BaseFacts, budget_gib: float, bucket: Bucket) -> Filled:
     """`config` with the fastest way to draw its class images in the size of `bucket` within `budget_gib`; where none
     is, the smallest. Raises as `choose`."""
     return _with_drawing(Modules.of(config, facts), config, budget_gib, bucket)[0]
 
 
-def levers(config: Config) -> tuple[Lever, ...]:
-    """What is left to change for a smaller training step, what costs least first. `config` is resolved."""
+def levers(config: Filled) -> tuple[Lever, ...]:
+    """What is left to change for a smaller training step, what costs least first."""
     resolution, bucket_step = config.data.resolution, config.data.bucket_step
-    assert resolution is not None and bucket_step is not None, "config is not resolved"
     found = []
     if rows_per_pass(config) > 1:
         found.append(Lever({"train": {"batch_size": 1}}, "same result, the class image in a pass of its own"))
@@ -148,7 +147,7 @@ def levers(config: Config) -> tuple[Lever, ...]:
     return tuple(found)
 
 
-def savings(config: Config, facts: BaseFacts, *, bucket: Bucket | None = None) -> tuple[Lever, ...]:
+def savings(config: Filled, facts: BaseFacts, *, bucket: Bucket | None = None) -> tuple[Lever, ...]:
     """`levers` with what each saves of a training step, by default at the resolution's square. Raises as `choose`."""
     modules, found = Modules.of(config, facts), []
     before = modules.step(config, bucket).gib
@@ -162,7 +161,7 @@ def savings(config: Config, facts: BaseFacts, *, bucket: Bucket | None = None) -
     return tuple(found)
 
 
-def _fastest_way(config: Config, fits: Callable[[Way], bool]) -> Way:
+def _fastest_way(config: Filled, fits: Callable[[Way], bool]) -> Way:
     """The least saving of activations with which anything fits, with it the most rows; if nothing does, the smallest.
 
     The rows are those set, halved until they are one.
@@ -180,7 +179,7 @@ def _fastest_way(config: Config, fits: Callable[[Way], bool]) -> Way:
     return next(way for way in ways if way == smallest[first] or fits(way))
 
 
-def _savings(config: Config) -> list[tuple[float, bool]]:
+def _savings(config: Filled) -> list[tuple[float, bool]]:
     """Share of blocks to recompute, and whether their inputs wait elsewhere; what is faster is tried first."""
     share, is_offloading = config.train.gradient_checkpointing, config.memory.offload_activations
     shares = SHARES if share is None else (share,)
@@ -188,7 +187,7 @@ def _savings(config: Config) -> list[tuple[float, bool]]:
     return [*found, (shares[-1], True)] if is_offloading is None and shares[-1] > 0 else found
 
 
-def _reasons(config: Config, way: Way, need: Callable[[Way], float], needs: Mapping[Way, float]) -> list[str]:
+def _reasons(config: Filled, way: Way, need: Callable[[Way], float], needs: Mapping[Way, float]) -> list[str]:
     """Why `way` was taken: a line for each choice, with what a faster one would `need`; `needs`: those known."""
     reasons = [f"train.batch_size = {way.rows}: as set"]
     if way.rows != config.train.batch_size:
@@ -213,8 +212,8 @@ def _reasons(config: Config, way: Way, need: Callable[[Way], float], needs: Mapp
 
 
 def _with_drawing(
-    modules: Modules, config: Config, budget_gib: float, bucket: Bucket | None
-) -> tuple[Config, list[str]]:
+    modules: Modules, config: Filled, budget_gib: float, bucket: Bucket | None
+) -> tuple[Filled, list[str]]:
     """`config` with the fastest way to draw class images and previews that fits, and a reason for each choice."""
     has_class_images = config.has_prior and config.prior.folder is None
 

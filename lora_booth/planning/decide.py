@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_booth.config.config import Config
 from lora_booth.config.inputs import is_plain_file, why_unreadable
+from lora_booth.config.resolved import Filled, Resolved
 from lora_booth.data.buckets import Bucket
 from lora_booth.data.subject import Pictures, crops_of, find_pictures, tell_small
 from lora_booth.errors import ConfigError, LoraBoothError, ModelError
@@ -23,6 +24,8 @@ from lora_booth.run import disk, identity
 from lora_booth.run.report import Report
 
 if TYPE_CHECKING:
+    import torch
+
     from lora_booth.planning.budget import Plan
     from lora_booth.planning.memory import Modules
 
@@ -104,7 +107,7 @@ def continued_adapter(config: Config) -> dict[str, str]:
     return {p.name: disk.sha256(p) for p in (path, beside) if p == path or is_plain_file(p)}
 
 
-def check(config: Config, inputs: Inputs, *, device_type: str) -> Modules | None:
+def check(config: Filled, *, device_type: str, facts: BaseFacts) -> Modules | None:
     """The base's modules without weights, with the adapter of `config`, in which no fault was found; None where a
     version of torch cannot make them, which is told and keeps nobody from training.
 
@@ -112,9 +115,8 @@ def check(config: Config, inputs: Inputs, *, device_type: str) -> Modules | None
     """
     from lora_booth.planning import checks, memory
 
-    config = filled(config, inputs)
     try:
-        modules = memory.Modules.of(config, inputs.facts)
+        modules = memory.Modules.of(config, facts)
     except LoraBoothError:
         raise
     except Exception as error:
@@ -125,42 +127,63 @@ def check(config: Config, inputs: Inputs, *, device_type: str) -> Modules | None
 
 
 def resolve(
-    config: Config, inputs: Inputs, report: Report, *, free_gib: float | None, modules: Modules | None = None
-) -> Config:
-    """`config` with every open choice made. `free_gib` is the device's free memory, None on a CPU.
+    config: Config,
+    inputs: Inputs,
+    report: Report,
+    *,
+    device: torch.device,
+    free_gib: float | None,
+    modules: Modules | None = None,
+) -> Resolved:
+    """`config` with every choice made, for a run on `device`. `free_gib`: its free memory, None on a CPU.
 
     Within a budget, or free memory, `budget.choose` settles how steps are computed and pictures drawn, and what it
     chose is told; without one nothing is traced. `modules`: what `check` gave. Raises ConfigError or ModelError for an
     adapter that the base cannot take.
     """
-    config = filled(config, inputs)
-    tell_small(config, inputs.pictures, report)
-    budget_gib = config.memory.budget_gib or free_gib
+    from lora_booth.models import devices
+
+    decided = filled(devices.decided(config, device), inputs)
+    tell_small(decided, inputs.pictures, report)
+    budget_gib = decided.memory.budget_gib or free_gib
     if budget_gib is not None:
-        config = _within(config, inputs, budget_gib, report, modules)
-    return config.with_values({"train": {"gradient_checkpointing": config.train.gradient_checkpointing or 0.0}})
+        decided = _within(decided, inputs, budget_gib, report, modules)
+    return completed(decided)
 
 
-def filled(config: Config, inputs: Inputs) -> Config:
-    """`config` with every choice made that does not depend on memory."""
+def completed(config: Filled) -> Resolved:
+    """`config`, decided for a device, with what is usual where nothing was chosen for its memory."""
+    from lora_booth.models.sampling import PICTURES_AT_ONCE
+
+    values, memory, share = config.model_dump(), config.memory, config.train.gradient_checkpointing
+    values["train"]["gradient_checkpointing"] = share or 0.0
+    values["memory"] |= {
+        "pictures_at_once": memory.pictures_at_once or PICTURES_AT_ONCE,
+        "tiled_decoding": bool(memory.tiled_decoding),
+        "offload_activations": bool(memory.offload_activations),
+        "denoiser_aside": bool(memory.denoiser_aside),
+    }
+    return Resolved.model_validate(values)
+
+
+def filled(config: Config, inputs: Inputs) -> Filled:
+    """`config` with every choice made that does not depend on a device or its memory."""
     train, data, base = config.train, config.data, inputs.facts
     num_images = len(inputs.pictures.instances.pictures)
     low, high = base.architecture.step_limits
     steps = train.steps or min(max(STEPS_PER_IMAGE * num_images, low), high)
     warmup = config.optimizer.warmup_steps
-    return config.with_values(
-        {
-            "data": {
-                "resolution": data.resolution or base.native_resolution,
-                "bucket_step": data.bucket_step or base.bucket_step,
-            },
-            "train": {"steps": steps, "save_every_steps": train.save_every_steps or max(1, steps // 5)},
-            "optimizer": {"warmup_steps": min(MAX_WARMUP_STEPS, steps // 20) if warmup is None else warmup},
-        }
-    )
+    values = config.model_dump()
+    values["data"] |= {
+        "resolution": data.resolution or base.native_resolution,
+        "bucket_step": data.bucket_step or base.bucket_step,
+    }
+    values["train"] |= {"steps": steps, "save_every_steps": train.save_every_steps or max(1, steps // 5)}
+    values["optimizer"]["warmup_steps"] = min(MAX_WARMUP_STEPS, steps // 20) if warmup is None else warmup
+    return Filled.model_validate(values)
 
 
-def _within(config: Config, inputs: Inputs, budget_gib: float, report: Report, modules: Modules | None) -> Config:
+def _within(config: Filled, inputs: Inputs, budget_gib: float, report: Report, modules: Modules | None) -> Filled:
     """`config` with what `budget.choose` finds, told to the user."""
     from lora_booth.planning import budget, memory
 
@@ -185,7 +208,7 @@ def _within(config: Config, inputs: Inputs, budget_gib: float, report: Report, m
     return with_changes(config, found)
 
 
-def with_changes(config: Config, found: Plan) -> Config:
+def with_changes(config: Filled, found: Plan) -> Filled:
     """`config` computed as `found` says."""
     return config.with_values(found.changes)
 
@@ -199,7 +222,7 @@ def excess(found: Plan) -> str:
     return f'"{largest.name}" is predicted to need {needed:.1f} of {found.budget_gib:.1f} GiB'
 
 
-def memory_advice(config: Config, facts: BaseFacts | None = None) -> str:
+def memory_advice(config: Filled, facts: BaseFacts | None = None) -> str:
     """What to change after the device ran out of memory, what costs least time first.
 
     With `facts` each change has its predicted saving. Never raises: the error that is being told matters more.
@@ -210,7 +233,7 @@ def memory_advice(config: Config, facts: BaseFacts | None = None) -> str:
     return f"the device ran out of memory; nothing that was saved is lost. Try, in this order:\n{changes}"
 
 
-def _levers(config: Config, facts: BaseFacts | None) -> list[tuple[str, str]]:
+def _levers(config: Filled, facts: BaseFacts | None) -> list[tuple[str, str]]:
     """Setting and price of each lever, with its saving where that can be traced."""
     from lora_booth.planning import budget
 
@@ -223,7 +246,7 @@ def _levers(config: Config, facts: BaseFacts | None) -> list[tuple[str, str]]:
     return [(lever.settings, lever.told) for lever in found]
 
 
-def largest_bucket(config: Config, pictures: Pictures) -> Bucket:
+def largest_bucket(config: Filled, pictures: Pictures) -> Bucket:
     """The size with the most pixels that a picture of the run is trained at."""
     buckets = [crop.bucket for crop in crops_of(config, pictures.instances.pictures)]
     return max(buckets, key=lambda bucket: bucket.width_px * bucket.height_px)

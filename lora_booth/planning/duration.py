@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_booth.config.config import Config
+from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Bucket
 from lora_booth.data.subject import Pictures
 from lora_booth.models.cards import Card
@@ -50,13 +50,12 @@ class Duration:
         return self.training_s(card) + self.class_images_s(card) + self.other_s(card)
 
 
-def predict(modules: Modules, config: Config, pictures: Pictures, bucket: Bucket | None = None) -> Duration:
-    """The work of a run with `config`, which is filled, when nothing is cached yet.
+def predict(modules: Modules, config: Filled, pictures: Pictures, bucket: Bucket | None = None) -> Duration:
+    """The work of a run with `config`, when nothing is cached yet.
 
     `bucket`: the largest that is trained at, by default the resolution's square; all pictures are taken to be of it.
     """
     train, prior, shown = config.train, config.prior, config.preview
-    assert train.steps is not None and train.save_every_steps is not None, "config is not filled"
     square = modules.square(config)
     bucket, class_images = bucket or square, []
     if config.has_prior and prior.folder is None:
@@ -80,9 +79,8 @@ def _num_validation_rows(pictures: Pictures) -> int:
     return sum(len(validation_levels(number, count)) for number in range(count))
 
 
-def _num_previews(config: Config) -> int:
+def _num_previews(config: Filled) -> int:
     """Pictures drawn before the first step and on the way and, without and with the adapter, at the end."""
-    assert config.train.steps is not None, "config is not filled"
     every = config.preview.every_steps
     on_the_way = 0 if every is None else 1 + (config.train.steps - 1) // every
     return (on_the_way + 2) * config.preview.images_per_prompt * len(config.preview.prompts)

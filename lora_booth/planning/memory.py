@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_booth.adapter import inject
-from lora_booth.config.config import Config
+from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Bucket
 from lora_booth.models import loading
 from lora_booth.models.bases.identify import BaseFacts
@@ -66,27 +66,27 @@ def needed_gib(phases: Iterable[Phase]) -> float:
     return max(phase.gib for phase in phases) + OUTSIDE_GIB
 
 
-def class_images_at_once(config: Config) -> int:
+def class_images_at_once(config: Filled) -> int:
     """Class images that are drawn together."""
     return min(most_together(config), config.prior.num_images)
 
 
-def previews_at_once(config: Config) -> int:
+def previews_at_once(config: Filled) -> int:
     """Pictures of a preview that are drawn together."""
     pictures = config.preview.images_per_prompt * len(config.preview.prompts)
     return min(config.memory.pictures_at_once or PICTURES_AT_ONCE, pictures)
 
 
-def rows_per_pass(config: Config) -> int:
+def rows_per_pass(config: Filled) -> int:
     """Rows of the largest micro-batch on one device."""
     return min(config.train.batch_size, _rows_per_step(config))
 
 
-def _rows_per_step(config: Config) -> int:
+def _rows_per_step(config: Filled) -> int:
     return config.train.images_per_step * (2 if config.has_prior else 1)
 
 
-def _stored_bytes(modules: Iterable[nn.Module], config: Config) -> int:
+def _stored_bytes(modules: Iterable[nn.Module], config: Filled) -> int:
     """Bytes of a base's modules as they lie on the device, quantised or not."""
     modules, kind = list(modules), config.model.quantize
     return held_bytes(tensors_of(modules)) - (0 if kind == "none" else sum(saved_bytes(m, kind) for m in modules))
@@ -113,7 +113,7 @@ class Modules:
     """What was counted, by what it depends on."""
 
     @staticmethod
-    def of(config: Config, facts: BaseFacts) -> Modules:
+    def of(config: Filled, facts: BaseFacts) -> Modules:
         """Modules of the base, with the adapter of `config`. Raises ModelError or ConfigError where training would."""
         dtype = DTYPES.get(config.model.precision, torch.bfloat16)  # "auto" on a card: two bytes, bf16 or fp16
         parts, row = without_weights(facts, dtype), facts.architecture
@@ -128,7 +128,7 @@ class Modules:
         modules = (family, parts.vae, parts.text_encoders, adapted, parameters)
         return Modules(*modules, base_bytes, text_bytes, facts.native_resolution, {})
 
-    def square(self, config: Config) -> Bucket:
+    def square(self, config: Filled) -> Bucket:
         side = config.data.resolution or self.native_resolution
         return Bucket(side, side)
 
@@ -137,19 +137,19 @@ class Modules:
         factor = self.vae.factor
         return (self.vae.module.config.latent_channels, bucket.height_px // factor, bucket.width_px // factor)
 
-    def phases(self, config: Config, bucket: Bucket | None) -> tuple[Phase, ...]:
+    def phases(self, config: Filled, bucket: Bucket | None) -> tuple[Phase, ...]:
         """All phases of the run, in the order in which it comes to them."""
         phases = [self.prepare(config, bucket), self.step(config, bucket), self.validate(config, bucket)]
         return (*phases, self.draw(config, bucket)) if config.preview.images_per_prompt else tuple(phases)
 
-    def prepare(self, config: Config, bucket: Bucket | None) -> Phase:
+    def prepare(self, config: Filled, bucket: Bucket | None) -> Phase:
         """The fullest moment before there is an adapter: prompts and pictures are encoded, class images drawn."""
         moments = [self._encode_prompts(config), self.encode(config, bucket)]
         if config.has_prior and config.prior.folder is None:
             moments.append(self.draw_class_images(config, bucket))
         return max(moments, key=lambda phase: phase.gib)
 
-    def encode(self, config: Config, bucket: Bucket | None) -> Phase:
+    def encode(self, config: Filled, bucket: Bucket | None) -> Phase:
         """The moment of "prepare" in which the VAE encodes a picture."""
         bucket = bucket or self.square(config)
         held = self._without_denoiser(config, self._before_training(config))
@@ -159,45 +159,45 @@ class Modules:
         pixels = torch.empty(1, 3, bucket.height_px, bucket.width_px, device=META)
         return self._working(("encode", bucket), partial(self.vae.encode, pixels))
 
-    def _encode_prompts(self, config: Config) -> Phase:
+    def _encode_prompts(self, config: Filled) -> Phase:
         encoding = self._working(("prompts",), lambda: self.family.encode_prompts([""])).peak
         held = self._without_denoiser(config, self._before_training(config)) | {"text encoders": self.text_bytes}
         return Phase("prepare", held | {"encoding": encoding})
 
-    def draw_class_images(self, config: Config, bucket: Bucket | None) -> Phase:
+    def draw_class_images(self, config: Filled, bucket: Bucket | None) -> Phase:
         """The moment of "prepare" in which the base draws class images."""
         held, bucket = self._before_training(config), bucket or self.square(config)
         with inject.disabled(self.adapted):
             rows = class_images_at_once(config) * (2 if config.prior.guidance_scale > 1 else 1)
             return Phase("prepare", self._drawing(config, held, class_images_at_once(config), rows, bucket, "base"))
 
-    def _before_training(self, config: Config) -> dict[str, int]:
+    def _before_training(self, config: Filled) -> dict[str, int]:
         """What lies on the device once the prompts are encoded."""
         denoiser = self._denoiser_bytes(config)
         encoders = {"text encoders": self.text_bytes} if config.adapter.text_encoder else {}
         return {"base": denoiser, **encoders, "VAE": self._vae_bytes()}
 
-    def _without_denoiser(self, config: Config, held: Mapping[str, int]) -> dict[str, int]:
+    def _without_denoiser(self, config: Filled, held: Mapping[str, int]) -> dict[str, int]:
         """What is left of `held` while the denoiser is aside, if that is wanted."""
         aside = {"base": held["base"] - self._denoiser_bytes(config)} if config.memory.denoiser_aside else {}
         return {part: size for part, size in {**held, **aside}.items() if size}
 
-    def _denoiser_bytes(self, config: Config) -> int:
+    def _denoiser_bytes(self, config: Filled) -> int:
         return self.base_bytes - (self.text_bytes if config.adapter.text_encoder else 0)
 
-    def validate(self, config: Config, bucket: Bucket | None) -> Phase:
+    def validate(self, config: Filled, bucket: Bucket | None) -> Phase:
         """The phase "validate": the denoiser alone, on several noise levels of one image."""
         measuring = len(VALIDATION_QUANTILES) * self._row_bytes(config, self.square(config), "adapted")
         return Phase("validate", self._lasting(config, bucket) | {"denoising": measuring})
 
-    def draw(self, config: Config, bucket: Bucket | None) -> Phase:
+    def draw(self, config: Filled, bucket: Bucket | None) -> Phase:
         """The phase "draw": previews through the adapter."""
         held = self._lasting(config, bucket) | {"VAE": self._vae_bytes()}
         rows = previews_at_once(config) * (2 if config.preview.guidance_scale > 1 else 1)
         square = self.square(config)
         return Phase("draw", self._drawing(config, held, previews_at_once(config), rows, square, "adapted"))
 
-    def step(self, config: Config, bucket: Bucket | None) -> Phase:
+    def step(self, config: Filled, bucket: Bucket | None) -> Phase:
         """The phase "train": one micro-step."""
         batch = self._batch(config, rows_per_pass(config), bucket or self.square(config))
         gradients, others, _ = self._trace(config, batch)
@@ -211,7 +211,7 @@ class Modules:
         }
         return Phase("train", parts)
 
-    def step_work(self, config: Config, bucket: Bucket | None) -> Work:
+    def step_work(self, config: Filled, bucket: Bucket | None) -> Work:
         """One optimizer step: forward, backward, and what is computed again; not the optimizer's own."""
         rows = rows_per_pass(config)
         batch = self._batch(config, rows, bucket or self.square(config))
@@ -221,16 +221,16 @@ class Modules:
         """One picture through the VAE's encoder."""
         return self._encoding(bucket).work
 
-    def draw_work(self, config: Config, bucket: Bucket, solver_steps: int, *, is_guided: bool) -> Work:
+    def draw_work(self, config: Filled, bucket: Bucket, solver_steps: int, *, is_guided: bool) -> Work:
         """One picture drawn: the denoiser at each of `solver_steps`, twice where it is guided."""
         rows = 2 if is_guided else 1
         return self._denoising(config, bucket, "adapted").work * (solver_steps * rows / 2)
 
-    def decode_work(self, config: Config, bucket: Bucket) -> Work:
+    def decode_work(self, config: Filled, bucket: Bucket) -> Work:
         """One picture through the VAE's decoder."""
         return self._decoding(config, 1, bucket).work
 
-    def _optimizer_bytes(self, config: Config) -> int:
+    def _optimizer_bytes(self, config: Filled) -> int:
         key = ("optimizer", config.optimizer.name)
         if key not in self.traced:
             shapes = [parameter.shape for parameter in self.parameters]
@@ -238,7 +238,7 @@ class Modules:
         size: int = self.traced[key]
         return size
 
-    def _trace(self, config: Config, batch: Batch) -> StepTrace:
+    def _trace(self, config: Filled, batch: Batch) -> StepTrace:
         train, rows = config.train, len(batch.latents)
         follows_another = _rows_per_step(config) > rows or train.images_per_step > 1  # whose buckets may differ
         saving = (train.gradient_checkpointing or 0.0, bool(config.memory.offload_activations))
@@ -254,7 +254,7 @@ class Modules:
         counted: StepTrace = self.traced[key]
         return counted
 
-    def _lasting(self, config: Config, bucket: Bucket | None) -> dict[str, int]:
+    def _lasting(self, config: Filled, bucket: Bucket | None) -> dict[str, int]:
         parts = self.step(config, bucket).parts
         return {part: parts[part] for part in ("base", "adapter", "optimizer")}
 
@@ -262,7 +262,7 @@ class Modules:
         return held_bytes(tensors_of([self.vae.module]))
 
     def _drawing(
-        self, config: Config, held: Mapping[str, int], together: int, rows: int, bucket: Bucket, denoiser: str
+        self, config: Filled, held: Mapping[str, int], together: int, rows: int, bucket: Bucket, denoiser: str
     ) -> dict[str, int]:
         """The fuller moment of denoising and decoding `together` pictures beside what is `held`, with the `denoiser`
         "adapted" or of the "base"; `rows`: of a pass, both halves of guidance in one."""
@@ -270,19 +270,19 @@ class Modules:
         denoising = {**held, "denoising": rows * self._row_bytes(config, bucket, denoiser)}
         return max(decoding, denoising, key=lambda parts: sum(parts.values()))
 
-    def _decoding(self, config: Config, together: int, bucket: Bucket) -> LiveBytes:
+    def _decoding(self, config: Filled, together: int, bucket: Bucket) -> LiveBytes:
         decoded = min(together, self.vae.num_at_once(bucket.width_px, bucket.height_px))
         latents = torch.empty(decoded, *self.latent_shape(bucket), device=META)
         is_tiled = bool(config.memory.tiled_decoding)
         decode = partial(self.vae.decode_chunk, latents, is_tiled=is_tiled)
         return self._working(("decode", decoded, bucket, is_tiled), decode)
 
-    def _row_bytes(self, config: Config, bucket: Bucket, denoiser: str) -> int:
+    def _row_bytes(self, config: Filled, bucket: Bucket, denoiser: str) -> int:
         """Bytes of a pass for looking, inputs included, for one row; several take as many times that."""
         inputs = held_bytes(self._batch(config, 2, bucket).tensors)
         return (inputs + self._denoising(config, bucket, denoiser).peak) // 2
 
-    def _denoising(self, config: Config, bucket: Bucket, denoiser: str) -> LiveBytes:
+    def _denoising(self, config: Filled, bucket: Bucket, denoiser: str) -> LiveBytes:
         """A pass for looking, of two rows."""
         batch = self._batch(config, 2, bucket)
         objective = objective_for(config.objective, self.family.schedule)
@@ -303,7 +303,7 @@ class Modules:
         counted: LiveBytes = self.traced[key]
         return counted
 
-    def _batch(self, config: Config, rows: int, bucket: Bucket) -> Batch:
+    def _batch(self, config: Filled, rows: int, bucket: Bucket) -> Batch:
         key = ("batch", rows, bucket)
         if key not in self.traced:
             is_trained = config.adapter.text_encoder

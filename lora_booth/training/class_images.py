@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_booth.config.config import Config
+from lora_booth.config.resolved import Filled, Resolved
 from lora_booth.config.settings import PriorConfig
 from lora_booth.data.buckets import Bucket
 from lora_booth.models.families.family import Conditioning, Family
@@ -98,7 +98,7 @@ def wanted(
     return images
 
 
-def most_together(config: Config) -> int:
+def most_together(config: Filled) -> int:
     """Class images that a run draws together unless it has begun with fewer: `PICTURES_AT_ONCE`, halved until the
     config allows it.
 
@@ -110,7 +110,7 @@ def most_together(config: Config) -> int:
     return together
 
 
-def made_by(family: Family, config: Config, together: int) -> tuple[str | int, ...]:
+def made_by(family: Family, config: Resolved, together: int) -> tuple[str | int, ...]:
     """All that class images depend on besides base, prompt, size, sampler and seed: number type, kind of device, noise
     schedule, and how many are drawn `together`, because a device rounds by it."""
     dtype = next(family.denoiser.parameters()).dtype
@@ -120,7 +120,7 @@ def made_by(family: Family, config: Config, together: int) -> tuple[str | int, .
 def draw_missing(
     images: Sequence[ClassImage],
     family: Family,
-    config: Config,
+    config: Resolved,
     prompts: Mapping[str, Conditioning],
     *,
     together: int,
@@ -165,7 +165,7 @@ def _companies(images: Sequence[ClassImage], together: int) -> list[list[ClassIm
     return [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
 
 
-def _sampling(config: Config, bucket: Bucket, together: int, stop: StopRequest) -> Sampling:
+def _sampling(config: Resolved, bucket: Bucket, together: int, stop: StopRequest) -> Sampling:
     return Sampling(
         width_px=bucket.width_px,
         height_px=bucket.height_px,
@@ -174,7 +174,7 @@ def _sampling(config: Config, bucket: Bucket, together: int, stop: StopRequest) 
         guidance_scale=config.prior.guidance_scale,
         batch_size=together,
         is_divisible=False,
-        is_tiled=bool(config.memory.tiled_decoding),
-        is_denoiser_aside=bool(config.memory.denoiser_aside),
+        is_tiled=config.memory.tiled_decoding,
+        is_denoiser_aside=config.memory.denoiser_aside,
         on_step=lambda: stop.check(STOPPED),
     )

@@ -61,7 +61,7 @@ class Trial:
 
 @contextmanager
 def where_it_pays(s: Session, start: int) -> Iterator[None]:
-    """Inside, the denoiser's blocks are compiled if train.compile is "auto" and that pays from step `start` on.
+    """Inside, the denoiser's blocks are compiled if train.compile is "trial" and that pays from step `start` on.
 
     Only where the device can: on a CPU a run gives the same numbers bit for bit each time. Not with dropout, whose
     compiled form draws other numbers.
@@ -75,7 +75,7 @@ def where_it_pays(s: Session, start: int) -> Iterator[None]:
 
 def _is_open(s: Session) -> bool:
     can_compile = "compiling" not in devices.lacks(s.accelerator.device) and has_compiler()
-    return can_compile and s.config.train.compile == "auto" and not s.config.adapter.dropout
+    return can_compile and s.config.train.compile == "trial" and not s.config.adapter.dropout
 
 
 def pays(s: Session, start: int) -> bool:
@@ -84,7 +84,6 @@ def pays(s: Session, start: int) -> bool:
     What goes wrong meanwhile is told as a warning, and is a no.
     """
     train = s.config.train
-    assert train.steps is not None, "config is not resolved"
     left, passes, scale = train.steps - start, *_passes(s, start)
     path, key = folder_of(s.config) / TRIALS, _key(s, passes)
     known = _known(path)
@@ -160,7 +159,6 @@ def _passes(s: Session, start: int) -> tuple[list[MicroStep], float]:
     """A micro-step of each shape that comes soon, and how many times as long as all of them together a step takes."""
     train, count = s.config.train, 0
     found: dict[object, tuple[Sequence[Row], int]] = {}
-    assert train.steps is not None, "config is not resolved"
     steps = range(start, min(start + STEPS_LOOKED_AT, train.steps))
     for step in steps:
         for rows in loop.micro_rows(s, step):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lora_booth.adapter import inject
 from lora_booth.adapter.weights import plain_path
-from lora_booth.config.config import Config
+from lora_booth.config.resolved import Resolved
 from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import NumericError
 from lora_booth.models import devices
@@ -61,7 +61,7 @@ class Session:
     """All that the loop works with. `adapted`: the modules that carry adapters, by component; `trained`: the parameters
     as the optimizer has them."""
 
-    config: Config
+    config: Resolved
     family: Family
     adapted: dict[str, nn.Module]
     prepared: Prepared
@@ -109,7 +109,6 @@ def optimize(s: Session, start: int) -> None:
     """Steps `start` to the last, saving and drawing on the way. Raises Interrupted after a save, NumericError before a
     step that would not be finite."""
     train, order = s.config.train, s.prepared.order
-    assert train.steps is not None, "config is not resolved"
     skipped, following, is_unchecked = 0, _begun(micro_steps(s, start)), True
     for step in range(start, train.steps):
         began = time.perf_counter()
@@ -164,7 +163,6 @@ def _share(s: Session, losses: Tensor) -> tuple[Tensor, bool]:
 def micro_steps(s: Session, step: int) -> Iterator[MicroStep]:
     """This process's micro-steps of `step`, each made when it is asked for; none after the last step."""
     train = s.config.train
-    assert train.steps is not None, "config is not resolved"
     if step < train.steps:
         yield from (micro_step(s, rows, step) for rows in micro_rows(s, step))
 
@@ -233,7 +231,6 @@ def validation_loss(s: Session) -> float:
 def _set_learning_rate_(s: Session, step: int) -> float:
     """Put the learning rate of `step` into every group; returns the first."""
     optimizer, train = s.config.optimizer, s.config.train
-    assert train.steps is not None and optimizer.warmup_steps is not None, "config is not resolved"
     factor = optimizers.learning_rate_factor(
         step, steps=train.steps, warmup_steps=optimizer.warmup_steps, schedule=optimizer.schedule
     )
@@ -309,7 +306,6 @@ def _log(s: Session, done: int, rows: Sequence[Row], losses: Sequence[float], me
 def _save_and_draw(s: Session, done: int, *, is_stopping: bool) -> None:
     """A checkpoint and a preview, each at its turn; a checkpoint also after the last step there will be."""
     train = s.config.train
-    assert train.steps is not None and train.save_every_steps is not None, "config is not resolved"
     if done % train.save_every_steps == 0 or done == train.steps or is_stopping:
         save(s, done)
     if not is_stopping:

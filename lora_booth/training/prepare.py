@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_booth.config.config import Config
+from lora_booth.config.resolved import Filled, Resolved
 from lora_booth.data import images
 from lora_booth.data.buckets import Crop, assign
 from lora_booth.data.images import Picture
@@ -74,8 +74,8 @@ class _Image:
         return self.source.path.name + (" (mirrored)" if self.is_flipped else "")
 
 
-def sheet(config: Config, pictures: Pictures) -> Image.Image:
-    """The contact sheet: each instance image as the model will see it, with its prompt. `config` is resolved."""
+def sheet(config: Filled, pictures: Pictures) -> Image.Image:
+    """The contact sheet: each instance image as the model will see it, with its prompt."""
     instances = _instances(config, pictures.instances.pictures, is_flipped=False)
     pairs = zip(pictures.instances.pictures, instances, strict=True)
     shown = [(f"{image.name}: {image.prompt}", _cut(picture, image.crop)) for picture, image in pairs]
@@ -83,7 +83,7 @@ def sheet(config: Config, pictures: Pictures) -> Image.Image:
 
 
 def prepare(
-    config: Config,
+    config: Resolved,
     family: Family,
     pictures: Pictures,
     *,
@@ -95,7 +95,7 @@ def prepare(
 
     `together`: how many class images the run has begun to draw at once; by default as many as the config allows, fewer
     where memory does not suffice.
-    `config` is resolved. Text encoders that are not trained are released as soon as the prompts are encoded; afterwards
+    Text encoders that are not trained are released as soon as the prompts are encoded; afterwards
     training does not need the VAE either. Raises Interrupted between two images, NumericError naming a picture whose
     latents are not finite.
     """
@@ -107,9 +107,9 @@ def prepare(
 
 
 def _prepare(
-    config: Config, family: Family, pictures: Pictures, together: int | None, *, report: Report, stop: StopRequest
+    config: Resolved, family: Family, pictures: Pictures, together: int | None, *, report: Report, stop: StopRequest
 ) -> Prepared:
-    is_aside = bool(config.memory.denoiser_aside)
+    is_aside = config.memory.denoiser_aside
     with denoiser_aside(family, is_wanted=is_aside):
         prompts = encode_prompts(config, family, prompts_of(config, pictures), report)
         if not config.adapter.text_encoder:
@@ -148,7 +148,7 @@ def _prepare(
 
 
 @torch.no_grad()
-def encode_prompts(config: Config, family: Family, texts: Sequence[str], report: Report) -> dict[str, Conditioning]:
+def encode_prompts(config: Resolved, family: Family, texts: Sequence[str], report: Report) -> dict[str, Conditioning]:
     """Conditioning of every prompt by the untrained base, one row each, on the CPU, through the cache."""
     cache = TensorCache(cached.folder_of(config) / "prompts", _about(config, family))
     dtype = next(family.denoiser.parameters()).dtype
@@ -165,14 +165,14 @@ def encode_prompts(config: Config, family: Family, texts: Sequence[str], report:
     return encoded
 
 
-def _instances(config: Config, pictures: Sequence[Picture], *, is_flipped: bool) -> list[_Image]:
+def _instances(config: Filled, pictures: Sequence[Picture], *, is_flipped: bool) -> list[_Image]:
     crops = crops_of(config, pictures)
     prompts = [config.fill(picture.caption or config.subject.prompt) for picture in pictures]
     return [_Image("instance", *row, is_flipped) for row in zip(pictures, crops, prompts, strict=True)]
 
 
 def _classes(
-    config: Config,
+    config: Resolved,
     family: Family,
     pictures: Pictures,
     instances: Sequence[_Image],
@@ -213,7 +213,7 @@ def _classes(
 
 
 def _encode(
-    config: Config,
+    config: Resolved,
     family: Family,
     everything: Sequence[_Image],
     drawn: Mapping[str, Tensor],
@@ -239,7 +239,7 @@ def _encode(
 
 @torch.no_grad()
 def _encode_image(
-    config: Config, family: Family, cache: TensorCache, image: _Image, picture: Picture
+    config: Resolved, family: Family, cache: TensorCache, image: _Image, picture: Picture
 ) -> tuple[str, Moments]:
     """Key and moments of one picture, through the cache."""
     key = _key(family, image, picture)
@@ -258,7 +258,7 @@ def _key(family: Family, image: _Image, picture: Picture) -> str:
     return latent_key(family.fingerprint, picture.sha256, image.crop, dtype=torch.float32, is_flipped=flipped)
 
 
-def _touch(config: Config, family: Family, wanted: Sequence[_Image]) -> None:
+def _touch(config: Resolved, family: Family, wanted: Sequence[_Image]) -> None:
     """Note that the latents of pictures are used now, where they are there."""
     cache = TensorCache(cached.folder_of(config) / "latents")
     for image in wanted:
@@ -266,7 +266,7 @@ def _touch(config: Config, family: Family, wanted: Sequence[_Image]) -> None:
             cache.touch(_key(family, image, image.source))
 
 
-def _about(config: Config, family: Family) -> dict[str, str]:
+def _about(config: Resolved, family: Family) -> dict[str, str]:
     """What `lora-booth cache` tells of what is made here: the base, by name and by its weights."""
     base = config.model.base
     return {"base": Path(base).name if is_local(config.model) else base, "fingerprint": family.fingerprint}

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from lora_booth.config.config import Config
+from lora_booth.config.resolved import Resolved
 from lora_booth.models.families.family import Conditioning, Family
-from lora_booth.models.sampling import PICTURES_AT_ONCE, Sampling, draw
+from lora_booth.models.sampling import Sampling, draw
 
 Conditions = Callable[[Sequence[str]], Conditioning]
 """Prompts to their conditioning, on the denoiser's device."""
@@ -16,7 +16,7 @@ Rows = list[tuple[str, list[Image.Image]]]
 
 
 def draw_rows(
-    config: Config, family: Family, condition: Conditions, *, on_step: Callable[[], None] = lambda: None
+    config: Resolved, family: Family, condition: Conditions, *, on_step: Callable[[], None] = lambda: None
 ) -> Rows:
     """`images_per_prompt` pictures of each preview prompt through the adapter as it is now, in the config's order.
 
@@ -24,7 +24,6 @@ def draw_rows(
     the solver, and may raise.
     """
     preview, side = config.preview, config.data.resolution
-    assert side is not None, "config is not resolved"
     prompts = [config.fill(prompt) for prompt in preview.prompts]
     columns = range(preview.images_per_prompt)
     sampling = Sampling(
@@ -33,9 +32,9 @@ def draw_rows(
         sampler=preview.sampler,
         sampler_steps=preview.sampler_steps,
         guidance_scale=preview.guidance_scale,
-        batch_size=config.memory.pictures_at_once or PICTURES_AT_ONCE,
-        is_tiled=bool(config.memory.tiled_decoding),
-        is_denoiser_aside=bool(config.memory.denoiser_aside),
+        batch_size=config.memory.pictures_at_once,
+        is_tiled=config.memory.tiled_decoding,
+        is_denoiser_aside=config.memory.denoiser_aside,
         on_step=on_step,
     )
     conditioning = [condition([prompt]) for prompt in prompts for _ in columns]

@@ -14,7 +14,7 @@ from PIL import Image
 from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import AdapterWeights, find_module, misfit, num_parameters
 from lora_booth.config import inputs
-from lora_booth.config.config import Config
+from lora_booth.config.resolved import Filled
 from lora_booth.config.settings import ModelConfig, Sampler
 from lora_booth.config.toml import base_named
 from lora_booth.data.buckets import Bucket
@@ -139,13 +139,15 @@ def _within_memory(
         "tiled_decoding": picture.is_tiled,
         "denoiser_aside": picture.is_denoiser_aside,
     }
-    drawing = Config.model_validate(
+    drawing = Filled.model_validate(
         {
             "model": {"base": str(facts.path)},
             "subject": {"images": ".", "class_noun": "picture"},
-            "data": {"bucket_step": facts.bucket_step},
+            "data": {"resolution": facts.native_resolution, "bucket_step": facts.bucket_step},
             "prior": {"num_images": len(prompts), "guidance_scale": picture.guidance_scale},
             "adapter": {"rank": 1, "text_encoder": True},  # which stay on the device
+            "train": {"steps": 1, "save_every_steps": 1},
+            "optimizer": {"warmup_steps": 0},
             "preview": {"images_per_prompt": 0},
             "memory": memory,
         }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from lora_booth.config.config import Config
 from lora_booth.config.inputs import reason
+from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Crop
 from lora_booth.data.subject import Pictures, crops_of, tell_small
 from lora_booth.errors import LoraBoothError, lacks_memory
@@ -24,17 +27,19 @@ if TYPE_CHECKING:
     from lora_booth.planning.memory import Phase
 
 
-def show(config: Config, report: Report, card: Card | None = None) -> None:
-    """Tell what `train` would do with `config`; nothing is run or written. Memory and time come last: they need torch.
+CHOICES_COLUMNS = 110
+
+
+def show(wished: Config, report: Report, card: Card | None = None) -> None:
+    """Tell what `train` would do with `wished`; nothing is run or written. Memory and time come last: they need torch.
 
     `card`: the one to plan for, whose memory is the budget where none is set; by default the one that is here.
     """
-    inputs = decide.look(config, report, needs_weights=False)
-    config, pictures = decide.filled(config, inputs), inputs.pictures
+    inputs = decide.look(wished, report, needs_weights=False)
+    config, pictures = decide.filled(wished, inputs), inputs.pictures
     tell_small(config, pictures, report)
     crops = crops_of(config, pictures.instances.pictures)
     train, adapter = config.train, config.adapter
-    assert train.steps is not None, "filled just above"
     seen = train.steps * train.images_per_step / len(crops)
     lines = {
         "subject": f'"{config.fill("{token} {class}")}", {len(crops)} pictures in {_buckets(crops)}',
@@ -52,7 +57,7 @@ def show(config: Config, report: Report, card: Card | None = None) -> None:
         text = f"         {picture.path.name}: {size} to {crop.bucket}, {crop.lost_fraction:.0%} cut off{note}"
         report.event("picture", text, name=picture.path.name)
     try:
-        _show_prediction(config, inputs, report, card)
+        _show_prediction(wished, config, inputs, report, card)
     except LoraBoothError:
         raise
     except Exception as error:  # as in `_within`: what cannot be traced must not keep anybody from planning
@@ -61,10 +66,10 @@ def show(config: Config, report: Report, card: Card | None = None) -> None:
         report.warn(f"memory and time cannot be predicted ({reason(error)}); `train` will save as much as it can.")
 
 
-def _show_prediction(config: Config, inputs: Inputs, report: Report, card: Card | None) -> None:
+def _show_prediction(wished: Config, config: Filled, inputs: Inputs, report: Report, card: Card | None) -> None:
     """The predicted memory part by part; with a budget also what was chosen, and where it does not fit, what helps.
 
-    Then the time: on `card`, or the one that is here, or on usual ones with enough memory.
+    Then the time: on `card`, or the one that is here, or on usual ones with enough memory. Then what was chosen.
     """
     from lora_booth.models import devices
     from lora_booth.planning import budget, duration, memory
@@ -72,7 +77,7 @@ def _show_prediction(config: Config, inputs: Inputs, report: Report, card: Card 
     bucket, here = decide.largest_bucket(config, inputs.pictures), devices.here(config.memory.device)
     config = devices.without_moving(config, here) if card is None else config
     budget_gib = config.memory.budget_gib or (devices.free_gib(here) if card is None else card.memory_gib)
-    checked = decide.check(config, inputs, device_type=here.type)
+    checked = decide.check(config, device_type=here.type, facts=inputs.facts)
     if budget_gib is None:
         modules, notes = checked or memory.Modules.of(config, inputs.facts), []
         phases = modules.phases(config, bucket)
@@ -96,6 +101,23 @@ def _show_prediction(config: Config, inputs: Inputs, report: Report, card: Card 
         report.warn(f"here this run would be refused: {fault}")
     usual = [other for other in map(cards.named, cards.USUAL) if other.memory_gib >= gib]
     _show_time(run, usual if known is None else [known], report)
+    _show_choices(wished, decide.completed(devices.decided(config, here)) if card is None else config, report)
+
+
+def _show_choices(wished: Config, chosen: Filled, report: Report) -> None:
+    """Every setting that was left open, as it is chosen; to programs all settings.
+
+    For another card those that depend on the device stay open.
+    """
+    before, settings = wished.model_dump(mode="json"), chosen.model_dump(mode="json")
+    choices = [
+        f"{section}.{key} = {json.dumps(value)}"
+        for section, pairs in settings.items()
+        for key, value in pairs.items()
+        if value != before[section][key]
+    ]
+    lines = wrap(", ".join(choices), CHOICES_COLUMNS, initial_indent="chosen   ", subsequent_indent=" " * 9)
+    report.event("config", "\n".join(lines), settings=settings)
 
 
 def _show_time(run: Duration, shown: Sequence[Card], report: Report) -> None:

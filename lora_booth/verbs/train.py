@@ -18,6 +18,7 @@ from torch import nn
 from lora_booth.adapter import delivery, inject, kept
 from lora_booth.adapter.files import storage
 from lora_booth.config.config import Config
+from lora_booth.config.resolved import Filled, Resolved
 from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import (
     ConfigError,
@@ -81,12 +82,12 @@ def train(
     accelerator = _accelerator(config, report)
     device = accelerator.device
     devices.require(config, device)
-    config = _resolved(devices.without_moving(config, device), inputs, report, device)
+    wished = devices.without_moving(config, device)
+    if is_finished(wished.folder):  # nothing is computed any more, so nothing that depends on the device is chosen
+        with _opened(decide.filled(wished, inputs), inputs, accelerator) as run:
+            return _told_finished(run, report)
+    config = _resolved(wished, inputs, report, device)
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
-        finished = run.summary()
-        if finished is not None:
-            report.event("finished", f"{run.folder} is finished already; name another run.folder to train again")
-            return finished
         if accelerator.is_main_process and not run.has_picture(run.sheet_path):
             run.write_picture(run.sheet_path, prepare.sheet(config, inputs.pictures))
         dtype = dtype_for(config.model.precision, device)
@@ -123,6 +124,23 @@ def train(
         return _finish(session, stopwatch)
 
 
+def _resolved(config: Config, inputs: decide.Inputs, report: Report, device: torch.device) -> Resolved:
+    """`config` with every choice made; what can be wrong with it is found first, where the run does not exist yet."""
+    modules = None
+    if not is_begun(config.folder):
+        filled = decide.filled(devices.decided(config, device), inputs)
+        modules = decide.check(filled, device_type=device.type, facts=inputs.facts)
+    return decide.resolve(config, inputs, report, device=device, free_gib=devices.free_gib(device), modules=modules)
+
+
+def _told_finished(run: Run, report: Report) -> Summary:
+    """What a finished run left. Raises DiskError when it cannot be read."""
+    summary = run.summary()
+    assert summary is not None, "its file is there"
+    report.event("finished", f"{run.folder} is finished already; name another run.folder to train again")
+    return summary
+
+
 def _accelerator(config: Config, report: Report) -> Accelerator:
     if systems.lost_processes():
         report.warn(
@@ -137,35 +155,10 @@ def _accelerator(config: Config, report: Report) -> Accelerator:
     )
 
 
-def _resolved(config: Config, inputs: decide.Inputs, report: Report, device: torch.device) -> Config:
-    """`config` with every open choice made; for a finished run nothing is computed, so its memory is not predicted, and
-    what depends on the device stays open."""
-    if is_finished(config.folder):
-        return decide.filled(config, inputs)
-    config = decided(config, device)
-    modules = None if is_begun(config.folder) else decide.check(config, inputs, device_type=device.type)
-    return decide.resolve(config, inputs, report, free_gib=devices.free_gib(device), modules=modules)
-
-
-def decided(config: Config, device: torch.device) -> Config:
-    """`config` with each "auto" as what it means on `device`, so that a run stays what it is on another one."""
-    dtype = devices.dtype_for(config.model.precision, device)
-    name, compile = config.optimizer.name, config.train.compile
-    has_no_compiler = "compiling" in devices.LACKS[devices.kind(device)]
-    never_compiled = compile == "auto" and (has_no_compiler or config.adapter.dropout > 0)
-    return config.with_values(
-        {
-            "model": {"precision": next(word for word, known in devices.DTYPES.items() if known == dtype)},
-            "optimizer": {"name": devices.best_optimizer(device) if name == "auto" else name},
-            "train": {"compile": False if never_compiled else compile},
-        }
-    )
-
-
-def _load(config: Config, facts: BaseFacts, device: torch.device, dtype: torch.dtype, report: Report) -> Family:
+def _load(config: Resolved, facts: BaseFacts, device: torch.device, dtype: torch.dtype, report: Report) -> Family:
     kind = decide.described(config, facts)
     report.event("base", f"base {kind}, in {dtype} on {device}".replace("torch.", ""))
-    is_aside = bool(config.memory.denoiser_aside)
+    is_aside = config.memory.denoiser_aside
     family = loading.load(config.model, device=device, dtype=dtype, base=facts, is_denoiser_aside=is_aside)
     if config.objective.zero_terminal_snr:
         assert isinstance(family.schedule, Diffusion), "refused before for all others"
@@ -174,7 +167,7 @@ def _load(config: Config, facts: BaseFacts, device: torch.device, dtype: torch.d
 
 
 @contextmanager
-def _opened(config: Config, inputs: decide.Inputs, accelerator: Accelerator) -> Iterator[Run]:
+def _opened(config: Filled, inputs: decide.Inputs, accelerator: Accelerator) -> Iterator[Run]:
     """The run folder, locked by the main process; what goes wrong while it is open is told plainly."""
     folder = config.folder
     given = inputs.identity()
@@ -206,7 +199,7 @@ def _require_one_run(accelerator: Accelerator, digest: str) -> None:
 
 
 @contextmanager
-def _told_plainly(config: Config, inputs: decide.Inputs, accelerator: Accelerator) -> Iterator[None]:
+def _told_plainly(config: Filled, inputs: decide.Inputs, accelerator: Accelerator) -> Iterator[None]:
     """Turn what torch raises when memory or another process is gone into errors that say what to do."""
     try:
         yield
@@ -225,7 +218,7 @@ def _told_plainly(config: Config, inputs: decide.Inputs, accelerator: Accelerato
 
 
 def _prepared(
-    config: Config, family: Family, inputs: decide.Inputs, run: Run, accelerator: Accelerator, **listeners: Any
+    config: Resolved, family: Family, inputs: decide.Inputs, run: Run, accelerator: Accelerator, **listeners: Any
 ) -> prepare.Prepared:
     """What is computed once: the main process fills the caches, the others find them full."""
     with accelerator.main_process_first():
@@ -237,7 +230,7 @@ def _prepared(
 
 
 def _adapt(
-    config: Config, family: Family, inputs: decide.Inputs
+    config: Resolved, family: Family, inputs: decide.Inputs
 ) -> tuple[dict[str, nn.Module], dict[str, list[nn.Parameter]]]:
     """Inject the adapter, and set how the denoiser computes."""
     row = family.architecture
@@ -257,9 +250,9 @@ def _adapt(
             )
         inject.load_into_(adapted, storage.read(config.adapter.continue_from))
     family.prepare_denoiser_(
-        gradient_checkpointing=config.train.gradient_checkpointing or 0.0,
+        gradient_checkpointing=config.train.gradient_checkpointing,
         attention=config.model.attention,
-        is_offloading=bool(config.memory.offload_activations),
+        is_offloading=config.memory.offload_activations,
     )
     if config.train.compile is True:
         family.compile_denoiser_()
@@ -267,7 +260,7 @@ def _adapt(
 
 
 def _optimizer(
-    config: Config, parameters: Mapping[str, Sequence[nn.Parameter]], device: torch.device, report: Report
+    config: Resolved, parameters: Mapping[str, Sequence[nn.Parameter]], device: torch.device, report: Report
 ) -> tuple[list[Flat], torch.optim.Optimizer]:
     """What is updated, and the optimizer with a group for each component, whose learning rate is told to the user."""
     trained, groups = [], []
@@ -303,7 +296,6 @@ def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
             delivery.tell_use(paths["kohya"], "kohya", _delivery(s), s.report)
     stopwatch.lap("files and pictures")
     steps = s.config.train.steps
-    assert steps is not None, "config is not resolved"
     validation_loss = s.run.validation_losses()[steps]
     assert validation_loss is not None, "every save measures it"
     summary = Summary(
@@ -344,7 +336,6 @@ def _facts(s: loop.Session) -> storage.Facts:
     for item in pictures:
         size = (item.geometry[5], item.geometry[4])
         buckets[size] = buckets.get(size, 0) + 1
-    assert config.train.steps is not None, "config is not resolved"
     return kept.facts_of(config, s.run.stored(), config.train.steps, buckets)
 
 

@@ -73,7 +73,7 @@ def test_a_missing_section_names_its_required_keys() -> None:
         ("objective.huber_delta=0.5", 'objective.loss is "mse"'),
         ("train.steps=1.5", "train.steps is 1.5"),
         ("train.gradient_checkpointing=1.5", "train.gradient_checkpointing is 1.5"),
-        ("train.compile=maybe", 'train.compile is "maybe"; use true, false or "auto".'),
+        ("train.compile=maybe", 'train.compile is "maybe"; use true, false or "trial".'),
         ("adapter.dropout=1", "adapter.dropout is 1"),
         ("export.name=../../etc", "export.name"),
         ("export.formats=[kohya]", "export.formats"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lora_booth.config import toml
 from lora_booth.config.config import Config
@@ -18,6 +19,8 @@ from tests.support import tiny
 from tests.support.runs import Recorder
 
 MINIMAL = {"model": {"base": "booth-mini"}, "subject": {"images": "x", "class_noun": "dog"}}
+
+CPU = torch.device("cpu")
 
 
 def build(section: str, **pairs: Any) -> Config:
@@ -126,6 +129,6 @@ def test_an_adapter_that_cannot_be_continued_is_told_before_anything_is_written(
 def test_a_picture_that_must_be_enlarged_is_told_with_its_size(make_config: MakeConfig, tmp_path: Path) -> None:
     tiny.tiny_pictures(tmp_path / "small", 3, sizes=[(20, 24), (48, 48)])
     recorder, config = Recorder(), make_config(subject={"images": tmp_path / "small"})
-    decide.resolve(config, decide.look(config, recorder), recorder, free_gib=None)
+    decide.resolve(config, decide.look(config, recorder), recorder, device=CPU, free_gib=None)
     told = [text for text in recorder.warnings if "enlarged" in text]
     assert [text.partition(" pixels")[0] for text in told] == ["picture_00.png has 20×24", "picture_02.png has 20×24"]

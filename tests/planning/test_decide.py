@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_booth.config.config import Config
 from lora_booth.data.buckets import Bucket
@@ -16,6 +17,8 @@ from lora_booth.planning import budget, decide, memory
 from lora_booth.run.report import Silent
 
 SIZES = {"sd1": (512, 64), "sd2": (768, 64), "sdxl": (1024, 64)}
+
+CPU = torch.device("cpu")
 
 
 def inputs(family: str, count: int) -> decide.Inputs:
@@ -29,8 +32,9 @@ def inputs(family: str, count: int) -> decide.Inputs:
 def resolved(
     family: str = "sd1", count: int = 5, free_gib: float | None = None, **sections: dict[str, object]
 ) -> Config:
-    values = {"model": {"base": "sd15"}, "subject": {"images": "x", "class_noun": "dog"}, **sections}
-    return decide.resolve(Config.model_validate(values), inputs(family, count), Silent(), free_gib=free_gib)
+    of_a_card = {"model": {"base": "sd15", "precision": "bf16"}, "optimizer": {"name": "adamw8bit"}}
+    values = {**of_a_card, "subject": {"images": "x", "class_noun": "dog"}, **sections}
+    return decide.resolve(Config.model_validate(values), inputs(family, count), Silent(), device=CPU, free_gib=free_gib)
 
 
 @pytest.mark.parametrize(

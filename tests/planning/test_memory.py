@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_booth.adapter import inject
-from lora_booth.config.config import Config
+from lora_booth.config.resolved import Filled
 from lora_booth.config.settings import OptimizerConfig
 from lora_booth.errors import ModelError
 from lora_booth.models import cards, devices, loading
@@ -33,6 +33,8 @@ from tests.conftest import MakeConfig
 FULL_SIZE = {"sd1": ("sd1", 512), "sd2": ("sd2_v", 768), "sdxl": ("sdxl", 1024)}
 MIB = 2**20
 
+CPU = torch.device("cpu")
+
 
 def full_size(family: str) -> BaseFacts:
     """The facts of a base of real size, without its weights. The path is any file: it is not read as weights."""
@@ -40,9 +42,11 @@ def full_size(family: str) -> BaseFacts:
     return BaseFacts(Path(__file__), SHIPPED_CONFIGS / folder, family, "epsilon", side, 64, {})  # type: ignore[arg-type]
 
 
-def config_of(**sections: dict[str, Any]) -> Config:
+def config_of(**sections: dict[str, Any]) -> Filled:
     values = {"model": {"base": "x"}, "subject": {"images": "x", "class_noun": "dog"}, **sections}
-    return Config.model_validate(values)
+    chosen = {"data": {"resolution": 512, "bucket_step": 64}, "optimizer": {"warmup_steps": 0}}
+    chosen["train"] = {"steps": 400, "save_every_steps": 80}
+    return Filled.model_validate(values | {name: pairs | values.get(name, {}) for name, pairs in chosen.items()})
 
 
 class TestTheCount:
@@ -110,7 +114,7 @@ class TestTheCount:
         assert functional.scaled_dot_product_attention is original
 
 
-def adapted(config: Config, family: Family, parts: list[nn.Module]) -> tuple[list[nn.Parameter], list[Tensor]]:
+def adapted(config: Filled, family: Family, parts: list[nn.Module]) -> tuple[list[nn.Parameter], list[Tensor]]:
     groups = inject.inject_({"unet": family.denoiser}, config.adapter)
     family.denoiser.train()
     gradient_checkpointing = bool(config.train.gradient_checkpointing)
@@ -118,7 +122,7 @@ def adapted(config: Config, family: Family, parts: list[nn.Module]) -> tuple[lis
     return groups["unet"], tensors_of([family.denoiser, *parts])
 
 
-def both(config: Config) -> list[tuple[Family, list[nn.Parameter], list[Tensor], torch.device]]:
+def both(config: Filled) -> list[tuple[Family, list[nn.Parameter], list[Tensor], torch.device]]:
     """The same base on the CPU with its weights, and on meta without."""
     found = []
     for device in (torch.device("cpu"), torch.device("meta")):
@@ -171,7 +175,7 @@ def test_what_autograd_saves_is_what_lives_at_the_end_of_the_forward(name: str, 
 
 @pytest.mark.parametrize(("name", "count"), [("sd1", 859_520_964), ("sdxl", 2_567_463_684)])
 def test_a_base_without_weights_has_the_published_number_of_parameters(name: str, count: int) -> None:
-    unet = without_weights(full_size(name), torch.bfloat16).unet
+    unet = without_weights(full_size(name), torch.bfloat16).denoiser
     assert sum(p.numel() for p in unet.parameters()) == count
     assert held_bytes(tensors_of([unet])) == pytest.approx(2 * count, rel=1e-3)  # whole blocks of 512 bytes
 
@@ -245,7 +249,7 @@ def _modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Building and tracing take a second or two each; within a test the same need not be done again."""
     build, built = memory.Modules.of, {}
 
-    def once(config: Config, facts: BaseFacts) -> memory.Modules:
+    def once(config: Filled, facts: BaseFacts) -> memory.Modules:
         key = config.model.model_dump_json() + config.adapter.model_dump_json()
         if key not in built:
             built[key] = build(config, facts)
@@ -254,7 +258,7 @@ def _modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.Modules, "of", once)
 
 
-def needs_of(config: Config, facts: BaseFacts, savings: Sequence[tuple[float, bool]]) -> dict[Way, float]:
+def needs_of(config: Filled, facts: BaseFacts, savings: Sequence[tuple[float, bool]]) -> dict[Way, float]:
     """GiB of every way of computing a step, in the order in which they are tried."""
     modules = memory.Modules.of(config, facts)
     needs = {}
@@ -276,7 +280,7 @@ def test_the_fastest_way_that_fits_is_chosen_and_nothing_that_changes_the_result
     assert sorted(set(two), reverse=True) == two, "each saves more than the one before"
     assert two[-1] > needs[1, 1, True]
 
-    def chosen(config: Config, gib: float) -> Way:
+    def chosen(config: Filled, gib: float) -> Way:
         changes = budget.choose(config, facts, gib).changes
         return Way(*changes["train"].values(), changes["memory"]["offload_activations"])
 
@@ -309,7 +313,7 @@ def test_as_many_pictures_go_together_as_fit_and_tiles_only_where_whole_ones_do_
         way = config.with_values({"memory": settings})
         return max(modules.draw_class_images(way, None).gib, modules.draw(way, None).gib) + memory.OUTSIDE_GIB
 
-    def chosen(gib: float, config: Config = config) -> dict[str, Any]:
+    def chosen(gib: float, config: Filled = config) -> dict[str, Any]:
         changes = budget.choose(config, facts, gib).changes["memory"]
         return {key: changes[key] for key in ("pictures_at_once", "tiled_decoding", "denoiser_aside")}
 
@@ -394,10 +398,10 @@ def test_training_tells_what_it_chose_and_warns_with_remedies_when_nothing_fits(
             self.lines.append(f"warning: {text}")
 
     report, config = Warned(), make_config()
-    decide.resolve(config, decide.look(config, Lines()), report, free_gib=100.0)
+    decide.resolve(config, decide.look(config, Lines()), report, device=CPU, free_gib=100.0)
     assert [line for line in report.lines if "of 100.0 GiB predicted, with train.batch_size = 2, train.grad" in line]
     assert not [line for line in report.lines if line.startswith("warning")]
-    decide.resolve(config, decide.look(config, Lines()), report, free_gib=0.1)
+    decide.resolve(config, decide.look(config, Lines()), report, device=CPU, free_gib=0.1)
     (warning,) = [line for line in report.lines if line.startswith("warning")]
     assert "of 0.1 GiB, so the run may end for want of memory. What would help: " in warning
     assert "model.quantize = nf4 (changes the result a little" in warning
@@ -427,7 +431,9 @@ def test_plan_prints_every_part_aligned_and_with_a_budget_what_was_chosen_and_wh
     plan.show(make_config(preview={"images_per_prompt": 1}), report)
     start = next(i for i, line in enumerate(report.lines) if "predicted for a CUDA card, not measured" in line)
     end = next(i for i, line in enumerate(report.lines) if line.startswith("time"))
-    table, times = report.lines[start + 1 : end], report.lines[end + 1 :]
+    *before, choices = report.lines
+    table, times = before[start + 1 : end], before[end + 1 :]
+    assert choices.startswith("chosen   ") and "train.gradient_checkpointing = 0.0" in choices
     assert len({len(line) for line in times}) == 1
     assert times[0].split()[0] == "card"
     assert [line.split()[:2] for line in times[1:]] == [name.split()[:2] for name in cards.USUAL]
@@ -454,9 +460,9 @@ def test_without_a_budget_nothing_is_traced_and_a_failing_trace_stops_nobody(
     inputs = decide.look(config, Lines())
     monkeypatch.setattr(budget, "choose", fail)
     monkeypatch.setattr(budget, "savings", fail)
-    assert decide.resolve(config, inputs, Lines(), free_gib=None).train.gradient_checkpointing == 0
+    assert decide.resolve(config, inputs, Lines(), device=CPU, free_gib=None).train.gradient_checkpointing == 0
     assert caplog.text == ""
-    resolved = decide.resolve(config, inputs, Lines(), free_gib=4.0)
+    resolved = decide.resolve(config, inputs, Lines(), device=CPU, free_gib=4.0)
     assert resolved.train.gradient_checkpointing == 1
     assert "no kernel" in caplog.text
     assert "train.batch_size = 1 (same result" in decide.memory_advice(resolved, inputs.facts)

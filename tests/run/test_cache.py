@@ -21,6 +21,7 @@ from lora_booth.data.buckets import Bucket, Crop
 from lora_booth.errors import DiskError, NumericError
 from lora_booth.run.cache import TensorCache, key, require_finite
 from lora_booth.run.cached import digest_and_words
+from lora_booth.training import keys as cache_keys
 from lora_booth.training.keys import latent_key, prompt_key
 
 CROP = Crop(Bucket(512, 448), 1000, 900, 512, 461, 1, 6)
@@ -72,20 +73,20 @@ def test_every_ingredient_of_latents_is_in_their_key(monkeypatch: pytest.MonkeyP
     numbers = [f for f in CROP.__dataclass_fields__ if f != "bucket"]
     changes += [{"crop": replace(CROP, **{name: getattr(CROP, name) + 1})} for name in numbers]
     assert len(changes) == 13
-    keys = {latent_key(**(base | change)) for change in changes}  # type: ignore[arg-type]
-    assert len(keys) == len(changes)
-    monkeypatch.setattr(keys, "LATENTS_VERSION", 999)
-    assert latent_key(**base) not in keys  # type: ignore[arg-type]
+    found = {latent_key(**(base | change)) for change in changes}  # type: ignore[arg-type]
+    assert len(found) == len(changes)
+    monkeypatch.setattr(cache_keys, "LATENTS_VERSION", 999)
+    assert latent_key(**base) not in found  # type: ignore[arg-type]
 
 
 def test_every_ingredient_of_conditioning_is_in_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {
+    found = {
         prompt_key(fingerprint, prompt, dtype=dtype)
         for fingerprint, prompt, dtype in itertools.product("fg", ["a dog", "a dog "], [torch.float16, torch.bfloat16])
     }
-    assert len(keys) == 8
-    monkeypatch.setattr(keys, "PROMPT_VERSION", 999)
-    assert prompt_key("f", "a dog", dtype=torch.float16) not in keys
+    assert len(found) == 8
+    monkeypatch.setattr(cache_keys, "PROMPT_VERSION", 999)
+    assert prompt_key("f", "a dog", dtype=torch.float16) not in found
 
 
 def test_what_is_put_comes_back_bit_for_bit(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lora_booth.adapter import inject
 from lora_booth.config import toml
 from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, DataError, DiskError, Interrupted, ModelError
+from lora_booth.models import devices
 from lora_booth.models.bases import sources
 from lora_booth.planning import decide
 from lora_booth.run import identity
@@ -77,7 +78,7 @@ def again(begun: Path, tmp_path: Path) -> Path:
 def resumed(config: Config) -> None:
     """As far as `train` goes before it computes anything."""
     inputs = decide.look(config, Silent())
-    resolved = decide.resolve(train.decided(config, CPU), inputs, Silent(), free_gib=None)
+    resolved = decide.resolve(config, inputs, Silent(), device=CPU, free_gib=None)
     Run.open(config.folder, resolved, inputs.identity(), inputs.to_pin()).close()
 
 
@@ -200,8 +201,8 @@ def test_what_is_auto_is_settled_before_it_is_kept(begun: Path, monkeypatch: pyt
     stored = toml.load(begun / "run" / "config.toml")
     assert (stored.optimizer.name, stored.model.precision, stored.train.compile) == ("adamw", "fp32", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
-    cuda = train.decided(config_of(begun).with_values({"model": {"precision": "bf16"}}), torch.device("cuda"))
-    assert (cuda.optimizer.name, cuda.train.compile) == ("adamw8bit", "auto")
+    cuda = devices.decided(config_of(begun).with_values({"model": {"precision": "bf16"}}), torch.device("cuda"))
+    assert (cuda.optimizer.name, cuda.train.compile) == ("adamw8bit", "trial")
 
 
 def test_a_run_begun_on_another_device_is_refused_by_what_auto_meant_there(again: Path) -> None:

@@ -73,7 +73,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def bench(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Bench:
     """A session of 40 steps on a denoiser whose passes take `SLOWED_S`, what it tells, and how often it was compiled,
     which takes `COMPILING_S`, and after which passes take no time."""
-    config = make_config(train={"steps": 40, "compile": "auto"})
+    config = make_config(train={"steps": 40, "compile": "trial"})
     heard = Heard()
     s = replace(session_of(config, monkeypatch), report=heard)
     compiled: list[str] = []
@@ -187,7 +187,7 @@ def test_what_is_slower_compiled_runs_as_it_is(bench: Bench, clock: Clock, monke
 def test_fp16_gradients_are_compared_though_the_run_s_own_scale_may_overflow(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(train={"steps": 40, "compile": "auto"}, model={"precision": "fp16"})
+    config = make_config(train={"steps": 40, "compile": "trial"}, model={"precision": "fp16"})
     s = replace(session_of(config, monkeypatch), scaler=torch.amp.GradScaler("cpu", init_scale=2.0**60))
     passes, _ = compiling._passes(s, 0)
     _, gradient = compiling._round(s, passes)
@@ -213,7 +213,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, pays: Callable[[loop.Session, int], 
 
 def test_on_a_cpu_nothing_is_tried(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "pays", None)
-    trained(make_config(train={"compile": "auto"}))
+    trained(make_config(train={"compile": "trial"}))
 
 
 def test_a_trial_changes_nothing_of_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_a_trial_of_the_compiler_is_kept_and_changes_nearly_nothing(
     monkeypatch.setattr(compiling, "ASSUMED_S", 0.0)
     monkeypatch.setattr(compiling, "folder_of", lambda _: tmp_path)
     plain = trained(make_config(name="plain", train={"compile": False}))
-    assert_near(plain, trained(make_config(name="tried", train={"compile": "auto"})), 1e-2)
+    assert_near(plain, trained(make_config(name="tried", train={"compile": "trial"})), 1e-2)
     (trial,) = json.loads((tmp_path / "compiling.json").read_text()).values()
     assert trial["compiled_s"] != trial["eager_s"], "equal where compiling failed"
 
