@@ -28,9 +28,10 @@ from lora_booth.models import devices
 from lora_booth.models.families.components import has_compiler
 from lora_booth.run import disk
 from lora_booth.run.cached import TRIALS, folder_of
-from lora_booth.training import loop
-from lora_booth.training.loop import MicroStep, Session
+from lora_booth.training import loop, session
+from lora_booth.training.loop import MicroStep
 from lora_booth.training.order import Row
+from lora_booth.training.session import Session
 
 STEPS_LOOKED_AT = 50
 """From which a micro-step of each shape is taken."""
@@ -90,7 +91,7 @@ def pays(s: Session, start: int) -> bool:
     is_open = left >= 1 and not (key in known and known[key].steps_to_pay >= left)
     if not _says_main(s, is_open):
         return False
-    loop.set_training_(s, True)
+    session.set_training_(s, True)
     _round(s, passes)  # kernels are loaded
     eager_s, expected = _best_round(s, passes)
     guess = Trial(eager_s * scale, eager_s * scale * (1 - ASSUMED_SAVING), ASSUMED_S)

@@ -8,8 +8,7 @@ adapter and the optimizer.
 
 A step waits for the device once, for its losses and the norm of its gradient; until then the next inputs are on their
 way, from pinned memory. Processes add their gradients as one flat sum for each step, without a DDP wrapper: the loop
-stays readable, and short micro-batches cannot keep one process waiting for another. A picture on the way is drawn after
-its checkpoint is safe, and on resume if a kill came between the two.
+stays readable, and short micro-batches cannot keep one process waiting for another.
 """
 
 from __future__ import annotations
@@ -19,79 +18,24 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lora_booth.adapter import inject
 from lora_booth.adapter.weights import plain_path
-from lora_booth.config.resolved import Resolved
-from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import NumericError
 from lora_booth.models import devices
-from lora_booth.models.families.family import Conditioning, Family
-from lora_booth.models.sampling import concatenate
-from lora_booth.run.checkpoints import Checkpoint
-from lora_booth.run.folder import Run
-from lora_booth.run.interrupts import StopRequest
 from lora_booth.run.randomness import generator_for
-from lora_booth.run.report import Report
-from lora_booth.training import optimizers, preview
+from lora_booth.training import optimizers, session
 from lora_booth.training.batch import Batch, sample_losses
-from lora_booth.training.flat import Flat
-from lora_booth.training.objective import Draws, Objective, draw
-from lora_booth.training.order import VALIDATION_ROWS, Item, Row, micro_batches, validation_levels
-from lora_booth.training.prepare import Prepared
-from lora_booth.training.watchdog import Watchdog
+from lora_booth.training.objective import draw
+from lora_booth.training.order import Row, micro_batches
+from lora_booth.training.session import Session
 
 ROLES = ("instance", "class")
 MAX_SKIPPED_STEPS = 20
 """Overflowing fp16 steps in a row after which the run stops; the loss scale halves at each."""
-LOWER_RATE = (
-    "nothing of this step was kept, and the last checkpoint is good. Lower optimizer.learning_rate, or set "
-    "model.precision = bf16 (or fp32); if it happens at the first step, the base itself may be damaged."
-)
-
-
-@dataclass(frozen=True)
-class Session:
-    """All that the loop works with. `adapted`: the modules that carry adapters, by component; `trained`: the parameters
-    as the optimizer has them."""
-
-    config: Resolved
-    family: Family
-    adapted: dict[str, nn.Module]
-    prepared: Prepared
-    objective: Objective
-    trained: Sequence[Flat]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    accelerator: Accelerator
-    run: Run
-    report: Report
-    stop: StopRequest
-    continue_command: str
-    watchdog: Watchdog = field(default_factory=Watchdog)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Every trained parameter, in the optimizer's order."""
-        return [part for flat in self.trained for part in flat.parts]
-
-    @property
-    def is_text_trained(self) -> bool:
-        """Whether text encoders carry an adapter too."""
-        return len(self.adapted) > 1
-
-    def condition(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning on the device: from the cache, or by the text encoders while they are being trained."""
-        if self.is_text_trained:
-            return self.family.encode_prompts(prompts)
-        rows = [self.prepared.prompts[prompt] for prompt in prompts]
-        return {name: devices.put(t, self.accelerator.device) for name, t in concatenate(rows).items()}
 
 
 @dataclass(frozen=True)
@@ -114,7 +58,7 @@ def optimize(s: Session, start: int) -> None:
         began = time.perf_counter()
         rows = order.at(step)
         learning_rate = _set_learning_rate_(s, step)
-        set_training_(s, True)
+        session.set_training_(s, True)
         on_device = torch.zeros(len(rows), device=s.accelerator.device)
         for micro in following:
             loss = losses_of(s, micro)
@@ -184,7 +128,7 @@ def micro_step(s: Session, rows: Sequence[Row], step: int) -> MicroStep:
     draws, latent_noise = draw(s.config.train.seed, step, positions, items[0].shape, s.objective.schedule)
     numbers = (torch.tensor(positions), torch.tensor([row.weight for row in rows]))
     moved = (devices.put(tensor, s.accelerator.device) for tensor in numbers)
-    return MicroStep(step, rows, _batch(s, items, draws, latent_noise), *moved)
+    return MicroStep(step, rows, session.batch_of(s, items, draws, latent_noise), *moved)
 
 
 def losses_of(s: Session, micro: MicroStep) -> Tensor:
@@ -193,39 +137,6 @@ def losses_of(s: Session, micro: MicroStep) -> Tensor:
         words = (s.config.train.seed, "dropout", micro.step, micro.rows[0].position)
         torch.manual_seed(generator_for(*words).initial_seed())
     return sample_losses(s.family, s.objective, micro.batch)
-
-
-def _batch(s: Session, items: Sequence[Item], draws: Draws, latent_noise: Tensor) -> Batch:
-    """`items` with their latents drawn by `latent_noise`, on the device."""
-    put = partial(devices.put, device=s.accelerator.device)
-    moments = [s.prepared.latents[item.latent_key] for item in items]
-    mean, std = torch.stack([m.mean for m in moments]), torch.stack([m.std for m in moments])
-    geometry = torch.tensor([item.geometry for item in items], dtype=torch.float32)
-    prompts = [item.prompt for item in items]
-    conditioning = None if s.is_text_trained else s.condition(prompts)
-    draws = Draws(put(draws.timesteps), put(draws.noise), put(draws.offsets))
-    return Batch(put(mean + std * latent_noise), draws, put(geometry), conditioning, prompts)
-
-
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
-def validation_loss(s: Session) -> float:
-    """Mean loss over the held-out images (the instance images where there are none) at fixed noise levels.
-
-    The noise is the same every time, so that two checkpoints of a run can be compared; two runs cannot.
-    """
-    set_training_(s, False)
-    losses: list[float] = []
-    items = s.prepared.validation[:VALIDATION_ROWS]
-    for number, item in enumerate(items):
-        levels = validation_levels(number, len(items))
-        generator = generator_for("validation", number)
-        shape = (len(levels), *item.shape)
-        timesteps = s.objective.schedule.timesteps_at(levels)
-        draws = Draws(timesteps, torch.randn(shape, generator=generator), torch.zeros(*shape[:2], 1, 1))
-        batch = _batch(s, [item] * len(levels), draws, latent_noise=torch.zeros(shape))
-        losses += sample_losses(s.family, s.objective, batch).tolist()
-    return sum(losses) / len(losses)
 
 
 def _set_learning_rate_(s: Session, step: int) -> float:
@@ -237,14 +148,6 @@ def _set_learning_rate_(s: Session, step: int) -> float:
     for group in s.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return float(s.optimizer.param_groups[0]["lr"])
-
-
-def set_training_(s: Session, training: bool) -> None:
-    """Switch dropout of the adapters, and the weights of optimizers that average, for training or for looking."""
-    for module in s.adapted.values():
-        if module.training != training:  # else it would go through thousands of modules in every step
-            module.train(training)
-    optimizers.set_mode_(s.optimizer, training=training)
 
 
 def _reduce_and_clip_(s: Session) -> Tensor:
@@ -264,7 +167,7 @@ def _require_recoverable(s: Session, step: int, rows: Sequence[Row], losses: Seq
         return
     culprits = [row.item.name for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
     cause = f"the loss of {', '.join(culprits)}" if culprits else "the gradient"
-    raise NumericError(f"{cause} is not finite at step {step + 1}; {LOWER_RATE}")
+    raise NumericError(f"{cause} is not finite at step {step + 1}; {session.LOWER_RATE}")
 
 
 def _require_gradients(s: Session) -> None:
@@ -307,84 +210,6 @@ def _save_and_draw(s: Session, done: int, *, is_stopping: bool) -> None:
     """A checkpoint and a preview, each at its turn; a checkpoint also after the last step there will be."""
     train = s.config.train
     if done % train.save_every_steps == 0 or done == train.steps or is_stopping:
-        save(s, done)
+        session.save(s, done)
     if not is_stopping:
-        draw_preview(s, done)
-
-
-def save(s: Session, done: int) -> None:
-    """Write a checkpoint (main process)."""
-    loss = validation_loss(s)
-    if not math.isfinite(loss):
-        raise NumericError(f"the validation loss is not finite after step {done}; {LOWER_RATE}")
-    if s.accelerator.is_main_process:
-        state = {"validation_loss": loss, "scaler": s.scaler.state_dict()}
-        set_training_(s, True)
-        checkpoint = Checkpoint(done, inject.state(s.adapted), s.optimizer.state_dict(), state)
-        broken = [f"{name} of the adapter" for name, t in checkpoint.adapter.items() if not t.isfinite().all()]
-        broken += [f"{name} of the optimizer" for name, t in _optimizer_tensors(s) if not t.isfinite().all()]
-        if broken:
-            raise NumericError(f"{broken[0]} is not finite after step {done}; {LOWER_RATE}")
-        path = s.run.save(checkpoint, keep_last=s.config.train.keep_last)
-        s.report.event("saved", f"step {done} saved, validation loss {loss:.4f}", step=done, path=str(path))
-    s.accelerator.wait_for_everyone()
-
-
-def _optimizer_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
-    """What the optimizer remembers, floating point only: 8-bit states are numbers of a table."""
-    for state in s.optimizer.state.values():
-        yield from ((name, t) for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point())
-
-
-def restore(s: Session) -> int:
-    """Load the newest valid checkpoint into the session; returns the number of steps done, 0 if there is none."""
-    checkpoint = s.run.latest(s.report.warn)
-    if checkpoint is None:
-        if s.accelerator.is_main_process:
-            s.run.forget_metrics_after(0)
-        return 0
-    inject.load_state_into_(s.adapted, checkpoint.adapter)
-    s.optimizer.load_state_dict(checkpoint.optimizer)
-    s.scaler.load_state_dict(checkpoint.state["scaler"])
-    if s.accelerator.is_main_process:
-        lost = s.run.forget_metrics_after(checkpoint.step)
-        if lost:
-            s.report.warn(
-                f"{s.run.metrics_path} lacks {lost} of the {checkpoint.step} lines so far; they are lost, and nothing "
-                "that is trained depends on them."
-            )
-    s.report.event("continued", f"continuing after step {checkpoint.step}", step=checkpoint.step)
-    return checkpoint.step
-
-
-def draw_preview(s: Session, done: int) -> None:
-    """Draw and write the preview grid after `done` steps, if it is its turn and was not drawn yet (main process)."""
-    every, path = s.config.preview.every_steps, s.run.preview_path(done)
-    if every is None or done % every or done == s.config.train.steps or not s.config.preview.images_per_prompt:
-        return
-    if s.accelerator.is_main_process and not s.run.has_picture(path):
-        rows = draw_rows(s)
-        title = f"{s.config.name}: {'the base' if done == 0 else f'after {done} steps'}"
-        s.run.write_picture(path, labelled_grid(rows, title=title))
-        s.report.event("preview", f"pictures of step {done}: {path}", step=done, path=str(path))
-    s.accelerator.wait_for_everyone()
-
-
-@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
-def draw_rows(s: Session) -> preview.Rows:
-    """Pictures of the preview prompts through the adapter as it is now."""
-    set_training_(s, False)
-    s.family.move_vae(s.accelerator.device)
-    with torch.no_grad():
-        rows = preview.draw_rows(s.config, s.family, s.condition, on_step=partial(_stop_drawing, s))
-    s.family.move_vae("cpu")
-    return rows
-
-
-def _stop_drawing(s: Session) -> None:
-    """Raises Interrupted when a signal asked to stop: pictures are drawn after everything was saved, and drawn again.
-
-    Of several processes the others wait for the one that draws; they stop together, at the next step.
-    """
-    if s.accelerator.num_processes == 1:
-        s.stop.check(f"stopped while drawing, everything is saved; continue with: {s.continue_command}")
+        session.draw_preview(s, done)

@@ -41,7 +41,7 @@ from lora_booth.run.folder import Run, Summary, require_free_space
 from lora_booth.run.interrupts import stop_requests
 from lora_booth.run.report import Report, Silent
 from lora_booth.run.state import is_begun, is_finished
-from lora_booth.training import compiling, loop, optimizers, prepare, preview
+from lora_booth.training import compiling, loop, optimizers, prepare, preview, session
 from lora_booth.training.flat import Flat
 from lora_booth.training.objective import objective_for
 
@@ -101,7 +101,7 @@ def train(
         adapted, parameters = _adapt(config, family, inputs)
         require_free_space(run.folder, _checkpoint_bytes(parameters) * (config.train.keep_last + 2))
         trained, optimizer = _optimizer(config, parameters, device, report)
-        session = loop.Session(
+        s = session.Session(
             config=config,
             family=family,
             adapted=adapted,
@@ -116,12 +116,12 @@ def train(
             **listeners,
         )
         accelerator.init_trackers("lora_booth")
-        start = loop.restore(session)
-        loop.draw_preview(session, start)  # of a run killed between a checkpoint and its pictures
-        with compiling.where_it_pays(session, start):
-            loop.optimize(session, start)
+        start = session.restore(s)
+        session.draw_preview(s, start)  # of a run killed between a checkpoint and its pictures
+        with compiling.where_it_pays(s, start):
+            loop.optimize(s, start)
         stopwatch.lap("steps and previews")
-        return _finish(session, stopwatch)
+        return _finish(s, stopwatch)
 
 
 def _resolved(config: Config, inputs: decide.Inputs, report: Report, device: torch.device) -> Resolved:
@@ -279,9 +279,9 @@ def _checkpoint_bytes(parameters: Mapping[str, Sequence[nn.Parameter]]) -> int:
     return inject.num_parameters(parameters) * BYTES_PER_PARAMETER
 
 
-def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
+def _finish(s: session.Session, stopwatch: Stopwatch) -> Summary:
     """Export the adapter, draw before and after, and write the summary, which marks the run as finished."""
-    loop.set_training_(s, False)
+    session.set_training_(s, False)
     if s.accelerator.is_main_process:
         weights, weight_of = inject.collect(s.adapted), partial(inject.base_weight, s.adapted)
         forms = delivery.forms(s.config.export.formats, weights, weight_of, s.report)
@@ -316,7 +316,7 @@ def _finish(s: loop.Session, stopwatch: Stopwatch) -> Summary:
     return summary
 
 
-def _delivery(s: loop.Session, cover: Image.Image | None = None) -> delivery.Delivery:
+def _delivery(s: session.Session, cover: Image.Image | None = None) -> delivery.Delivery:
     config = s.config
     return delivery.Delivery(
         folder=s.run.folder,
@@ -329,7 +329,7 @@ def _delivery(s: loop.Session, cover: Image.Image | None = None) -> delivery.Del
     )
 
 
-def _facts(s: loop.Session) -> storage.Facts:
+def _facts(s: session.Session) -> storage.Facts:
     order, config = s.prepared.order, s.config
     buckets: dict[tuple[int, int], int] = {}
     pictures = order.instances[: len(order.instances) // (2 if config.data.flip else 1)]  # then come the mirrored ones
@@ -339,14 +339,14 @@ def _facts(s: loop.Session) -> storage.Facts:
     return kept.facts_of(config, s.run.stored(), config.train.steps, buckets)
 
 
-def _draw_before_and_after(s: loop.Session) -> tuple[Path | None, Image.Image | None]:
+def _draw_before_and_after(s: session.Session) -> tuple[Path | None, Image.Image | None]:
     """The preview prompts without and with the adapter, side by side (main process); the file and the first "with"."""
     if not s.config.preview.images_per_prompt or not s.accelerator.is_main_process:
         return None, None
     path = s.run.folder / "before_after.png"
     with inject.disabled(s.adapted):
-        before = loop.draw_rows(s)
-    after = loop.draw_rows(s)
+        before = session.draw_rows(s)
+    after = session.draw_rows(s)
     rows = preview.before_and_after(before, after)
     title = f"{s.config.name}: {s.config.train.steps} steps"
     columns = ("before", "after") * s.config.preview.images_per_prompt

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_booth.config.config import Config
 from lora_booth.errors import DeviceMemoryError, NumericError
-from lora_booth.training import loop
+from lora_booth.training import loop, session
 from tests.soak import crash
 from tests.soak.bench import STEPS, Bench, Result, lost_checkpoint
 from tests.soak.crash import Fate
@@ -55,21 +55,21 @@ def _kept_harm(config: Config) -> str:
     return ", ".join(f"{path.name} was handed over" for path in config.run.folder.glob("*.safetensors"))
 
 
-def _in_latents(s: loop.Session, value: float, at: float) -> None:
+def _in_latents(s: session.Session, value: float, at: float) -> None:
     for moments in s.prepared.latents.values():
         _put_(moments.mean, value, at)
 
 
-def _in_gradient(s: loop.Session, value: float, at: float) -> None:
+def _in_gradient(s: session.Session, value: float, at: float) -> None:
     gradients = [p.grad for p in s.parameters if p.grad is not None]
     _put_(gradients[int(at * len(gradients))], value, at)
 
 
-def _in_weights(s: loop.Session, value: float, at: float) -> None:
+def _in_weights(s: session.Session, value: float, at: float) -> None:
     _put_(s.parameters[int(at * len(s.parameters))].data, value, at)
 
 
-def _in_optimizer(s: loop.Session, value: float, at: float) -> None:
+def _in_optimizer(s: session.Session, value: float, at: float) -> None:
     states = [state["exp_avg_sq"] for state in s.optimizer.state.values()]
     if states:
         _put_(states[int(at * len(states))], value, at)
@@ -81,7 +81,7 @@ def _put_(tensor: torch.Tensor, value: float, at: float) -> None:
     tensor.view(-1)[int(at * tensor.numel())] = value
 
 
-PLACES: dict[str, tuple[str, Callable[[loop.Session, float, float], None]]] = {
+PLACES: dict[str, tuple[str, Callable[[session.Session, float, float], None]]] = {
     "latents": ("_set_learning_rate_", _in_latents),
     "weights": ("_set_learning_rate_", _in_weights),
     "gradient": ("_reduce_and_clip_", _in_gradient),
@@ -95,7 +95,7 @@ def _poison(place: str, step: int, value: float, at: float) -> None:
     name, put = PLACES[place]
     honest, calls = getattr(loop, name), 0
 
-    def poisoned(s: loop.Session, *words: Any) -> Any:
+    def poisoned(s: session.Session, *words: Any) -> Any:
         nonlocal calls
         if calls == step:
             put(s, value, at)

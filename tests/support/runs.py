@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lora_booth.config.config import Config
 from lora_booth.run.report import Silent
-from lora_booth.training import loop
+from lora_booth.training import loop, session
 from lora_booth.verbs import train
 
 
@@ -69,11 +69,11 @@ class At(Silent):
             self.action()
 
 
-def session_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> loop.Session:
+def session_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> session.Session:
     """The session that `train` makes of `config`, before its first step."""
     caught = []
 
-    def catch(session: loop.Session, start: int) -> None:
+    def catch(session: session.Session, start: int) -> None:
         caught.append(session)
         raise KeyboardInterrupt
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lora_booth.errors import ConfigError
-from lora_booth.training import compiling, loop
+from lora_booth.training import compiling, loop, session
 from lora_booth.training.compiling import Trial
 from lora_booth.verbs import train
 from tests.conftest import MakeConfig
@@ -51,7 +51,7 @@ class Heard:
         """Nothing."""
 
 
-Bench = tuple[loop.Session, Heard, list[str]]
+Bench = tuple[session.Session, Heard, list[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +206,7 @@ def test_every_shape_that_comes_soon_is_tried(make_config: MakeConfig, monkeypat
     assert scale * len(passes) == pytest.approx(len(everything) / 9)
 
 
-def opened(monkeypatch: pytest.MonkeyPatch, pays: Callable[[loop.Session, int], bool]) -> None:
+def opened(monkeypatch: pytest.MonkeyPatch, pays: Callable[[session.Session, int], bool]) -> None:
     monkeypatch.setattr(compiling, "_is_open", lambda _: True)
     monkeypatch.setattr(compiling, "pays", pays)
 
@@ -219,7 +219,7 @@ def test_on_a_cpu_nothing_is_tried(make_config: MakeConfig, monkeypatch: pytest.
 def test_a_trial_changes_nothing_of_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, tried, pays = trained(make_config(name="plain")), [], compiling.pays
 
-    def try_(s: loop.Session, start: int) -> bool:
+    def try_(s: session.Session, start: int) -> bool:
         monkeypatch.setattr(s.family, "compile_denoiser_", lambda: tried.append(start))
         return pays(s, start)
 
@@ -239,7 +239,7 @@ def test_blocks_run_compiled_only_where_that_pays(
     plain, pays, counters = trained(make_config(name="plain")), compiling.pays, torch._dynamo.utils.counters
     found: list[int] = []
 
-    def judge(s: loop.Session, start: int) -> bool:
+    def judge(s: session.Session, start: int) -> bool:
         pays(s, start)
         found.append(counters["stats"]["unique_graphs"])
         torch._dynamo.reset()  # so that running compiled would compile again

@@ -17,7 +17,7 @@ from lora_booth.errors import Interrupted
 from lora_booth.models import devices, loading
 from lora_booth.planning import decide, memory
 from lora_booth.run.report import Silent
-from lora_booth.training import compiling, loop
+from lora_booth.training import compiling, loop, session
 from lora_booth.training.batch import Batch, sample_losses
 from lora_booth.training.objective import Draws
 from lora_booth.verbs import train
@@ -68,7 +68,7 @@ def test_nothing_in_a_micro_step_waits_for_the_card(
         for flat in s.trained:
             flat.collect_()
 
-    loop.set_training_(s, True)
+    session.set_training_(s, True)
     run(0)  # kernels are loaded and tables moved the first time
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

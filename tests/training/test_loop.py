@@ -123,7 +123,7 @@ def test_the_loss_from_cached_inputs_equals_the_loss_without_a_cache(
     pixels = torch.as_tensor(images.to_pixels(images.crop(images.read(picture.path), crop)))[None]
     with torch.no_grad():
         mean, std = fresh.encode_images(pixels)
-        draws, latent_noise = draw(0, 0, [row.position], row.item.shape, 1000)
+        draws, latent_noise = draw(0, 0, [row.position], row.item.shape, fresh.schedule)
         conditioning = fresh.encode_prompts(["a photo of sks dog"])
         geometry = torch.tensor([crop.geometry], dtype=torch.float32)
         expected = s.objective.loss(

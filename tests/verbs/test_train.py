@@ -27,7 +27,7 @@ from lora_booth.config import toml
 from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, DataError, DiskError, Interrupted, ModelError, NumericError
 from lora_booth.models import devices, loading
-from lora_booth.training import loop, order
+from lora_booth.training import loop, order, session
 from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 from tests.support import tiny
@@ -228,7 +228,7 @@ def test_a_stop_while_pictures_are_drawn_ends_between_two_steps_of_the_solver(
     s.family.denoiser.register_forward_pre_hook(lambda *_: passes.append(1))
     s.stop.signal_number = signal.SIGTERM
     with pytest.raises(Interrupted, match="stopped while drawing, everything is saved; continue with: "):
-        loop.draw_rows(s)
+        session.draw_rows(s)
     assert len(passes) == 1
 
 
@@ -355,7 +355,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_chec
 ) -> None:
     honest = loop.losses_of
 
-    def poisoned(s: loop.Session, micro: loop.MicroStep) -> torch.Tensor:
+    def poisoned(s: session.Session, micro: loop.MicroStep) -> torch.Tensor:
         return honest(s, micro) * (float("nan") if micro.step == 3 else 1.0)
 
     monkeypatch.setattr(loop, "losses_of", poisoned)
@@ -393,7 +393,7 @@ def test_modules_are_gone_through_only_when_their_mode_changes(
         modes.append(mode)
         return honest(module, mode)
 
-    def counted(s: loop.Session, start: int) -> None:
+    def counted(s: session.Session, start: int) -> None:
         monkeypatch.setattr(UNet2DConditionModel, "train", count)
         optimize(s, start)
 
@@ -404,14 +404,14 @@ def test_modules_are_gone_through_only_when_their_mode_changes(
 
 
 def test_weights_that_are_not_finite_are_not_saved(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = loop.validation_loss
+    honest = session.validation_loss
 
-    def poisoned(s: loop.Session) -> float:
+    def poisoned(s: session.Session) -> float:
         loss = honest(s)
         s.parameters[3].data[0] = float("inf")
         return loss
 
-    monkeypatch.setattr(loop, "validation_loss", poisoned)
+    monkeypatch.setattr(session, "validation_loss", poisoned)
     config = make_config(train={"steps": 2})
     with pytest.raises(NumericError, match=r"lora_.* of the adapter is not finite after step 2; .*learning_rate"):
         train.train(config)
@@ -420,13 +420,13 @@ def test_weights_that_are_not_finite_are_not_saved(make_config: MakeConfig, monk
 
 
 def test_an_optimizer_that_is_not_finite_is_not_saved(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = loop.validation_loss
+    honest = session.validation_loss
 
-    def poisoned(s: loop.Session) -> float:
+    def poisoned(s: session.Session) -> float:
         next(iter(s.optimizer.state.values()))["exp_avg_sq"][0] = float("inf")  # the weight never moves again
         return honest(s)
 
-    monkeypatch.setattr(loop, "validation_loss", poisoned)
+    monkeypatch.setattr(session, "validation_loss", poisoned)
     config = make_config(train={"steps": 2})
     with pytest.raises(NumericError, match=r"exp_avg_sq of the optimizer is not finite after step 2; .*learning_rate"):
         train.train(config)
@@ -439,7 +439,7 @@ def test_layers_without_a_gradient_are_named_at_the_first_step(
 ) -> None:
     honest, is_dead = loop.losses_of, re.compile(r"mid_block.*attn1\.to_q")
 
-    def cut(s: loop.Session, micro: loop.MicroStep) -> torch.Tensor:
+    def cut(s: session.Session, micro: loop.MicroStep) -> torch.Tensor:
         for name, parameter in s.family.denoiser.named_parameters():
             if is_dead.search(name) and parameter.requires_grad:
                 parameter.register_hook(torch.zeros_like)

@@ -1,0 +1,197 @@
+"""All that training works with, and what is done with it between steps: saving, restoring, looking.
+
+A picture on the way is drawn after its checkpoint is safe, and on resume if a kill came between the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lora_booth.adapter import inject
+from lora_booth.config.resolved import Resolved
+from lora_booth.data.grid import labelled_grid
+from lora_booth.errors import NumericError
+from lora_booth.models import devices
+from lora_booth.models.families.family import Conditioning, Family
+from lora_booth.models.sampling import concatenate
+from lora_booth.run.checkpoints import Checkpoint
+from lora_booth.run.folder import Run
+from lora_booth.run.interrupts import StopRequest
+from lora_booth.run.randomness import generator_for
+from lora_booth.run.report import Report
+from lora_booth.training import optimizers, preview
+from lora_booth.training.batch import Batch, sample_losses
+from lora_booth.training.flat import Flat
+from lora_booth.training.objective import Draws, Objective
+from lora_booth.training.order import VALIDATION_ROWS, Item, validation_levels
+from lora_booth.training.prepare import Prepared
+from lora_booth.training.watchdog import Watchdog
+
+LOWER_RATE = (
+    "nothing of this step was kept, and the last checkpoint is good. Lower optimizer.learning_rate, or set "
+    "model.precision = bf16 (or fp32); if it happens at the first step, the base itself may be damaged."
+)
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that the loop works with. `adapted`: the modules that carry adapters, by component; `trained`: the parameters
+    as the optimizer has them."""
+
+    config: Resolved
+    family: Family
+    adapted: dict[str, nn.Module]
+    prepared: Prepared
+    objective: Objective
+    trained: Sequence[Flat]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    accelerator: Accelerator
+    run: Run
+    report: Report
+    stop: StopRequest
+    continue_command: str
+    watchdog: Watchdog = field(default_factory=Watchdog)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trained parameter, in the optimizer's order."""
+        return [part for flat in self.trained for part in flat.parts]
+
+    @property
+    def is_text_trained(self) -> bool:
+        """Whether text encoders carry an adapter too."""
+        return len(self.adapted) > 1
+
+    def condition(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning on the device: from the cache, or by the text encoders while they are being trained."""
+        if self.is_text_trained:
+            return self.family.encode_prompts(prompts)
+        rows = [self.prepared.prompts[prompt] for prompt in prompts]
+        return {name: devices.put(t, self.accelerator.device) for name, t in concatenate(rows).items()}
+
+
+def set_training_(s: Session, training: bool) -> None:
+    """Switch dropout of the adapters, and the weights of optimizers that average, for training or for looking."""
+    for module in s.adapted.values():
+        if module.training != training:  # else it would go through thousands of modules in every step
+            module.train(training)
+    optimizers.set_mode_(s.optimizer, training=training)
+
+
+def batch_of(s: Session, items: Sequence[Item], draws: Draws, latent_noise: Tensor) -> Batch:
+    """`items` with their latents drawn by `latent_noise`, on the device."""
+    put = partial(devices.put, device=s.accelerator.device)
+    moments = [s.prepared.latents[item.latent_key] for item in items]
+    mean, std = torch.stack([m.mean for m in moments]), torch.stack([m.std for m in moments])
+    geometry = torch.tensor([item.geometry for item in items], dtype=torch.float32)
+    prompts = [item.prompt for item in items]
+    conditioning = None if s.is_text_trained else s.condition(prompts)
+    draws = Draws(put(draws.timesteps), put(draws.noise), put(draws.offsets))
+    return Batch(put(mean + std * latent_noise), draws, put(geometry), conditioning, prompts)
+
+
+def save(s: Session, done: int) -> None:
+    """Write a checkpoint (main process)."""
+    loss = validation_loss(s)
+    if not math.isfinite(loss):
+        raise NumericError(f"the validation loss is not finite after step {done}; {LOWER_RATE}")
+    if s.accelerator.is_main_process:
+        state = {"validation_loss": loss, "scaler": s.scaler.state_dict()}
+        set_training_(s, True)
+        checkpoint = Checkpoint(done, inject.state(s.adapted), s.optimizer.state_dict(), state)
+        broken = [f"{name} of the adapter" for name, t in checkpoint.adapter.items() if not t.isfinite().all()]
+        broken += [f"{name} of the optimizer" for name, t in _optimizer_tensors(s) if not t.isfinite().all()]
+        if broken:
+            raise NumericError(f"{broken[0]} is not finite after step {done}; {LOWER_RATE}")
+        path = s.run.save(checkpoint, keep_last=s.config.train.keep_last)
+        s.report.event("saved", f"step {done} saved, validation loss {loss:.4f}", step=done, path=str(path))
+    s.accelerator.wait_for_everyone()
+
+
+def restore(s: Session) -> int:
+    """Load the newest valid checkpoint into the session; returns the number of steps done, 0 if there is none."""
+    checkpoint = s.run.latest(s.report.warn)
+    if checkpoint is None:
+        if s.accelerator.is_main_process:
+            s.run.forget_metrics_after(0)
+        return 0
+    inject.load_state_into_(s.adapted, checkpoint.adapter)
+    s.optimizer.load_state_dict(checkpoint.optimizer)
+    s.scaler.load_state_dict(checkpoint.state["scaler"])
+    if s.accelerator.is_main_process:
+        lost = s.run.forget_metrics_after(checkpoint.step)
+        if lost:
+            s.report.warn(
+                f"{s.run.metrics_path} lacks {lost} of the {checkpoint.step} lines so far; they are lost, and nothing "
+                "that is trained depends on them."
+            )
+    s.report.event("continued", f"continuing after step {checkpoint.step}", step=checkpoint.step)
+    return checkpoint.step
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
+def validation_loss(s: Session) -> float:
+    """Mean loss over the held-out images (the instance images where there are none) at fixed noise levels.
+
+    The noise is the same every time, so that two checkpoints of a run can be compared; two runs cannot.
+    """
+    set_training_(s, False)
+    losses: list[float] = []
+    items = s.prepared.validation[:VALIDATION_ROWS]
+    for number, item in enumerate(items):
+        levels = validation_levels(number, len(items))
+        generator = generator_for("validation", number)
+        shape = (len(levels), *item.shape)
+        timesteps = s.objective.schedule.timesteps_at(levels)
+        draws = Draws(timesteps, torch.randn(shape, generator=generator), torch.zeros(*shape[:2], 1, 1))
+        batch = batch_of(s, [item] * len(levels), draws, latent_noise=torch.zeros(shape))
+        losses += sample_losses(s.family, s.objective, batch).tolist()
+    return sum(losses) / len(losses)
+
+
+def draw_preview(s: Session, done: int) -> None:
+    """Draw and write the preview grid after `done` steps, if it is its turn and was not drawn yet (main process)."""
+    every, path = s.config.preview.every_steps, s.run.preview_path(done)
+    if every is None or done % every or done == s.config.train.steps or not s.config.preview.images_per_prompt:
+        return
+    if s.accelerator.is_main_process and not s.run.has_picture(path):
+        rows = draw_rows(s)
+        title = f"{s.config.name}: {'the base' if done == 0 else f'after {done} steps'}"
+        s.run.write_picture(path, labelled_grid(rows, title=title))
+        s.report.event("preview", f"pictures of step {done}: {path}", step=done, path=str(path))
+    s.accelerator.wait_for_everyone()
+
+
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
+def draw_rows(s: Session) -> preview.Rows:
+    """Pictures of the preview prompts through the adapter as it is now."""
+    set_training_(s, False)
+    s.family.move_vae(s.accelerator.device)
+    with torch.no_grad():
+        rows = preview.draw_rows(s.config, s.family, s.condition, on_step=partial(_stop_drawing, s))
+    s.family.move_vae("cpu")
+    return rows
+
+
+def _optimizer_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
+    """What the optimizer remembers, floating point only: 8-bit states are numbers of a table."""
+    for state in s.optimizer.state.values():
+        yield from ((name, t) for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point())
+
+
+def _stop_drawing(s: Session) -> None:
+    """Raises Interrupted when a signal asked to stop: pictures are drawn after everything was saved, and drawn again.
+
+    Of several processes the others wait for the one that draws; they stop together, at the next step.
+    """
+    if s.accelerator.num_processes == 1:
+        s.stop.check(f"stopped while drawing, everything is saved; continue with: {s.continue_command}")
