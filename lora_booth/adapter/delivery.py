@@ -63,19 +63,31 @@ def forms(
     return {name: _portable(weights, weight_of, report) if name == "kohya" else weights for name in formats}
 
 
-def write_files(delivery: Delivery, forms: Mapping[str, AdapterWeights], report: Report) -> dict[str, Path]:
+def bodies(delivery: Delivery, forms: Mapping[str, AdapterWeights]) -> dict[str, bytes]:
+    """Format to the bytes of its file without metadata, made once. Raises as `storage.Format.body` does."""
+    dtype = storage.DTYPES[delivery.dtype]
+    return {
+        name: storage.FORMATS[name].body(delivery.path(name).name, weights, delivery.family, dtype)
+        for name, weights in forms.items()
+    }
+
+
+def write_files(
+    delivery: Delivery, forms: Mapping[str, AdapterWeights], report: Report, made: Mapping[str, bytes] | None = None
+) -> dict[str, Path]:
     """Write `forms`, format to weights, and the sidecar and cover of the portable one; returns the paths by format.
 
-    Raises ModelError, NumericError and DiskError as `export.Format.write` does. Nothing is written before every format
-    has taken the adapter.
+    `made`: what `bodies` gave. Raises ModelError, NumericError and DiskError as `storage.Format.write` does. Nothing is
+    written before every format has taken the adapter.
     """
     header, dtype = delivery.header, storage.DTYPES[delivery.dtype]
     if delivery.cover is not None:
         header = header | cover_fields(delivery.cover)
+    made = bodies(delivery, forms) if made is None else made
     contents = {}
     for name, weights in forms.items():
         fields, file = header | network_fields(weights), delivery.path(name)
-        contents[file] = storage.FORMATS[name].content(file.name, weights, delivery.family, dtype, fields)
+        contents[file] = storage.FORMATS[name].content(file.name, made[name], fields)
     for file, content in contents.items():
         disk.write_bytes(file, content)
     if "kohya" in forms:

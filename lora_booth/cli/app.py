@@ -183,7 +183,7 @@ def generate(
     tiled: Annotated[
         bool | None, typer.Option(help="Decode in tiles: less memory, tones may differ a little. Default: if needed.")
     ] = None,
-    aside: Annotated[
+    offload_denoiser: Annotated[
         bool | None, typer.Option(help="The denoiser waits in main memory for other parts. Default: if needed.")
     ] = None,
     device: Annotated[str, typer.Option(help="What computes: auto, cuda, xpu, mps or cpu.")] = "auto",
@@ -202,7 +202,16 @@ def generate(
             adapters=[parsing.parse_adapter(text) for text in adapter or []],
             strengths=parsing.parse_strengths(strengths),
             picture=verb.PictureSettings(
-                negative, seed, sampler, steps, guidance, parsing.parse_size(size), vram, at_once, tiled, aside
+                negative_prompt=negative,
+                seed=seed,
+                sampler=sampler,
+                sampler_steps=steps,
+                guidance_scale=guidance,
+                size_px=parsing.parse_size(size),
+                budget_gib=vram,
+                pictures_at_once=at_once,
+                is_tiled=tiled,
+                is_denoiser_offloaded=offload_denoiser,
             ),
             device=device,
             leave_out=adapters.words(leave_out),

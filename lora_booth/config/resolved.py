@@ -65,7 +65,7 @@ class ResolvedMemory(MemoryConfig):
     pictures_at_once: int
     tiled_decoding: bool
     offload_activations: bool
-    denoiser_aside: bool
+    offload_denoiser: bool
 
 
 class Resolved(Filled):

@@ -325,7 +325,7 @@ class MemoryConfig(Section):
         description="Of blocks that compute their activations again, the inputs too wait in main memory: half of what "
         "is left, for a copy there and back. Needs train.gradient_checkpointing. Default: where the budget demands it.",
     )
-    denoiser_aside: bool | None = Field(
+    offload_denoiser: bool | None = Field(
         None,
         description="The denoiser waits in main memory while prompts are encoded and while the VAE works. Default: "
         "where the budget demands it.",

@@ -205,7 +205,7 @@ def without_moving(config: AnyConfig, device: torch.device) -> AnyConfig:
     """`config` without what saves nothing on a device that computes in main memory: moving things there."""
     if "memory of its own" not in lacks(device):
         return config
-    waiting = ("offload_activations", "denoiser_aside")
+    waiting = ("offload_activations", "offload_denoiser")
     return config.with_values({"memory": {key: getattr(config.memory, key) or False for key in waiting}})
 
 
@@ -219,7 +219,7 @@ _NEEDS: dict[tuple[str, Any], Ability] = {
     ("optimizer.name", "lion8bit"): "8-bit optimizers",
     ("optimizer.name", "paged_adamw8bit"): "paged optimizers",
     ("memory.offload_activations", True): "memory of its own",
-    ("memory.denoiser_aside", True): "memory of its own",
+    ("memory.offload_denoiser", True): "memory of its own",
 }
 """Key and value of a setting to what it needs."""
 

@@ -40,14 +40,14 @@ def load(
     base: identify.BaseFacts | None = None,
     needs_vae: bool = True,
     needs_text_encoders: bool = True,
-    is_denoiser_aside: bool = False,
+    is_denoiser_offloaded: bool = False,
 ) -> Family:
     """The base of `config`, frozen, on `device`: VAE in float32, the rest in `dtype`. `base`: its facts, if known: a
     name on the hub may mean another commit when it is asked for again.
 
     Parts that are not needed are not read; calling for them then is an assertion error. A base with all its parts has
     computed one tiny sample before it is returned, so that a damaged one is told here and not in the middle of a run.
-    `is_denoiser_aside`: the denoiser is left in main memory, and was never on the device beside the text encoders.
+    `is_denoiser_offloaded`: the denoiser is left in main memory, and was never on the device beside the text encoders.
     """
     import torch
 
@@ -56,14 +56,14 @@ def load(
     base = base or facts(config)
     quantization = None if config.quantize == "none" else config.quantize
     parts = (needs_vae, needs_text_encoders)
-    wanted = Wanted(torch.device(device), dtype, *parts, quantization, is_denoiser_aside)
+    wanted = Wanted(torch.device(device), dtype, *parts, quantization, is_denoiser_offloaded)
     family = around(base, load_components(base, wanted))
     family.fingerprint = sources.fingerprint(base.path)
     if quantization is not None:
         family.fingerprint += f" in {quantization}"  # its embeddings and pictures are not those of the plain base
     if needs_vae and needs_text_encoders:
         with readable(base.path):
-            _require_finite_sample(family, base, is_denoiser_aside=is_denoiser_aside)
+            _require_finite_sample(family, base, is_denoiser_offloaded=is_denoiser_offloaded)
     return family
 
 
@@ -74,7 +74,7 @@ def around(base: identify.BaseFacts, parts: Components) -> Family:
     return family
 
 
-def _require_finite_sample(family: Family, base: identify.BaseFacts, *, is_denoiser_aside: bool) -> None:
+def _require_finite_sample(family: Family, base: identify.BaseFacts, *, is_denoiser_offloaded: bool) -> None:
     """Raises ModelError when a grey picture of the smallest size does not go through every part as finite numbers."""
     import torch
 
@@ -85,7 +85,7 @@ def _require_finite_sample(family: Family, base: identify.BaseFacts, *, is_denoi
         geometry = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=mean.device)
         timesteps = family.schedule.timesteps_at([0.5]).to(mean.device)
         pixels = family.decode_latents(mean)
-        with _in_turn(family) if is_denoiser_aside else nullcontext():
+        with _in_turn(family) if is_denoiser_offloaded else nullcontext():
             output = family.predict(mean, timesteps, prompt, geometry)
     texts = [("text encoder", tensor) for tensor in prompt.values()]
     for what, tensor in (

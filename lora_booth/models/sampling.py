@@ -32,7 +32,8 @@ class Sampling:
 
     `batch_size`: pictures that are denoised together, fewer where memory does not suffice and they are
     `is_divisible`; `is_tiled`: large ones are decoded in overlapping tiles;
-    `is_denoiser_aside`: without the denoiser on the device; `on_step`: called after each step of the solver, may raise.
+    `is_denoiser_offloaded`: without the denoiser on the device; `on_step`: called after each step of the solver, may
+    raise.
     """
 
     width_px: int
@@ -43,12 +44,12 @@ class Sampling:
     batch_size: int = PICTURES_AT_ONCE
     is_divisible: bool = True
     is_tiled: bool = False
-    is_denoiser_aside: bool = False
+    is_denoiser_offloaded: bool = False
     on_step: Callable[[], None] = lambda: None
 
 
 @contextmanager
-def denoiser_aside(family: Family, *, is_wanted: bool) -> Iterator[None]:
+def denoiser_offloaded(family: Family, *, is_wanted: bool) -> Iterator[None]:
     """Inside, the denoiser waits in main memory, if that is wanted, and leaves the device to the other parts."""
     if not is_wanted:
         yield
@@ -125,7 +126,7 @@ def sample(
 
 def decode(family: Family, latents: Tensor, sampling: Sampling, *, seeds: Sequence[int | str]) -> Iterator[Image.Image]:
     """The pictures of `latents`. Raises NumericError on one that is not finite."""
-    with denoiser_aside(family, is_wanted=sampling.is_denoiser_aside):
+    with denoiser_offloaded(family, is_wanted=sampling.is_denoiser_offloaded):
         pixels = family.decode_latents(latents, is_tiled=sampling.is_tiled)
     _require_finite(pixels, seeds)
     for picture in (pixels / 2 + 0.5).permute(0, 2, 3, 1):

@@ -2,11 +2,11 @@
 
 Also what else could be changed.
 
-Words: a *way* changes how a run is computed and leaves its result as it is; a *lever* is any change that makes a
-training step smaller, with its price. What a way needs is traced by `memory.py`.
+Words: an *option* changes how a run is computed and leaves its result as it is; a *lever* is any change that makes a
+training step smaller, with its price. What an option needs is traced by `memory.py`.
 
-The order of ways: the least share of blocks that compute their activations again with which anything fits; with it the
-most rows of a pass. Only then do inputs of those blocks move to main memory. By count SDXL at 1024 px would move
+The order of options: the least share of blocks that compute their activations again with which anything fits; with it
+the most rows of a pass. Only then do inputs of those blocks move to main memory. By count SDXL at 1024 px would move
 5.4 GiB there and back for each row, 0.4 s over PCIe 4.0; computing them again is 5.2 TFLOP, 0.03 s on an RTX 4090 and
 0.2 s on an RTX 3060 at their peaks. The inputs that are left are a tenth of that. The denoiser leaves the card before
 pictures are decoded in tiles: tiles change tones a little, so they are for looking and never for training.
@@ -30,7 +30,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the blocks that recompute their activations, as they are tried."""
 SLOWER_WHEN_RECOMPUTED = 0.33
 """Of a step, when all blocks recompute: the ratio of the FLOPs, counted on SD 1.5, 2.1 and SDXL."""
-CHOSEN_FOR_PICTURES = ("pictures_at_once", "tiled_decoding", "denoiser_aside")
+CHOSEN_FOR_PICTURES = ("pictures_at_once", "tiled_decoding", "offload_denoiser")
 """Of the section [memory]."""
 Changes = Mapping[str, Mapping[str, Any]]
 """Section, key and new value of settings, as `Config.with_values` takes them."""
@@ -55,7 +55,7 @@ class Lever:
         return self.price if self.saved_gib is None else f"saves {self.saved_gib:.2f} GiB of a step; {self.price}"
 
 
-class Way(NamedTuple):
+class Option(NamedTuple):
     """How a step is computed: rows of a pass, share of the blocks that recompute their activations, and whether the
     inputs of these wait in main memory."""
 
@@ -97,30 +97,30 @@ def choose(
     bucket: Bucket | None = None,
     modules: Modules | None = None,
 ) -> Plan:
-    """The fastest ways to train and to draw that stay within `budget_gib`; where none does, the smallest.
+    """The fastest options for training and drawing that stay within `budget_gib`; where none does, the smallest.
 
     What is set in the config stays. `bucket`: as `Modules` has it. `modules`: those of `config`, if they were made
     already; else it raises as their making does.
     """
     modules = modules or Modules.of(config, facts)
-    needs: dict[Way, float] = {}
+    needs: dict[Option, float] = {}
 
-    def need(way: Way) -> float:
-        if way not in needs:
-            needs[way] = modules.step(config.with_values(way.changes), bucket).gib + OUTSIDE_GIB
-        return needs[way]
+    def need(option: Option) -> float:
+        if option not in needs:
+            needs[option] = modules.step(config.with_values(option.changes), bucket).gib + OUTSIDE_GIB
+        return needs[option]
 
-    way = _fastest_way(config, lambda way: need(way) <= budget_gib)
-    reasons = _reasons(config, way, need, needs)
-    chosen, of_pictures = _with_drawing(modules, config.with_values(way.changes), budget_gib, bucket)
+    option = _fastest_option(config, lambda option: need(option) <= budget_gib)
+    reasons = _reasons(config, option, need, needs)
+    chosen, of_pictures = _with_drawing(modules, config.with_values(option.changes), budget_gib, bucket)
     for_pictures = {key: getattr(chosen.memory, key) for key in CHOSEN_FOR_PICTURES}
-    changes = {"train": way.changes["train"], "memory": {**way.changes["memory"], **for_pictures}}
+    changes = {"train": option.changes["train"], "memory": {**option.changes["memory"], **for_pictures}}
     return Plan(changes, (*reasons, *of_pictures), modules.phases(chosen, bucket), budget_gib, modules)
 
 
 def choose_for_pictures(config: Filled, facts: BaseFacts, budget_gib: float, bucket: Bucket) -> Filled:
-    """`config` with the fastest way to draw its class images in the size of `bucket` within `budget_gib`; where none
-    is, the smallest. Raises as `choose`."""
+    """`config` with the fastest option of drawing its class images in the size of `bucket` within `budget_gib`; where
+    none is, the smallest. Raises as `choose`."""
     return _with_drawing(Modules.of(config, facts), config, budget_gib, bucket)[0]
 
 
@@ -161,7 +161,7 @@ def savings(config: Filled, facts: BaseFacts, *, bucket: Bucket | None = None) -
     return tuple(found)
 
 
-def _fastest_way(config: Filled, fits: Callable[[Way], bool]) -> Way:
+def _fastest_option(config: Filled, fits: Callable[[Option], bool]) -> Option:
     """The least saving of activations with which anything fits, with it the most rows; if nothing does, the smallest.
 
     The rows are those set, halved until they are one.
@@ -169,14 +169,14 @@ def _fastest_way(config: Filled, fits: Callable[[Way], bool]) -> Way:
     sizes = [config.train.batch_size]
     while min(sizes[-1], rows_per_pass(config)) > 1:
         sizes.append(min(sizes[-1], rows_per_pass(config)) // 2)
-    smallest = [Way(sizes[-1], *saving) for saving in _savings(config)]
+    smallest = [Option(sizes[-1], *saving) for saving in _savings(config)]
     first = 0  # tried first, since most budgets allow it
     if not fits(smallest[0]):
         first = bisect_left(smallest, True, lo=1, key=fits)
     if first == len(smallest):
         return smallest[-1]
-    ways = [smallest[first]._replace(rows=size) for size in sizes]
-    return next(way for way in ways if way == smallest[first] or fits(way))
+    options = [smallest[first]._replace(rows=size) for size in sizes]
+    return next(option for option in options if option == smallest[first] or fits(option))
 
 
 def _savings(config: Filled) -> list[tuple[float, bool]]:
@@ -187,26 +187,28 @@ def _savings(config: Filled) -> list[tuple[float, bool]]:
     return [*found, (shares[-1], True)] if is_offloading is None and shares[-1] > 0 else found
 
 
-def _reasons(config: Filled, way: Way, need: Callable[[Way], float], needs: Mapping[Way, float]) -> list[str]:
-    """Why `way` was taken: a line for each choice, with what a faster one would `need`; `needs`: those known."""
-    reasons = [f"train.batch_size = {way.rows}: as set"]
-    if way.rows != config.train.batch_size:
-        reasons = [f"train.batch_size = {way.rows} (same result)"]
-        larger = [other for other in needs if other.rows > way.rows and other[1:] == way[1:]]
+def _reasons(
+    config: Filled, option: Option, need: Callable[[Option], float], needs: Mapping[Option, float]
+) -> list[str]:
+    """Why `option` was taken: a line for each choice, with what a faster one would `need`; `needs`: those known."""
+    reasons = [f"train.batch_size = {option.rows}: as set"]
+    if option.rows != config.train.batch_size:
+        reasons = [f"train.batch_size = {option.rows} (same result)"]
+        larger = [other for other in needs if other.rows > option.rows and other[1:] == option[1:]]
         if larger:
             reasons = [f"{reasons[0]}: {min(larger).rows} needs {needs[min(larger)]:.1f} GiB"]
-    setting = f"train.gradient_checkpointing = {way.share:g}"
+    setting = f"train.gradient_checkpointing = {option.share:g}"
     if config.train.gradient_checkpointing is not None:
         reasons.append(f"{setting}: as set")
-    elif way.share == 0:
+    elif option.share == 0:
         reasons.append(f"{setting}: not needed, and a third faster so")
     else:
-        less = max(other.share for other in needs if other.share < way.share)
-        slower = f"about {SLOWER_WHEN_RECOMPUTED * way.share:.0%} slower"
+        less = max(other.share for other in needs if other.share < option.share)
+        slower = f"about {SLOWER_WHEN_RECOMPUTED * option.share:.0%} slower"
         least = min(gib for other, gib in needs.items() if other.share == less)
         reasons.append(f"{setting} (same result, {slower}): with {less:g} a step needs {least:.1f} GiB")
-    if way.is_offloading and config.memory.offload_activations is None:
-        kept = need(way._replace(is_offloading=False))
+    if option.is_offloading and config.memory.offload_activations is None:
+        kept = need(option._replace(is_offloading=False))
         reasons.append(f"memory.offload_activations = true (same result): without, a step needs {kept:.1f} GiB")
     return reasons
 
@@ -214,7 +216,7 @@ def _reasons(config: Filled, way: Way, need: Callable[[Way], float], needs: Mapp
 def _with_drawing(
     modules: Modules, config: Filled, budget_gib: float, bucket: Bucket | None
 ) -> tuple[Filled, list[str]]:
-    """`config` with the fastest way to draw class images and previews that fits, and a reason for each choice."""
+    """`config` with the fastest option of drawing class images and previews that fits, and a reason for each choice."""
     has_class_images = config.has_prior and config.prior.folder is None
 
     def need(**settings: Any) -> float:
@@ -225,14 +227,14 @@ def _with_drawing(
         return max((phase.gib for phase in phases), default=0.0) + OUTSIDE_GIB
 
     reasons = []
-    if config.memory.denoiser_aside is None:
+    if config.memory.offload_denoiser is None:
         few = {"pictures_at_once": 1, "tiled_decoding": bool(config.memory.tiled_decoding)}
         preparing = modules.prepare(config.with_values({"memory": few}), bucket).gib + OUTSIDE_GIB
         beside = max(preparing, need(**few))
-        config = config.with_values({"memory": {"denoiser_aside": beside > budget_gib}})
+        config = config.with_values({"memory": {"offload_denoiser": beside > budget_gib}})
         if beside > budget_gib:
             reasons.append(
-                f"memory.denoiser_aside = true (same result): beside the denoiser {beside:.1f} GiB are needed"
+                f"memory.offload_denoiser = true (same result): beside the denoiser {beside:.1f} GiB are needed"
             )
     if config.memory.tiled_decoding is None:
         whole = need(pictures_at_once=1, tiled_decoding=False)

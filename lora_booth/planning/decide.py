@@ -161,7 +161,7 @@ def completed(config: Filled) -> Resolved:
         "pictures_at_once": memory.pictures_at_once or PICTURES_AT_ONCE,
         "tiled_decoding": bool(memory.tiled_decoding),
         "offload_activations": bool(memory.offload_activations),
-        "denoiser_aside": bool(memory.denoiser_aside),
+        "offload_denoiser": bool(memory.offload_denoiser),
     }
     return Resolved.model_validate(values)
 

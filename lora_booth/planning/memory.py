@@ -178,9 +178,9 @@ class Modules:
         return {"base": denoiser, **encoders, "VAE": self._vae_bytes()}
 
     def _without_denoiser(self, config: Filled, held: Mapping[str, int]) -> dict[str, int]:
-        """What is left of `held` while the denoiser is aside, if that is wanted."""
-        aside = {"base": held["base"] - self._denoiser_bytes(config)} if config.memory.denoiser_aside else {}
-        return {part: size for part, size in {**held, **aside}.items() if size}
+        """What is left of `held` while the denoiser is offloaded, if that is wanted."""
+        left = {"base": held["base"] - self._denoiser_bytes(config)} if config.memory.offload_denoiser else {}
+        return {part: size for part, size in {**held, **left}.items() if size}
 
     def _denoiser_bytes(self, config: Filled) -> int:
         return self.base_bytes - (self.text_bytes if config.adapter.text_encoder else 0)

@@ -37,7 +37,7 @@ FREE_TO_CHANGE = (
     "memory.pictures_at_once",
     "memory.tiled_decoding",
     "memory.offload_activations",
-    "memory.denoiser_aside",
+    "memory.offload_denoiser",
     "run.folder",
     "run.cache",
     "run.cache_limit_gib",

@@ -131,7 +131,7 @@ def draw_missing(
     drawn. Nothing is read again, so a cache that is cleared meanwhile loses nothing.
 
     `prompts` holds the conditioning of every image's prompt and of "". Images of one prompt and size are drawn in
-    the same company whether they are drawn for the first time or again after a kill, because a device may round by it.
+    the same batches whether they are drawn for the first time or again after a kill, because a device may round by it.
     Raises Interrupted between two steps of the solver; what was being drawn then is drawn again. Raises what the
     device raises when its memory does not suffice for so many `together`.
     """
@@ -141,15 +141,15 @@ def draw_missing(
     missing = found.keys() - latents_of.keys()
     for path in (path for cache in {id(i.cache): i.cache for i in images}.values() for path in cache.damaged):
         report.warn(f"{path} was damaged; its class image is drawn again.")
-    for company in _companies(images, together):
-        if missing.isdisjoint(image.name for image in company):
+    for batch in _batches(images, together):
+        if missing.isdisjoint(image.name for image in batch):
             continue
-        sampling = _sampling(config, company[0].bucket, together, stop)
-        seeds = [image.seed for image in company]
-        conditioning = [prompts[company[0].prompt]] * len(company)
+        sampling = _sampling(config, batch[0].bucket, together, stop)
+        seeds = [image.seed for image in batch]
+        conditioning = [prompts[batch[0].prompt]] * len(batch)
         for latents in sample(family, conditioning, prompts[""], sampling, seeds=seeds):
-            pictures = decode(family, latents, sampling, seeds=[image.name for image in company])
-            for image, row, picture in zip(company, latents, pictures, strict=True):
+            pictures = decode(family, latents, sampling, seeds=[image.name for image in batch])
+            for image, row, picture in zip(batch, latents, pictures, strict=True):
                 if image.name in missing:
                     latents_of[image.name] = image.save(picture, row)
                     done += 1
@@ -157,7 +157,7 @@ def draw_missing(
     return latents_of, done
 
 
-def _companies(images: Sequence[ClassImage], together: int) -> list[list[ClassImage]]:
+def _batches(images: Sequence[ClassImage], together: int) -> list[list[ClassImage]]:
     """`images` of one prompt and size, so many `together`."""
     alike: dict[tuple[str, Bucket], list[ClassImage]] = {}
     for image in images:
@@ -175,6 +175,6 @@ def _sampling(config: Resolved, bucket: Bucket, together: int, stop: StopRequest
         batch_size=together,
         is_divisible=False,
         is_tiled=config.memory.tiled_decoding,
-        is_denoiser_aside=config.memory.denoiser_aside,
+        is_denoiser_offloaded=config.memory.offload_denoiser,
         on_step=lambda: stop.check(STOPPED),
     )

@@ -25,7 +25,7 @@ from lora_booth.errors import lacks_memory
 from lora_booth.models import devices
 from lora_booth.models.bases.sources import is_local
 from lora_booth.models.families.family import Conditioning, Family
-from lora_booth.models.sampling import denoiser_aside
+from lora_booth.models.sampling import denoiser_offloaded
 from lora_booth.run import cached
 from lora_booth.run.cache import TensorCache, require_finite
 from lora_booth.run.interrupts import StopRequest
@@ -34,6 +34,9 @@ from lora_booth.training import class_images
 from lora_booth.training.class_images import ClassImage
 from lora_booth.training.keys import latent_key, prompt_key
 from lora_booth.training.order import Item, Order, Role
+
+MAX_HELD_BYTES = 2**28
+"""Of pictures cut to size, as `Cuts` holds them: some eighty of 1024 px."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,30 @@ class _Image:
         return self.source.path.name + (" (mirrored)" if self.is_flipped else "")
 
 
-def sheet(config: Filled, pictures: Pictures) -> Image.Image:
+class Cuts:
+    """The parts of pictures that are trained on, each cut once for the sheet and the latents, while memory suffices."""
+
+    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
+        self._held: dict[tuple[Path, Crop], Any] = {}
+        self._left_bytes = max_bytes
+
+    def of(self, picture: Picture, crop: Crop) -> Any:
+        """uint8 `[H, W, 3]`. Raises DataError when the picture is not what it was."""
+        held = self._held.get((picture.path, crop))
+        if held is not None:
+            return held
+        array = images.crop(images.read(picture.path, sha256=picture.sha256), crop)
+        if array.nbytes <= self._left_bytes:
+            self._held[picture.path, crop] = array
+            self._left_bytes -= array.nbytes
+        return array
+
+
+def sheet(config: Filled, pictures: Pictures, cuts: Cuts) -> Image.Image:
     """The contact sheet: each instance image as the model will see it, with its prompt."""
     instances = _instances(config, pictures.instances.pictures, is_flipped=False)
     pairs = zip(pictures.instances.pictures, instances, strict=True)
-    shown = [(f"{image.name}: {image.prompt}", _cut(picture, image.crop)) for picture, image in pairs]
+    shown = [(f"{image.name}: {image.prompt}", cuts.of(picture, image.crop)) for picture, image in pairs]
     return contact_sheet(shown, title="What the model will see")
 
 
@@ -90,8 +112,9 @@ def prepare(
     report: Report,
     stop: StopRequest,
     together: int | None = None,
+    cuts: Cuts | None = None,
 ) -> Prepared:
-    """Encode all prompts, draw missing class images, and encode all pictures.
+    """Encode all prompts, draw missing class images, and encode all pictures. `cuts`: those of the contact sheet.
 
     `together`: how many class images the run has begun to draw at once; by default as many as the config allows, fewer
     where memory does not suffice.
@@ -101,16 +124,23 @@ def prepare(
     """
     root, run_folder = cached.folder_of(config), config.folder
     with cached.in_use(root, run_folder=run_folder, base=_about(config, family)["base"]):
-        prepared = _prepare(config, family, pictures, together, report=report, stop=stop)
+        prepared = _prepare(config, family, pictures, together, cuts or Cuts(), report=report, stop=stop)
     cached.trim(root, config.run.cache_limit_gib * 2**30, lambda text: report.event("cache", text))
     return prepared
 
 
 def _prepare(
-    config: Resolved, family: Family, pictures: Pictures, together: int | None, *, report: Report, stop: StopRequest
+    config: Resolved,
+    family: Family,
+    pictures: Pictures,
+    together: int | None,
+    cuts: Cuts,
+    *,
+    report: Report,
+    stop: StopRequest,
 ) -> Prepared:
-    is_aside = config.memory.denoiser_aside
-    with denoiser_aside(family, is_wanted=is_aside):
+    is_offloaded = config.memory.offload_denoiser
+    with denoiser_offloaded(family, is_wanted=is_offloaded):
         prompts = encode_prompts(config, family, prompts_of(config, pictures), report)
         if not config.adapter.text_encoder:
             family.release_text_encoders()
@@ -124,8 +154,8 @@ def _prepare(
     drawing_seconds = time.perf_counter() - began
 
     everything = [*instances, *mirrored, *classes, *held_out]
-    with denoiser_aside(family, is_wanted=is_aside):
-        encoded = _encode(config, family, everything, drawn, report=report, stop=stop)
+    with denoiser_offloaded(family, is_wanted=is_offloaded):
+        encoded = _encode(config, family, everything, drawn, cuts, report=report, stop=stop)
     latents: dict[str, Moments] = {}
     items = []
     for image, (key, moments) in zip(everything, encoded, strict=True):
@@ -217,6 +247,7 @@ def _encode(
     family: Family,
     everything: Sequence[_Image],
     drawn: Mapping[str, Tensor],
+    cuts: Cuts,
     *,
     report: Report,
     stop: StopRequest,
@@ -230,7 +261,7 @@ def _encode(
             latents = drawn[image.source.name]  # as the solver left them: a distribution without width
             encoded.append((image.source.name, Moments(latents, torch.zeros_like(latents))))
         else:
-            encoded.append(_encode_image(config, family, cache, image, image.source))
+            encoded.append(_encode_image(family, cache, image, image.source, cuts))
         report.progress("encode images", done, len(everything))
     for path in cache.damaged:
         report.warn(f"cache file {path} was damaged; it has been made again.")
@@ -239,13 +270,14 @@ def _encode(
 
 @torch.no_grad()
 def _encode_image(
-    config: Resolved, family: Family, cache: TensorCache, image: _Image, picture: Picture
+    family: Family, cache: TensorCache, image: _Image, picture: Picture, cuts: Cuts
 ) -> tuple[str, Moments]:
     """Key and moments of one picture, through the cache."""
     key = _key(family, image, picture)
     stored = cache.get(key)
     if stored is None:
-        array = _cut(picture, image.crop, is_flipped=image.is_flipped)
+        array = cuts.of(picture, image.crop)
+        array = array[:, ::-1].copy() if image.is_flipped else array
         mean, std = family.encode_images(torch.as_tensor(images.to_pixels(array))[None])
         stored = {"mean": mean[0].cpu(), "std": std[0].cpu()}
         require_finite(stored, f"latents of {picture.path.name}")
@@ -270,9 +302,3 @@ def _about(config: Resolved, family: Family) -> dict[str, str]:
     """What `lora-booth cache` tells of what is made here: the base, by name and by its weights."""
     base = config.model.base
     return {"base": Path(base).name if is_local(config.model) else base, "fingerprint": family.fingerprint}
-
-
-def _cut(picture: Picture, crop: Crop, *, is_flipped: bool = False) -> Any:
-    """uint8 `[H, W, 3]`: the part of the picture that is trained on."""
-    array = images.crop(images.read(picture.path, sha256=picture.sha256), crop)
-    return array[:, ::-1].copy() if is_flipped else array

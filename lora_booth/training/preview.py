@@ -34,7 +34,7 @@ def draw_rows(
         guidance_scale=preview.guidance_scale,
         batch_size=config.memory.pictures_at_once,
         is_tiled=config.memory.tiled_decoding,
-        is_denoiser_aside=config.memory.denoiser_aside,
+        is_denoiser_offloaded=config.memory.offload_denoiser,
         on_step=on_step,
     )
     conditioning = [condition([prompt]) for prompt in prompts for _ in columns]

@@ -23,7 +23,7 @@ from lora_booth.errors import ConfigError, DeviceMemoryError, LoraBoothError, Mo
 from lora_booth.models import devices, loading
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.families.family import Family
-from lora_booth.models.sampling import PICTURES_AT_ONCE, Sampling, denoiser_aside, draw
+from lora_booth.models.sampling import PICTURES_AT_ONCE, Sampling, denoiser_offloaded, draw
 from lora_booth.planning import budget
 from lora_booth.run import disk
 from lora_booth.run.report import Report, Silent
@@ -41,7 +41,7 @@ class PictureSettings:
 
     The last four change memory and time: `budget_gib` of device memory, None for what is free; within it None of
     `pictures_at_once`, `is_tiled` (large ones are decoded in tiles, whose tones may differ a little) and
-    `is_denoiser_aside` (it waits in main memory while other parts work) is chosen.
+    `is_denoiser_offloaded` (it waits in main memory while other parts work) is chosen.
     """
 
     negative_prompt: str = ""
@@ -53,7 +53,7 @@ class PictureSettings:
     budget_gib: float | None = None
     pictures_at_once: int | None = None
     is_tiled: bool | None = None
-    is_denoiser_aside: bool | None = None
+    is_denoiser_offloaded: bool | None = None
 
 
 def generate(
@@ -137,7 +137,7 @@ def _within_memory(
     memory = {
         "pictures_at_once": picture.pictures_at_once,
         "tiled_decoding": picture.is_tiled,
-        "denoiser_aside": picture.is_denoiser_aside,
+        "offload_denoiser": picture.is_denoiser_offloaded,
     }
     drawing = Filled.model_validate(
         {
@@ -159,15 +159,15 @@ def _within_memory(
     except Exception as error:  # whatever a version of torch cannot trace must not keep anybody from drawing
         report.warn(f"memory cannot be predicted ({inputs.reason(error)}); drawing as usual.")
         return picture
-    ways = [f"{min(chosen.pictures_at_once or 1, len(prompts))} pictures at once"]
-    ways += ["decoded in tiles"] if chosen.tiled_decoding else []
-    ways += ["the denoiser aside"] if chosen.denoiser_aside else []
-    report.event("memory", f"memory: {', '.join(ways)}, to stay within {budget_gib:.1f} GiB")
+    options = [f"{min(chosen.pictures_at_once or 1, len(prompts))} pictures at once"]
+    options += ["decoded in tiles"] if chosen.tiled_decoding else []
+    options += ["the denoiser offloaded"] if chosen.offload_denoiser else []
+    report.event("memory", f"memory: {', '.join(options)}, to stay within {budget_gib:.1f} GiB")
     return replace(
         picture,
         pictures_at_once=chosen.pictures_at_once,
         is_tiled=chosen.tiled_decoding,
-        is_denoiser_aside=chosen.denoiser_aside,
+        is_denoiser_offloaded=chosen.offload_denoiser,
     )
 
 
@@ -175,7 +175,9 @@ def _memory_advice(picture: PictureSettings, num_prompts: int) -> str:
     """What to change after the device ran out of memory, what costs least first."""
     at_once = min(picture.pictures_at_once or PICTURES_AT_ONCE, num_prompts)
     advice = ["--at-once 1 (same pictures up to rounding)"] if at_once > 1 else []
-    advice += [] if picture.is_denoiser_aside else ["--aside (same pictures, copies to main memory and back)"]
+    advice += (
+        [] if picture.is_denoiser_offloaded else ["--offload-denoiser (same pictures, copies to main memory and back)"]
+    )
     advice += [] if picture.is_tiled else ["--tiled (tones may differ a little between tiles)"]
     advice += ["a smaller --size", "other programs on the device closed"]
     changes = "\n".join(f"  {number}. {text}" for number, text in enumerate(advice, start=1))
@@ -191,8 +193,8 @@ def _loaded(
 ) -> tuple[Family, dict[str, float]]:
     """The base with all adapters, and the strength of each by its name there. Raises ModelError for one that does not
     fit."""
-    dtype, is_aside = devices.dtype_for(config.precision, device), bool(picture.is_denoiser_aside)
-    family = loading.load(config, device=device, dtype=dtype, is_denoiser_aside=is_aside)
+    dtype, is_offloaded = devices.dtype_for(config.precision, device), bool(picture.is_denoiser_offloaded)
+    family = loading.load(config, device=device, dtype=dtype, is_denoiser_offloaded=is_offloaded)
     weights = [_fitted(family, path, layers) for (path, _), layers in zip(adapters, weights, strict=True)]
     pipeline = family.pipeline(picture.sampler)
     to_tensors = storage.FORMATS["diffusers"].to_tensors  # diffusers itself knows fewer namings, and drops kohya's DoRA
@@ -255,7 +257,7 @@ def _alike(weights: AdapterWeights) -> dict[str, AdapterWeights]:
 def _column(family: Family, prompts: Sequence[str], picture: PictureSettings) -> list[Image.Image]:
     """One picture per prompt with the adapters as they are set now."""
     assert picture.size_px is not None, "chosen before"
-    is_aside = bool(picture.is_denoiser_aside)
+    is_offloaded = bool(picture.is_denoiser_offloaded)
     sampling = Sampling(
         *picture.size_px,
         picture.sampler,
@@ -263,9 +265,9 @@ def _column(family: Family, prompts: Sequence[str], picture: PictureSettings) ->
         picture.guidance_scale,
         batch_size=picture.pictures_at_once or PICTURES_AT_ONCE,
         is_tiled=bool(picture.is_tiled),
-        is_denoiser_aside=is_aside,
+        is_denoiser_offloaded=is_offloaded,
     )
-    with denoiser_aside(family, is_wanted=is_aside):
+    with denoiser_offloaded(family, is_wanted=is_offloaded):
         conditioning = [family.encode_prompts([prompt]) for prompt in prompts]
         negative = family.encode_prompts([picture.negative_prompt])
     return list(draw(family, conditioning, negative, sampling, seeds=[picture.seed] * len(prompts)))

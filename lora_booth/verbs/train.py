@@ -88,13 +88,15 @@ def train(
             return _told_finished(run, report)
     config = _resolved(wished, inputs, report, device)
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
+        cuts = prepare.Cuts()
         if accelerator.is_main_process and not run.has_picture(run.sheet_path):
-            run.write_picture(run.sheet_path, prepare.sheet(config, inputs.pictures))
+            run.write_picture(run.sheet_path, prepare.sheet(config, inputs.pictures, cuts))
         dtype = dtype_for(config.model.precision, device)
         family = _load(config, inputs.facts, device, dtype, report)
         listeners: dict[str, Any] = {"report": report, "stop": stop}
         stopwatch.lap("loading")
-        prepared = _prepared(config, family, inputs, run, accelerator, **listeners)
+        prepared = _prepared(config, family, inputs, run, accelerator, cuts=cuts, **listeners)
+        del cuts  # nothing needs pictures any more
         stopwatch.seconds_of["class images"] = prepared.drawing_seconds
         stopwatch.lap("encoding", without="class images")
         family.move_vae("cpu")
@@ -158,8 +160,8 @@ def _accelerator(config: Config, report: Report) -> Accelerator:
 def _load(config: Resolved, facts: BaseFacts, device: torch.device, dtype: torch.dtype, report: Report) -> Family:
     kind = decide.described(config, facts)
     report.event("base", f"base {kind}, in {dtype} on {device}".replace("torch.", ""))
-    is_aside = config.memory.denoiser_aside
-    family = loading.load(config.model, device=device, dtype=dtype, base=facts, is_denoiser_aside=is_aside)
+    is_offloaded = config.memory.offload_denoiser
+    family = loading.load(config.model, device=device, dtype=dtype, base=facts, is_denoiser_offloaded=is_offloaded)
     if config.objective.zero_terminal_snr:
         assert isinstance(family.schedule, Diffusion), "refused before for all others"
         family.schedule = family.schedule.rescaled_to_zero_terminal_snr()
@@ -286,12 +288,13 @@ def _finish(s: session.Session, stopwatch: Stopwatch) -> Summary:
         weights, weight_of = inject.collect(s.adapted), partial(inject.base_weight, s.adapted)
         forms = delivery.forms(s.config.export.formats, weights, weight_of, s.report)
         s.run.require_taken()
-        delivery.write_files(_delivery(s), forms, Silent())  # before the pictures, which may fail
+        made = delivery.bodies(_delivery(s), forms)
+        delivery.write_files(_delivery(s), forms, Silent(), made)  # before the pictures, which may fail
     comparison, cover = _draw_before_and_after(s)
     paths: dict[str, Path] = {}
     if s.accelerator.is_main_process:
         s.run.require_taken()
-        paths = delivery.write_files(_delivery(s, cover), forms, s.report)
+        paths = delivery.write_files(_delivery(s, cover), forms, s.report, made)
         if "kohya" in paths and s.config.model.base != "booth-mini":  # no program but this one draws with the miniature
             delivery.tell_use(paths["kohya"], "kohya", _delivery(s), s.report)
     stopwatch.lap("files and pictures")

@@ -17,6 +17,8 @@ from lora_booth.adapter.weights import AdapterWeights, delta, weight_change
 from lora_booth.errors import ConfigError, DataError, ModelError
 from lora_booth.run.report import Silent
 from lora_booth.verbs import export as verb_export
+from lora_booth.verbs import train
+from tests.conftest import MakeConfig
 from tests.support import adapted
 from tests.support.runs import Recorder
 
@@ -209,3 +211,10 @@ def test_a_file_that_does_not_tell_its_family_needs_a_base(bases: dict[str, Path
         verb_export.export(file=source, out=tmp_path / "a")
     paths = verb_export.export(file=source, out=tmp_path / "b", base=str(bases["sd1"]), formats=("kohya",))
     assert storage.read_metadata(paths["kohya"])["ss_base_model_version"].startswith("sd_v1")
+
+
+def test_a_run_makes_the_bytes_of_its_files_once(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, save = [], storage.save
+    monkeypatch.setattr(storage, "save", lambda tensors: (made.append(len(tensors)), save(tensors))[1])
+    train.train(make_config(preview={"images_per_prompt": 1, "sampler_steps": 1, "prompts": ["a {class}"]}))
+    assert len(made) == 2, "one file for each format, though its header changes when the cover is there"

@@ -104,7 +104,7 @@ def test_what_is_chosen_is_what_the_device_can(
         (CUDA, {"capability": (5, 2)}, {"model": {"quantize": "nf4"}}, "5.2 is below 6.0", 'model.quantize = "none".'),
         (CPU, {}, {"model": {"attention": "xformers"}}, "training", 'set model.attention = "sdpa".'),
         (CPU, {}, {"memory": {"device": "cuda"}}, "no other device than the CPU", '"auto" or "cpu"'),
-        (MPS, {}, {"memory": {"denoiser_aside": True}}, "main memory", "set memory.denoiser_aside = false."),
+        (MPS, {}, {"memory": {"offload_denoiser": True}}, "main memory", "set memory.offload_denoiser = false."),
         (MPS, {}, {"memory": {"device": "cuda"}}, "MPS", '"auto" or "mps"'),
     ],
 )
@@ -127,7 +127,7 @@ def test_dropout_is_fine_where_nothing_is_computed_again(answer: Any) -> None:
 
 def test_nothing_is_moved_to_main_memory_where_that_is_all_there_is(answer: Any) -> None:
     memory = devices.without_moving(config(), MPS).memory
-    assert memory.denoiser_aside is False and memory.offload_activations is False
+    assert memory.offload_denoiser is False and memory.offload_activations is False
     assert all(devices.without_moving(config(), device) == config() for device in (CUDA, XPU, CPU))
 
 

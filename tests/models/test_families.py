@@ -438,7 +438,7 @@ def test_offloading_keeps_the_inputs_of_checkpointed_blocks_elsewhere_and_no_wei
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
-def test_a_base_is_loaded_with_the_denoiser_aside_and_never_beside_the_text_encoders(
+def test_a_base_is_loaded_with_the_denoiser_offloaded_and_never_beside_the_text_encoders(
     quantize: str, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moves, move = [], quantized.move_frozen_
@@ -451,7 +451,7 @@ def test_a_base_is_loaded_with_the_denoiser_aside_and_never_beside_the_text_enco
     for module in (components, families, quantized):
         monkeypatch.setattr(module, "move_frozen_", moved)
     config = ModelConfig(base=str(base.folder), quantize=quantize)
-    family = loading.load(config, device="cpu", dtype=torch.bfloat16, is_denoiser_aside=True)
+    family = loading.load(config, device="cpu", dtype=torch.bfloat16, is_denoiser_offloaded=True)
     encoders = len(family.text_encoders())
     assert moves == [
         ("UNet2DConditionModel", "cpu"),

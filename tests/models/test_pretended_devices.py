@@ -47,7 +47,7 @@ def _own_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "cuda",
             "ends",
             {
-                "memory": {"denoiser_aside": True, "offload_activations": True},
+                "memory": {"offload_denoiser": True, "offload_activations": True},
                 "train": FEW | {"gradient_checkpointing": 0.5},
             },
         ),

@@ -23,7 +23,7 @@ from lora_booth.models.bases.sources import SHIPPED_CONFIGS
 from lora_booth.models.families.components import without_weights
 from lora_booth.models.families.family import Family
 from lora_booth.planning import budget, decide, memory, optimizer_states, tracing
-from lora_booth.planning.budget import Way
+from lora_booth.planning.budget import Option
 from lora_booth.planning.tracing import LiveBytes, fused_attention, held_bytes, tensors_of
 from lora_booth.training.batch import sample_losses
 from lora_booth.training.objective import objective_for
@@ -258,17 +258,17 @@ def _modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.Modules, "of", once)
 
 
-def needs_of(config: Filled, facts: BaseFacts, savings: Sequence[tuple[float, bool]]) -> dict[Way, float]:
-    """GiB of every way of computing a step, in the order in which they are tried."""
+def needs_of(config: Filled, facts: BaseFacts, savings: Sequence[tuple[float, bool]]) -> dict[Option, float]:
+    """GiB of every option of computing a step, in the order in which they are tried."""
     modules = memory.Modules.of(config, facts)
     needs = {}
-    for way in (Way(rows, *saving) for saving in savings for rows in (2, 1)):
-        needs[way] = modules.step(config.with_values(way.changes), None).gib + memory.OUTSIDE_GIB
+    for option in (Option(rows, *saving) for saving in savings for rows in (2, 1)):
+        needs[option] = modules.step(config.with_values(option.changes), None).gib + memory.OUTSIDE_GIB
     return needs
 
 
 @pytest.mark.usefixtures("_modules_once")
-def test_the_fastest_way_that_fits_is_chosen_and_nothing_that_changes_the_result(
+def test_the_fastest_option_that_fits_is_chosen_and_nothing_that_changes_the_result(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget, "SHARES", (0.0, 0.5, 1.0))  # a trace takes a second
@@ -276,16 +276,16 @@ def test_the_fastest_way_that_fits_is_chosen_and_nothing_that_changes_the_result
     config = make_config(data={"resolution": 256, "bucket_step": 32}, optimizer={"name": "adamw"})
     facts = loading.facts(config.model)
     needs = needs_of(config, facts, savings=[(0.0, False), (0.5, False), (1.0, False), (1.0, True)])
-    two = [need for way, need in needs.items() if way.rows == 2]
+    two = [need for option, need in needs.items() if option.rows == 2]
     assert sorted(set(two), reverse=True) == two, "each saves more than the one before"
     assert two[-1] > needs[1, 1, True]
 
-    def chosen(config: Filled, gib: float) -> Way:
+    def chosen(config: Filled, gib: float) -> Option:
         changes = budget.choose(config, facts, gib).changes
-        return Way(*changes["train"].values(), changes["memory"]["offload_activations"])
+        return Option(*changes["train"].values(), changes["memory"]["offload_activations"])
 
     for need in needs.values():
-        fitting = next(way for way, other in needs.items() if other <= need + 1e-9)
+        fitting = next(option for option, other in needs.items() if other <= need + 1e-9)
         assert chosen(config, need + 1e-9) == fitting, "the first in the order of speed"
     assert chosen(config, 0.01) == (1, 1, True)
     assert chosen(config.with_values({"memory": {"offload_activations": False}}), 0.01) == (1, 1, False)
@@ -309,21 +309,21 @@ def test_as_many_pictures_go_together_as_fit_and_tiles_only_where_whole_ones_do_
     modules = memory.Modules.of(config, facts)
 
     def need(at_once: int) -> float:
-        settings = {"pictures_at_once": at_once, "tiled_decoding": False, "denoiser_aside": False}
-        way = config.with_values({"memory": settings})
-        return max(modules.draw_class_images(way, None).gib, modules.draw(way, None).gib) + memory.OUTSIDE_GIB
+        settings = {"pictures_at_once": at_once, "tiled_decoding": False, "offload_denoiser": False}
+        option = config.with_values({"memory": settings})
+        return max(modules.draw_class_images(option, None).gib, modules.draw(option, None).gib) + memory.OUTSIDE_GIB
 
     def chosen(gib: float, config: Filled = config) -> dict[str, Any]:
         changes = budget.choose(config, facts, gib).changes["memory"]
-        return {key: changes[key] for key in ("pictures_at_once", "tiled_decoding", "denoiser_aside")}
+        return {key: changes[key] for key in ("pictures_at_once", "tiled_decoding", "offload_denoiser")}
 
-    whole = {"tiled_decoding": False, "denoiser_aside": False}
+    whole = {"tiled_decoding": False, "offload_denoiser": False}
     assert need(8) > need(4)
     assert chosen(need(8) + 1e-9) == {"pictures_at_once": 8} | whole
     assert chosen(need(8) - 1e-9) == {"pictures_at_once": 4} | whole
-    smallest = {"pictures_at_once": 1, "tiled_decoding": False, "denoiser_aside": True}
+    smallest = {"pictures_at_once": 1, "tiled_decoding": False, "offload_denoiser": True}
     assert chosen(0.01) == smallest, "tiles are no smaller"
-    settings = {"pictures_at_once": 3, "tiled_decoding": True, "denoiser_aside": True}
+    settings = {"pictures_at_once": 3, "tiled_decoding": True, "offload_denoiser": True}
     assert chosen(1000.0, config.with_values({"memory": settings})) == settings
 
 
@@ -332,7 +332,7 @@ def test_other_parts_need_less_without_the_denoiser_beside_them() -> None:
     sections = {"model": {"base": "x", "precision": "bf16"}, "preview": preview, "adapter": {"text_encoder": True}}
     config = config_of(**sections, prior={"num_images": 0, "loss_weight": 0.0})
     modules = memory.Modules.of(config, full_size("sd1"))
-    beside, alone = (config.with_values({"memory": {"denoiser_aside": x}}) for x in (False, True))
+    beside, alone = (config.with_values({"memory": {"offload_denoiser": x}}) for x in (False, True))
     denoiser = held_bytes(p for p in modules.family.denoiser.parameters() if not p.requires_grad)
     reading = modules._encode_prompts(beside), modules._encode_prompts(alone)
     assert sum(reading[0].parts.values()) - sum(reading[1].parts.values()) == denoiser
@@ -350,10 +350,10 @@ def test_other_parts_need_less_without_the_denoiser_beside_them() -> None:
 def test_tiles_are_taken_where_even_alone_the_vae_cannot_decode_a_whole_picture() -> None:
     config = config_of(model={"base": "x", "precision": "bf16", "quantize": "nf4"})
     found = budget.choose(config, full_size("sdxl"), 4.0)
-    assert (found.changes["memory"]["denoiser_aside"], found.changes["memory"]["tiled_decoding"]) == (True, True)
+    assert (found.changes["memory"]["offload_denoiser"], found.changes["memory"]["tiled_decoding"]) == (True, True)
     assert not found.too_large
     found = budget.choose(config, full_size("sdxl"), 5.0)
-    assert (found.changes["memory"]["denoiser_aside"], found.changes["memory"]["tiled_decoding"]) == (True, False)
+    assert (found.changes["memory"]["offload_denoiser"], found.changes["memory"]["tiled_decoding"]) == (True, False)
     found = budget.choose(config.with_values({"model": {"quantize": "none"}}), full_size("sdxl"), 6.0)
     assert not found.changes["memory"]["tiled_decoding"], "the denoiser needs more than the decoder, tiled or not"
 

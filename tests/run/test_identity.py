@@ -186,7 +186,7 @@ def test_a_run_is_continued_to_the_same_bytes_when_only_free_settings_change(aga
     changed = config_of(again).with_values(
         {
             "train": {"save_every_steps": 1, "keep_last": 5, "compile": False},
-            "memory": {"pictures_at_once": 1, "tiled_decoding": True, "denoiser_aside": True},
+            "memory": {"pictures_at_once": 1, "tiled_decoding": True, "offload_denoiser": True},
             "run": {"cache": again / "another cache"},
             "subject": {"images": shutil.move(again / "pictures", again / "moved")},
             "export": {"name": "other", "dtype": "fp32", "author": "me", "license": "MIT", "formats": ("kohya",)},

@@ -48,7 +48,7 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "memory.pictures_at_once": (1, 2, 8),
     "memory.tiled_decoding": (True, False),
     "memory.offload_activations": (False,),
-    "memory.denoiser_aside": (False,),
+    "memory.offload_denoiser": (False,),
     "export.formats": (("kohya",), ("diffusers",)),
     "export.dtype": ("fp32", "bf16"),
     "export.name": ("other",),

@@ -133,7 +133,7 @@ def test_a_full_size_run_takes_the_memory_that_was_predicted(saving: tuple[float
 def test_the_denoiser_comes_back_to_the_card_as_it_was(quantize: str, make_config: MakeConfig) -> None:
     adapters, model = [], {"quantize": quantize, "precision": "bf16"}
     for is_alone in (False, True):
-        memory_of_run = {"denoiser_aside": is_alone, "pictures_at_once": 2}
+        memory_of_run = {"offload_denoiser": is_alone, "pictures_at_once": 2}
         preview = {"images_per_prompt": 1, "every_steps": 1}
         adapters.append(trained(make_config(name=str(is_alone), model=model, memory=memory_of_run, preview=preview)))
     assert_near(*adapters, 1e-2)

@@ -13,15 +13,19 @@ import torch
 from PIL import Image
 
 from lora_booth.config.settings import ModelConfig, PriorConfig
+from lora_booth.data import images as user_images
 from lora_booth.data import subject
 from lora_booth.data.buckets import Bucket
+from lora_booth.data.subject import crops_of, find_pictures
 from lora_booth.errors import Interrupted
 from lora_booth.models import loading
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.models.sampling import Sampling, sample
+from lora_booth.planning import decide
 from lora_booth.run.interrupts import StopRequest
 from lora_booth.run.report import Silent
 from lora_booth.training import class_images, prepare
+from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 from tests.support.runs import Recorder
 
@@ -83,7 +87,7 @@ def test_an_interrupted_drawing_goes_on_where_it_was_and_gives_the_same_bytes(
     assert [i.path.read_bytes() for i in straight] == [i.path.read_bytes() for i in interrupted]
     assert all(torch.equal(a.latents(), b.latents()) for a, b in zip(straight, interrupted, strict=True))
     assert len({image.path.read_bytes() for image in straight}) == 8
-    assert max(rows) == 2 * 2, "the fifth is drawn in the company that it had, with both halves of guidance in a pass"
+    assert max(rows) == 2 * 2, "the fifth is drawn in the batch that it had, with both halves of guidance in a pass"
 
 
 def test_a_stop_is_heeded_between_two_steps_of_the_solver(
@@ -132,7 +136,7 @@ def test_what_is_trained_on_are_the_latents_that_the_solver_left(make_config: Ma
 def test_the_denoiser_is_away_while_prompts_are_encoded_and_the_vae_works_and_back_afterwards(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(run={"cache": tmp_path / "cache"}, memory={"denoiser_aside": True, "pictures_at_once": 2})
+    config = make_config(run={"cache": tmp_path / "cache"}, memory={"offload_denoiser": True, "pictures_at_once": 2})
     family = loading.load(config.model, device="cpu", dtype=torch.float32)
     happened: list[str] = []
     encode, decode, read = family.encode_images, family.decode_latents, family.encode_prompts
@@ -271,3 +275,27 @@ def test_a_run_stays_with_the_company_that_it_drew_class_images_in(
     family = loading.load(config.model, device="cpu", dtype=torch.float32)
     with pytest.raises(torch.OutOfMemoryError):  # other pictures than the run began with would be another run
         prepare.prepare(config, family, pictures, report=Silent(), stop=StopRequest(), together=4)
+
+
+def test_a_picture_is_decoded_once_for_the_sheet_and_the_latents(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    read, decoded = user_images.read, []
+    monkeypatch.setattr(user_images, "read", lambda path, **given: (decoded.append(path.name), read(path, **given))[1])
+    train.train(make_config(data={"flip": True}, prior={"loss_weight": 0.0}, run={"cache": tmp_path / "cache"}))
+    assert len(decoded) == len(set(decoded)) == 5
+
+
+def test_pictures_that_do_not_fit_into_memory_together_are_decoded_again(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, decoded = user_images.read, []
+    monkeypatch.setattr(user_images, "read", lambda path, **given: (decoded.append(path.name), read(path, **given))[1])
+    config = make_config(prior={"loss_weight": 0.0})
+    pictures = find_pictures(config, Silent())
+    first, second = pictures.instances.pictures[:2]
+    crops = crops_of(decide.filled(config, decide.look(config, Silent())), [first, second])
+    cuts = prepare.Cuts(max_bytes=crops[0].bucket.width_px * crops[0].bucket.height_px * 3)
+    for picture, crop in zip((first, second) * 2, crops * 2, strict=True):
+        assert cuts.of(picture, crop).shape == (crop.bucket.height_px, crop.bucket.width_px, 3)
+    assert [decoded.count(picture.path.name) for picture in (first, second)] == [1, 2]

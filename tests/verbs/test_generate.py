@@ -155,7 +155,7 @@ def test_how_pictures_are_kept_in_memory_changes_them_by_rounding_alone(bases: d
     file = adapter_file(tmp_path / "a.safetensors", 0, scale=4.0)
     ways = {
         "plain": {},
-        "small": {"pictures_at_once": 1, "is_tiled": True, "is_denoiser_aside": True},
+        "small": {"pictures_at_once": 1, "is_tiled": True, "is_denoiser_offloaded": True},
         "budget": {"budget_gib": 0.801},
         "large": {"budget_gib": 100.0},
     }
@@ -175,7 +175,7 @@ def test_how_pictures_are_kept_in_memory_changes_them_by_rounding_alone(bases: d
         assert all(abs(a - b).max() <= 1 for a, b in zip(drawn["plain"], drawn[name], strict=True)), name
     chosen = [text for kind, text in recorder.events if kind == "memory"]
     assert "2 pictures at once, to stay within 100.0 GiB" in chosen[-1]
-    assert "1 pictures at once" in chosen[0] and "the denoiser aside" in chosen[0]
+    assert "1 pictures at once" in chosen[0] and "the denoiser offloaded" in chosen[0]
 
 
 def test_what_cannot_be_drawn_is_left_out_by_name(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -203,10 +203,12 @@ class FullDevice(OutOfMemory):
 
 def test_a_lack_of_memory_names_the_options_that_are_left(bases: dict[str, Path], tmp_path: Path) -> None:
     told = {}
-    for memory, prompts in (({}, ["x", "y"]), ({"is_tiled": True, "is_denoiser_aside": True}, ["x"])):
+    for memory, prompts in (({}, ["x", "y"]), ({"is_tiled": True, "is_denoiser_offloaded": True}, ["x"])):
         picture = replace(PICTURE, **memory)
         with pytest.raises(DeviceMemoryError) as caught, FullDevice(3000):
             generate.generate(base=str(bases["sd1"]), prompts=prompts, picture=picture, folder=tmp_path / "out")
         told[len(prompts)] = str(caught.value)
-    assert all(option in told[2] for option in ("1. --at-once 1", "2. --aside", "3. --tiled", "4. a smaller --size"))
+    assert all(
+        option in told[2] for option in ("1. --at-once 1", "2. --offload-denoiser", "3. --tiled", "4. a smaller --size")
+    )
     assert "--" not in told[1].replace("--size", "") and not (tmp_path / "out").exists()

@@ -180,7 +180,7 @@ def test_what_waits_in_main_memory_comes_back_as_it_was(
             "sdxl",
             name=str(waits),
             train={"gradient_checkpointing": 1.0},
-            memory={"offload_activations": waits, "denoiser_aside": waits},
+            memory={"offload_activations": waits, "offload_denoiser": waits},
             preview={"images_per_prompt": 1, "every_steps": 2},
             run={"cache": tmp_path / str(waits)},
         )

@@ -11,7 +11,7 @@ Every value is text. Never written: absolute paths (a path is cut to its last pa
 | ss_network_module, ss_network_dim, ss_network_alpha | A1111's table, kohya's resize and merge |
 | ss_output_name | A1111, Forge: the name in `<lora:name:1>` |
 | ss_tag_frequency, ss_dataset_dirs, ss_training_* and the rest of ss_* | A1111's and Forge's details dialog |
-| sshs_model_hash, modelspec.hash_sha256 | A1111, Forge: "Lora hashes" in picture infos (added by `with_hashes`) |
+| sshs_model_hash, modelspec.hash_sha256 | A1111, Forge: "Lora hashes" in picture infos (added by `with_metadata`) |
 | lora_booth.config.settings, lora_booth.run.identity, lora_booth.run.versions | lora_booth |
 
 Sources: Stability-AI/ModelSpec README; sd-scripts train_network.py and library/train_util.py (field names and formats).
@@ -27,9 +27,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
-
-from safetensors.torch import save
-from torch import Tensor
 
 from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config.config import Config
@@ -75,7 +72,7 @@ class Facts:
 
 
 def metadata(facts: Facts) -> dict[str, str]:
-    """The header of the adapter file, without what its tensors tell: `network_fields` and `with_hashes` add that."""
+    """The header of the adapter file, without what its tensors tell: `network_fields` and `with_metadata` add that."""
     fields = base_fields(facts.family, facts.prediction_type, facts.config.name)
     return fields | _modelspec(facts) | _kohya_base(facts) | _kohya_training(facts) | _own(facts)
 
@@ -127,23 +124,18 @@ def carried(fields: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in fields.items() if name not in STALE_FIELDS}
 
 
-def with_hashes(fields: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """`fields` plus the SHA-256 of the file's data section, which does not depend on the header."""
-    serialised = save(dict(tensors))
-    data = serialised[8 + int.from_bytes(serialised[:8], "little") :]
-    digest = hashlib.sha256(data).hexdigest()
-    return {**fields, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+def with_metadata(body: bytes, fields: Mapping[str, str]) -> bytes:
+    """A safetensors file's bytes with `fields` as its metadata, by name, and the SHA-256 of its data among them.
 
-
-def in_order(content: bytes) -> bytes:
-    """A safetensors file's bytes with the fields of its header by name: the library writes them in another order each
-    time."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    fields = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items()))}
-    text = json.dumps(fields | header, separators=(",", ":"), ensure_ascii=False).encode()
+    The library writes fields in another order each time. The data, and so the hash, do not depend on them.
+    """
+    end = 8 + int.from_bytes(body[:8], "little")
+    digest = hashlib.sha256(body[end:]).hexdigest()
+    fields = {**fields, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+    header = {"__metadata__": dict(sorted(fields.items())), **json.loads(body[8:end])}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the data are aligned to 8 bytes, as the library has them
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    return len(text).to_bytes(8, "little") + text + body[end:]
 
 
 def trigger_words(config: Config) -> str:

@@ -22,10 +22,9 @@ from lora_booth.adapter.files.metadata import (
     MAX_HEADER_BYTES,
     SCALES_FIELD,
     Facts,
-    in_order,
     metadata,
     trigger_words,
-    with_hashes,
+    with_metadata,
 )
 from lora_booth.adapter.files.reading import LEAVABLE, gather, kept, require_no_stranger, strictly
 from lora_booth.adapter.weights import VECTORS, AdapterWeights, AnyWeights, Dense, LowRank, nonfinite
@@ -74,16 +73,18 @@ class Format:
         Raises ModelError when the format cannot hold the adapter, NumericError when the adapter is not finite,
         DiskError when the file cannot be written.
         """
-        disk.write_bytes(path, self.content(path.name, weights, family, dtype, metadata))
+        disk.write_bytes(path, self.content(path.name, self.body(path.name, weights, family, dtype), metadata))
 
-    def content(
-        self, name: str, weights: AdapterWeights, family: str, dtype: torch.dtype, metadata: Mapping[str, str]
-    ) -> bytes:
-        """What `write` writes into a file of that `name`. Raises as it does, but no DiskError."""
+    def body(self, name: str, weights: AdapterWeights, family: str, dtype: torch.dtype) -> bytes:
+        """What `write` writes into a file of that `name`, without metadata. Raises as it does, but no DiskError."""
         tensors = self.to_tensors(weights, family, dtype)
         if not tensors:
             raise ModelError(f"{name} would be empty: the adapter has no layers.")
-        content = in_order(save(tensors, with_hashes({**metadata, **self.fields}, tensors)))
+        return save(tensors)
+
+    def content(self, name: str, body: bytes, metadata: Mapping[str, str]) -> bytes:
+        """`body` with `metadata` and hashes in its header. Raises ModelError when that is too long for programs."""
+        content = with_metadata(body, {**metadata, **self.fields})
         header = int.from_bytes(content[:8], "little")
         if header > MAX_HEADER_BYTES:
             raise ModelError(

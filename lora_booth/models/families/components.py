@@ -64,7 +64,7 @@ class Wanted:
     needs_text_encoders: bool = True
     quantization: Quantization | None = None
     """Of the denoiser and the text encoders."""
-    is_denoiser_aside: bool = False
+    is_denoiser_offloaded: bool = False
     """Whether the denoiser is left in main memory."""
 
 
@@ -81,7 +81,7 @@ def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
             module.requires_grad_(False)
             if wanted.quantization is not None and name != "vae":
                 quantize_(module, wanted.quantization, wanted.device)
-            if name == row.denoiser and wanted.is_denoiser_aside:
+            if name == row.denoiser and wanted.is_denoiser_offloaded:
                 move_frozen_(module.eval(), "cpu")
             else:
                 module.eval().to(wanted.device)
