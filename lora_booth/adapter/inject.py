@@ -107,18 +107,6 @@ def num_parameters(parameters: Mapping[str, Sequence[nn.Parameter]]) -> int:
     return sum(p.numel() for group in parameters.values() for p in group)
 
 
-def set_adapter_scale_(modules: Mapping[str, nn.Module], scale: float) -> None:
-    """Multiply every layer's update by the strength `scale`, replacing an earlier strength. 0 is the base, bit for bit.
-
-    For a DoRA layer a strength between 0 and 1 scales the low-rank part and keeps the magnitudes, as diffusers does.
-    """
-    if not math.isfinite(scale):
-        raise ConfigError(f"The strength of an adapter is {scale}; use a finite number, usually 0 to 1.")
-    for layer in _all_layers(modules):
-        layer.set_scale(ADAPTER, scale)
-        _enable_(layer, scale != 0)
-
-
 @contextmanager
 def disabled(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside the block the modules compute the base's output; afterwards each layer is as it was, strength included."""

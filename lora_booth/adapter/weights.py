@@ -163,15 +163,6 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if shape[2:] and set(shape[2:]) == {1} else shape
 
 
-def merged_weight(weight: Tensor, update: LowRank | Dense, strength: float = 1.0) -> Tensor:
-    """The layer's weight with the update in it, float32, in the weight's shape: W + strength * change.
-
-    Strength moves a DoRA layer in a straight line from W to W', as in ComfyUI; PEFT scales delta inside the norm, which
-    agrees at strength 1 only. Raises ModelError when the shapes differ.
-    """
-    return weight.float() + strength * weight_change(weight, update)
-
-
 def weight_shape(update: LowRank | Dense) -> tuple[int, ...]:
     """The shape of the update, which is that of the layer's weight up to the two ones of a 1x1 convolution."""
     if isinstance(update, LowRank):

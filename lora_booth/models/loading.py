@@ -39,7 +39,6 @@ def load(
     dtype: torch.dtype,
     base: identify.BaseFacts | None = None,
     needs_vae: bool = True,
-    needs_text_encoders: bool = True,
     is_denoiser_offloaded: bool = False,
 ) -> Family:
     """The base of `config`, frozen, on `device`: VAE in float32, the rest in `dtype`. `base`: its facts, if known: a
@@ -55,13 +54,12 @@ def load(
 
     base = base or facts(config)
     quantization = None if config.quantize == "none" else config.quantize
-    parts = (needs_vae, needs_text_encoders)
-    wanted = Wanted(torch.device(device), dtype, *parts, quantization, is_denoiser_offloaded)
+    wanted = Wanted(torch.device(device), dtype, needs_vae, quantization, is_denoiser_offloaded)
     family = around(base, load_components(base, wanted))
     family.fingerprint = sources.fingerprint(base.path)
     if quantization is not None:
         family.fingerprint += f" in {quantization}"  # its embeddings and pictures are not those of the plain base
-    if needs_vae and needs_text_encoders:
+    if needs_vae:
         with readable(base.path):
             _require_finite_sample(family, base, is_denoiser_offloaded=is_denoiser_offloaded)
     return family

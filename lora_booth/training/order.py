@@ -74,13 +74,6 @@ class Order:
             rows += [Row(self._class(draw), count + i, weight) for i, draw in enumerate(draws)]
         return tuple(rows)
 
-    def exposures(self, steps: int) -> dict[str, int]:
-        """How often each instance image is seen in `steps` steps, by name."""
-        counts = dict.fromkeys((item.name for item in self.instances), 0)
-        for draw in range(steps * self.images_per_step):
-            counts[self._instance(draw).name] += 1
-        return counts
-
     def _instance(self, draw: int) -> Item:
         epoch, place = divmod(draw, len(self.instances))
         return self.instances[_shuffled(self.seed, "instance", epoch, len(self.instances))[place]]

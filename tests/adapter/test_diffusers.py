@@ -14,7 +14,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from lora_booth.adapter import inject
-from lora_booth.adapter.files import diffusers, reading, storage
+from lora_booth.adapter.files import diffusers, storage
 from lora_booth.adapter.weights import AdapterWeights, LowRank, delta
 from lora_booth.config.settings import AdapterConfig
 from lora_booth.errors import ModelError
@@ -97,7 +97,7 @@ def test_keys_say_unet_and_text_model_and_ranks_are_made_equal() -> None:
     assert set(tensors) == {f"{start}.{leaf}_proj.lora_{ab}.weight" for leaf in "qk" for ab in "AB"}
     assert {tensor.shape for key, tensor in tensors.items() if "lora_A" in key} == {(3, 4)}
     assert tensors[f"{start}.q_proj.lora_B.weight"].tolist() == [[0.5, 0.5, 0.0]] * 4
-    back = reading.from_tensors(tensors)["text_encoder"]
+    back = adapted.from_tensors(tensors)["text_encoder"]
     assert {path: low_rank.rank for path, low_rank in back.items()} == {path: w.rank for path, w in layers.items()}
     assert all(torch.equal(delta(back[path]), delta(layers[path])) for path in layers)
 
@@ -113,7 +113,7 @@ def test_magnitudes_have_pefts_shapes_and_the_names_each_loader_takes() -> None:
         "unet.b.lora_magnitude_vector": (1, 5, 1, 1),
         "text_encoder.text_model.c.lora_magnitude_vector.weight": (5,),
     }
-    back = reading.from_tensors(tensors)
+    back = adapted.from_tensors(tensors)
     assert all(back[c][p].magnitude.tolist() == [0, 1, 2, 3, 4] for c, p in (("unet", "a"), ("unet", "b"),
                                                                             ("text_encoder", "c")))  # fmt: skip
 
@@ -146,7 +146,7 @@ def header(**fields: Any) -> dict[str, str]:
 
 def test_alpha_patterns_are_whole_names_or_ends_of_names_and_never_run_as_regex() -> None:
     def scale(**fields: Any) -> float:
-        return reading.from_tensors(PAIR, header(**fields))["unet"]["mid_block.x"].scale
+        return adapted.from_tensors(PAIR, header(**fields))["unet"]["mid_block.x"].scale
 
     assert scale(r=2, lora_alpha=8) == 4.0
     assert scale(r=2, lora_alpha=8, alpha_pattern={"mid_block.x": 3}) == 1.5
@@ -159,8 +159,8 @@ def test_alpha_patterns_are_whole_names_or_ends_of_names_and_never_run_as_regex(
     with pytest.raises(ModelError, match="gives no alpha"):
         scale(r=2)
     with pytest.raises(ModelError, match="cannot be read"):
-        reading.from_tensors(PAIR, {"lora_adapter_metadata": "["})
-    assert reading.from_tensors(PAIR, header())["unet"]["mid_block.x"].scale == 1.0
+        adapted.from_tensors(PAIR, {"lora_adapter_metadata": "["})
+    assert adapted.from_tensors(PAIR, header())["unet"]["mid_block.x"].scale == 1.0
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_alpha_patterns_are_whole_names_or_ends_of_names_and_never_run_as_regex(
 )
 def test_files_of_another_kind_are_refused(extra: dict[str, tuple[int, ...]], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        reading.from_tensors(PAIR | {key: torch.ones(shape) for key, shape in extra.items()})
+        adapted.from_tensors(PAIR | {key: torch.ones(shape) for key, shape in extra.items()})
 
 
 def test_the_file_needs_no_metadata_for_its_strength(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_booth.adapter.files import reading, storage
-from lora_booth.adapter.files.keys import leaf_of
+from lora_booth.adapter.files import storage
+from lora_booth.adapter.files.keys import parse
 from lora_booth.adapter.files.kinds import MAX_LAYER_NUMBERS, update_of
-from lora_booth.adapter.weights import Dense, LowRank, delta, merged_weight, weight_shape
+from lora_booth.adapter.weights import Dense, LowRank, delta, weight_shape
 from lora_booth.errors import ModelError
+from tests.support import adapted
 
 GENERATOR = torch.Generator().manual_seed(0)
 LAYER = "lora_unet_mid_block_attentions_0_proj_in"
@@ -78,7 +79,7 @@ def test_lokr_of_a_convolution_fits_its_weight_whole_or_flattened() -> None:
     whole = update_of("x", {"lokr_w1": first, "lokr_w2": second})
     flat = update_of("x", {"lokr_w1": first, "lokr_w2_a": torch.eye(3), "lokr_w2_b": second.flatten(1)})
     weight = numbers(6, 8, 3, 3)
-    assert torch.allclose(merged_weight(weight, whole), merged_weight(weight, flat), atol=1e-6)
+    assert torch.allclose(adapted.merged_weight(weight, whole), adapted.merged_weight(weight, flat), atol=1e-6)
     assert delta(whole)[1 * 3 + 2, 1 * 4 + 3, 0, 1] == pytest.approx(entry(first, 1, 1) * entry(second, 2, 3, 0, 1))
 
 
@@ -118,7 +119,7 @@ def test_dora_in_kohya_naming_is_read_with_its_magnitudes() -> None:
     leaves = {"lora_down": numbers(2, 4), "lora_up": numbers(3, 2), "dora_scale": torch.tensor([[1.0], [2.0], [3.0]])}
     update = update_of("x", leaves)
     assert isinstance(update, LowRank)
-    rows = merged_weight(numbers(3, 4), update).norm(dim=1)
+    rows = adapted.merged_weight(numbers(3, 4), update).norm(dim=1)
     assert rows.tolist() == pytest.approx([1.0, 2.0, 3.0], abs=1e-5)
 
 
@@ -182,7 +183,7 @@ def test_dora_of_every_kind_runs_along_the_axis_that_its_shape_says(kind: str, l
     update = update_of("unet.x", leaves | {"dora_scale": stored, "alpha": torch.tensor(3.0)})  # scale 1.5
     weight = numbers(*shape)
     expected = decomposed(weight, 1.5 * change, magnitude, over_inputs=over_inputs)
-    assert torch.allclose(merged_weight(weight, update), expected, atol=1e-5)
+    assert torch.allclose(adapted.merged_weight(weight, update), expected, atol=1e-5)
     assert update.over_inputs == over_inputs and torch.allclose(delta(update).reshape(shape), 1.5 * change, atol=1e-5)
 
 
@@ -191,7 +192,7 @@ def test_pefts_magnitudes_run_along_the_outputs_in_whatever_shape() -> None:
     magnitude, weight = [1.0, 2.0, 3.0, 4.0], numbers(4, 4, 3, 3)
     update = update_of("unet.x", leaves | {"magnitude": torch.tensor(magnitude).reshape(1, 4, 1, 1)})
     expected = decomposed(weight, change, magnitude, over_inputs=False)
-    assert torch.allclose(merged_weight(weight, update), expected, atol=1e-5)
+    assert torch.allclose(adapted.merged_weight(weight, update), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("layer", "side"), [("conv1", 3), ("conv_shortcut", 1)])
@@ -207,7 +208,7 @@ def test_a_convolution_that_is_stored_flat_is_one_again(kind: str, layer: str, s
 
 def test_a_row_that_the_update_makes_zero_stays_zero_in_dora() -> None:
     update = LowRank(torch.eye(2), -torch.eye(2), 1.0, torch.ones(2))
-    assert torch.equal(merged_weight(torch.eye(2), update), torch.zeros(2, 2))
+    assert torch.equal(adapted.merged_weight(torch.eye(2), update), torch.zeros(2, 2))
 
 
 def test_a_flat_dora_scale_is_read_only_where_something_tells_its_axis() -> None:
@@ -220,7 +221,7 @@ def test_a_flat_dora_scale_is_read_only_where_something_tells_its_axis() -> None
         return tensors
 
     def axes(tensors: dict[str, Tensor]) -> list[bool]:
-        return [update.over_inputs for update in reading.from_tensors(tensors)["unet"].values()]
+        return [update.over_inputs for update in adapted.from_tensors(tensors)["unet"].values()]
 
     assert axes(file((4, 6), count=4)) == [False] and axes(file((6, 4), count=4)) == [True]
     assert axes(file((4, 4), (4, 6), count=4)) == [False, False], "the second layer tells"
@@ -249,22 +250,22 @@ def test_lokr_with_a_tucker_core_is_the_kronecker_product_with_the_core_multipli
 ])  # fmt: skip
 def test_changes_of_norms_and_biases_are_themselves(leaf: str, layer: str, kind: str, path: str) -> None:
     change = numbers(8)
-    weights = reading.from_tensors({f"lora_unet_mid_block_{layer}.{leaf}": change})
+    weights = adapted.from_tensors({f"lora_unet_mid_block_{layer}.{leaf}": change})
     assert list(weights["unet"]) == [f"mid_block.{path}"]
     update = weights["unet"][f"mid_block.{path}"]
-    assert update.kind == kind and torch.equal(merged_weight(torch.zeros(8), update, 0.5), 0.5 * change)  # type: ignore[union-attr]
+    assert update.kind == kind and torch.equal(adapted.merged_weight(torch.zeros(8), update, 0.5), 0.5 * change)  # type: ignore[union-attr]
 
 
 def test_a_layer_has_a_low_rank_update_and_one_of_its_bias(tmp_path: Path) -> None:
     tensors = {f"{LAYER}.lora_down.weight": numbers(2, 4), f"{LAYER}.lora_up.weight": numbers(5, 2)}
-    found = reading.from_tensors(tensors | {f"{LAYER}.diff_b": torch.ones(5)})["unet"]
+    found = adapted.from_tensors(tensors | {f"{LAYER}.diff_b": torch.ones(5)})["unet"]
     assert isinstance(found[PATH], LowRank) and torch.equal(delta(found[f"{PATH}.bias"]), torch.ones(5))
 
 
 def test_strength_moves_a_dora_layer_in_a_straight_line() -> None:
     weight = numbers(3, 4)
     update = LowRank(numbers(2, 4), numbers(3, 2), 1.0, torch.tensor([1.0, 2.0, 3.0]))
-    at = {strength: merged_weight(weight, update, strength) for strength in (0.0, 0.5, 1.0)}
+    at = {strength: adapted.merged_weight(weight, update, strength) for strength in (0.0, 0.5, 1.0)}
     assert torch.equal(at[0.0], weight)
     assert torch.allclose(at[0.5], (at[0.0] + at[1.0]) / 2, atol=1e-6)
 
@@ -337,8 +338,10 @@ def test_a_small_file_cannot_ask_for_a_giant_layer(shapes: dict[str, tuple[int, 
 
 
 def test_leaves_of_unknown_kinds_have_no_word() -> None:
-    assert leaf_of("lora_down.weight") == leaf_of("lora_A.weight") == leaf_of("lora_A") == "lora_down"
-    assert leaf_of("oft_diag") is None and leaf_of("bundle_emb") is None
+    layer = "unet.mid_block.attentions.0.proj_in"
+    found = [parse(f"{layer}.{leaf}") for leaf in ("lora_down.weight", "lora_A.weight", "lora_A")]
+    assert [key and key.leaf for key in found] == ["lora_down"] * 3
+    assert parse(f"{layer}.bundle_emb") is None
 
 
 def test_files_of_the_field_are_read_whatever_their_naming(tmp_path: Path) -> None:

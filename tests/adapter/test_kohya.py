@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_booth.adapter import inject
-from lora_booth.adapter.files import kohya, reading, storage
+from lora_booth.adapter.files import kohya, storage
 from lora_booth.adapter.weights import AdapterWeights, LowRank, delta
 from lora_booth.errors import ModelError, NumericError
 from tests.support import adapted
@@ -82,7 +82,7 @@ def test_every_layer_of_the_real_unets_has_its_own_name_and_comes_back(family: s
     else:
         assert names == ["lora_unet_" + module.replace(".", "_") for module in modules]
     tiny = {f"{name}.lora_{leaf}.weight": torch.ones(1, 1) for name in names for leaf in ("down", "up")}
-    assert list(reading.from_tensors(tiny)["unet"]) == modules
+    assert list(adapted.from_tensors(tiny)["unet"]) == modules
 
 
 def test_sdxl_attention_modules_sit_where_the_original_code_has_them() -> None:
@@ -220,7 +220,7 @@ def test_rank_1_is_written_as_rank_2_with_double_alpha_and_read_as_rank_1() -> N
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     assert tensors[f"{name}.lora_down.weight"].shape == (2, 4)
     assert tensors[f"{name}.alpha"] == 1.0
-    back = reading.from_tensors(tensors)["unet"].popitem()[1]
+    back = adapted.from_tensors(tensors)["unet"].popitem()[1]
     assert (back.rank, back.scale) == (1, 0.5)
 
 
@@ -238,7 +238,7 @@ def test_what_is_written_is_read_back(dtype: torch.dtype) -> None:
         "text_encoder": {"encoder.layers.0.self_attn.q_proj": layer(rank=4, scale=math.sqrt(2))},
         "text_encoder_2": {"encoder.layers.0.self_attn.q_proj": layer(rank=4, scale=1.0)},
     }
-    back = reading.from_tensors(kohya.to_tensors(weights, "sdxl", dtype))
+    back = adapted.from_tensors(kohya.to_tensors(weights, "sdxl", dtype))
     for component, layers in weights.items():
         assert back[component].keys() == layers.keys()
         for path, low_rank in layers.items():
@@ -333,7 +333,7 @@ def test_foreign_kohya_files_are_read_whichever_naming_and_without_alpha() -> No
 
     def read(name: str, **extra: Tensor) -> AdapterWeights:
         leaves = pair | extra
-        return reading.from_tensors({f"{name}.{leaf}": tensor for leaf, tensor in leaves.items()})
+        return adapted.from_tensors({f"{name}.{leaf}": tensor for leaf, tensor in leaves.items()})
 
     path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     for name in (path.replace(".", "_"), "input_blocks_4_1_transformer_blocks_0_attn1_to_q"):
@@ -367,4 +367,4 @@ def test_foreign_kohya_files_are_read_whichever_naming_and_without_alpha() -> No
 )  # fmt: skip
 def test_files_that_are_no_plain_lora_are_refused(tensors: dict[str, tuple[int, ...]], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        reading.from_tensors({key: torch.ones(shape) for key, shape in tensors.items()})
+        adapted.from_tensors({key: torch.ones(shape) for key, shape in tensors.items()})

@@ -149,11 +149,10 @@ def test_of_a_header_only_what_holds_of_other_tensors_is_carried() -> None:
 
 def test_optional_facts_are_written_when_they_are_known() -> None:
     fields = metadata(facts())
-    assert not {"modelspec.author", "modelspec.license", "ss_new_sd_model_hash"} & fields.keys()
+    assert not {"modelspec.author", "modelspec.license"} & fields.keys()
     known = config(export={"author": "Alice", "license": "CC0"}, adapter={"text_encoder": True})
-    fields = metadata(facts(config=known, base_sha256="ab" * 32, buckets={}))
+    fields = metadata(facts(config=known, buckets={}))
     assert (fields["modelspec.author"], fields["modelspec.license"]) == ("Alice", "CC0")
-    assert fields["ss_new_sd_model_hash"] == "ab" * 32
     assert fields["ss_text_encoder_lr"] == "1e-05"
     assert "ss_bucket_info" not in fields
 

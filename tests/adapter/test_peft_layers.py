@@ -159,9 +159,9 @@ def test_strength_0_and_disabled_are_the_base_bit_for_bit(dtype: torch.dtype) ->
         assert not torch.equal(full, base)
         with inject.disabled(modules):
             assert torch.equal(forward(unet), base)
-        inject.set_adapter_scale_(modules, 0.0)
+        adapted.set_adapter_scale_(modules, 0.0)
         assert torch.equal(forward(unet), base)
-        inject.set_adapter_scale_(modules, 1.0)
+        adapted.set_adapter_scale_(modules, 1.0)
         assert torch.equal(forward(unet), full)
 
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_booth.adapter.files import reading, storage, strangers
-from lora_booth.adapter.weights import delta, merged_weight
+from lora_booth.adapter.files import storage, strangers
+from lora_booth.adapter.weights import delta
 from lora_booth.errors import ConfigError, LoraBoothError, ModelError
 from lora_booth.verbs import export as verb_export
 from lora_booth.verbs import merge, resize
 from lora_booth.verbs.inspect import inspect
-from tests.support import tiny
+from tests.support import adapted, tiny
 from tests.support.runs import Recorder
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -64,7 +64,7 @@ def test_comfyuis_and_bare_names_are_read_as_the_layers_they_are(spelling: str, 
     assert list(weights) == ["unet"] and list(weights["unet"]) == [TO_K]
     scale = 2.0 if spelling == "generic with alpha" else 1.0
     weight = numbers(16, 32)
-    assert torch.allclose(merged_weight(weight, weights["unet"][TO_K]), weight + scale * up @ down, atol=1e-5)
+    assert torch.allclose(adapted.merged_weight(weight, weights["unet"][TO_K]), weight + scale * up @ down, atol=1e-5)
 
 
 @pytest.mark.parametrize(("start", "component"), [
@@ -73,7 +73,7 @@ def test_comfyuis_and_bare_names_are_read_as_the_layers_they_are(spelling: str, 
     ("text_encoders.clip_g.transformer.text_model", "text_encoder_2"),
 ])  # fmt: skip
 def test_comfyuis_names_of_text_encoders_are_read(start: str, component: str) -> None:
-    weights = reading.from_tensors(pair(f"{start}.{TEXT}"))
+    weights = adapted.from_tensors(pair(f"{start}.{TEXT}"))
     assert {name: list(layers) for name, layers in weights.items()} == {component: [TEXT]}
 
 
@@ -89,7 +89,7 @@ def test_the_projection_of_the_second_encoder_is_a_layer_and_written_where_progr
 def test_a_layer_in_two_spellings_is_refused() -> None:
     halves = {f"{NAME}.lora_down.weight": numbers(2, 32), f"unet.{TO_K}.lora_B.weight": numbers(16, 2)}
     with pytest.raises(ModelError, match="twice, under two names"):
-        reading.from_tensors(halves)
+        adapted.from_tensors(halves)
 
 
 def glora(count: int) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ An adapter straight from injection has B = 0, which any loader passes; `randomis
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from lora_booth.adapter import inject
-from lora_booth.adapter.files import storage
-from lora_booth.adapter.weights import AdapterWeights, LowRank
+from lora_booth.adapter.files import reading, storage
+from lora_booth.adapter.files.diffusers import scale_from
+from lora_booth.adapter.weights import AdapterWeights, AnyWeights, Dense, LowRank, weight_change
 from lora_booth.config.settings import AdapterConfig
+from lora_booth.errors import ConfigError
 
 PIPELINES = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 MIXED = {
@@ -126,3 +130,32 @@ def adapter_file(path: Path, seed: int, scale: float = 1.0) -> Path:
     }
     storage.FORMATS["kohya"].write(path, {"unet": layers}, "sd1", torch.float32, {})
     return path
+
+
+def merged_weight(weight: Tensor, update: LowRank | Dense, strength: float = 1.0) -> Tensor:
+    """The layer's weight with the update in it, float32, in the weight's shape: W + strength * change.
+
+    Strength moves a DoRA layer in a straight line from W to W', as in ComfyUI; PEFT scales delta inside the norm, which
+    agrees at strength 1 only. Raises ModelError when the shapes differ.
+    """
+    return weight.float() + strength * weight_change(weight, update)
+
+
+def set_adapter_scale_(modules: Mapping[str, nn.Module], scale: float) -> None:
+    """Multiply every layer's update by the strength `scale`, replacing an earlier strength. 0 is the base, bit for bit.
+
+    For a DoRA layer a strength between 0 and 1 scales the low-rank part and keeps the magnitudes, as diffusers does.
+    """
+    if not math.isfinite(scale):
+        raise ConfigError(f"The strength of an adapter is {scale}; use a finite number, usually 0 to 1.")
+    for layer in inject._all_layers(modules):
+        layer.set_scale(inject.ADAPTER, scale)
+        inject._enable_(layer, scale != 0)
+
+
+def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> AnyWeights:
+    """The adapter in a file's tensors, float32, whatever their spelling; `metadata` is the header, read for scales.
+
+    Raises ModelError for whatever cannot be read whole.
+    """
+    return reading.strictly(*reading.gather(tensors, scale_from(metadata or {})))

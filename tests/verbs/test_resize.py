@@ -14,9 +14,10 @@ from torch import Tensor
 from lora_booth.adapter import inject
 from lora_booth.adapter.decompose import approximate
 from lora_booth.adapter.files import storage
-from lora_booth.adapter.weights import AdapterWeights, LowRank, delta, find_module, merged_weight
+from lora_booth.adapter.weights import AdapterWeights, LowRank, delta, find_module
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.verbs.resize import resize
+from tests.support import adapted
 from tests.support.adapted import MIXED, adapted_pipeline, components, draw, pipeline, relative_difference
 from tests.support.runs import Recorder
 
@@ -193,8 +194,8 @@ def test_dora_with_its_base_becomes_a_plain_lora_of_the_true_change(
         for path, update in layers.items():
             weight = find_module(plain[component], path).get_parameter("weight")
             assert found[component][path].magnitude is None
-            merged = merged_weight(weight, found[component][path])
-            assert relative_difference(merged, merged_weight(weight, update)) < 1e-5
+            merged = adapted.merged_weight(weight, found[component][path])
+            assert relative_difference(merged, adapted.merged_weight(weight, update)) < 1e-5
             checked += 1
     assert checked >= 4 + 12
     pipe = pipeline(family, bases)

@@ -117,11 +117,6 @@ def parse(key: str) -> Key | None:
     return Key(match["name"], *layer, ALIASES.get(match["leaf"], match["leaf"]))
 
 
-def leaf_of(text: str) -> str | None:
-    """The word of ALIASES for the last part of a key, None for an unknown one."""
-    return ALIASES.get(text.removesuffix(".weight"))
-
-
 def is_norm(path: str) -> bool:
     """Whether a layer is a normalisation, by the end of its path."""
     return _NORM.fullmatch(path) is not None

@@ -64,7 +64,6 @@ class Facts:
     resolution_px: int
     started_at: float
     identity: str
-    base_sha256: str | None = None
     buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
     """(width, height) to images in it."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -176,7 +175,7 @@ def _modelspec(facts: Facts) -> dict[str, str]:
 
 def _kohya_base(facts: Facts) -> dict[str, str]:
     fields = {"ss_sd_model_name": base_name(facts.config.model.base)}
-    return fields | ({"ss_new_sd_model_hash": facts.base_sha256} if facts.base_sha256 else {})
+    return fields
 
 
 def _kohya_training(facts: Facts) -> dict[str, str]:

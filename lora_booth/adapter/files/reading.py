@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lora_booth.adapter.files import strangers
-from lora_booth.adapter.files.diffusers import scale_from
 from lora_booth.adapter.files.keys import BIASES, EXTRAS, WHOLE_KINDS, Key, is_norm, parse
 from lora_booth.adapter.files.kinds import flat_axis_of, rank_of, update_of
 from lora_booth.adapter.weights import AnyWeights
@@ -39,14 +38,6 @@ class _Layer:
 
     spelling: str
     leaves: dict[str, Tensor] = field(default_factory=dict)
-
-
-def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> AnyWeights:
-    """The adapter in a file's tensors, float32, whatever their spelling; `metadata` is the header, read for scales.
-
-    Raises ModelError for whatever cannot be read whole.
-    """
-    return strictly(*gather(tensors, scale_from(metadata or {})))
 
 
 def strictly(weights: AnyWeights, faults: Sequence[str]) -> AnyWeights:

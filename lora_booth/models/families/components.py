@@ -61,7 +61,6 @@ class Wanted:
     device: torch.device
     dtype: torch.dtype
     needs_vae: bool = True
-    needs_text_encoders: bool = True
     quantization: Quantization | None = None
     """Of the denoiser and the text encoders."""
     is_denoiser_offloaded: bool = False
@@ -71,8 +70,7 @@ class Wanted:
 def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
     """Load what is wanted. ModelError, naming the file, when weights are missing, surplus in shape, or unreadable."""
     row = facts.architecture
-    names = [row.denoiser, *(["vae"] if wanted.needs_vae else [])]
-    names += row.text_encoders if wanted.needs_text_encoders else ()
+    names = [row.denoiser, *(["vae"] if wanted.needs_vae else []), *row.text_encoders]
     load = _from_single_file if facts.path.is_file() else _from_folder
     with quiet():
         modules = load(facts, names, wanted.dtype)
