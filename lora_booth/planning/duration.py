@@ -2,7 +2,7 @@
 
 It is the work of its passes, as often as they come.
 
-The passes are those whose memory is predicted, so what counts one counts the other (`memory.py`). No run reaches the
+The passes are those whose memory is predicted (`memory.py`), so both come from one trace. No run reaches the
 peak rates, and starting operations takes time too; so a prediction is the least that a run can take.
 """
 

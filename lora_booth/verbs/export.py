@@ -43,7 +43,7 @@ def export(
 
     `file` may be a run folder, or a checkpoint of one; `step`: which of its kept ones, "best", "last" or a number.
     `out` and `name`: default those of `file`; existing files are not replaced. `base`: needed for the portable form of
-    DoRA, and where the file does not tell its family. `leave_out`: as in export.contents.
+    DoRA, and where the file does not tell its family. `leave_out`: as in storage.contents.
     Raises ConfigError, ModelError and DiskError.
     """
     report = report or Silent()

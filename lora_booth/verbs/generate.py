@@ -71,7 +71,7 @@ def generate(
     """Draw every prompt at every strength into `folder`, and grid.png beside them; returns the grid's path.
 
     `adapters`: files with a strength each; `strengths` multiply all of them, 0 being the base alone. Every cell starts
-    from the same noise. `device`: as memory.device of a config; `leave_out`: as in export.contents. Existing files in
+    from the same noise. `device`: as memory.device of a config; `leave_out`: as in storage.contents. Existing files in
     `folder` are not replaced: a number is added to the name.
     Raises ConfigError for settings that cannot be drawn with, ModelError for a base or adapter that cannot be used,
     DeviceMemoryError, with what to change, when the device has too little memory.

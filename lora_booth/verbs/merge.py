@@ -75,7 +75,7 @@ def merge_into_base(
     """Write `out`, a new folder or `.safetensors` file in the layout of `base`, with the adapters in its weights.
 
     `base`: as `model.base`; of a hub id the full-precision weights are fetched. `adapters`: files of any kind with a
-    strength each. `leave_out`: as in export.contents. In a folder every variant of the weights is merged; configs and
+    strength each. `leave_out`: as in storage.contents. In a folder every variant of the weights is merged; configs and
     tokenizers are copied as they are; pickles, hidden files and loose checkpoints are left out, which is told. The
     base itself is only read.
     Raises ConfigError when `out` exists or a strength is no number, ModelError when a layer does not fit, a weight is
@@ -120,9 +120,9 @@ def merge_adapters(
 ) -> Path:
     """Write one LoRA that does what `adapters`, files of any kind with a strength each, do together; returns `out`.
 
-    `method`, `rank`, `density`, `seed`: as in `adapter.combine.Recipe`. `formats`: keys of export.FORMATS; the first is
+    `method`, `rank`, `density`, `seed`: as in `adapter.combine.Recipe`. `formats`: keys of storage.FORMATS; the first is
     written to `out`, a second one beside it with its name behind the stem. `dtype`: a key of export.DTYPES. `family`:
-    "sd1", "sd2" or "sdxl", needed where no file tells. `leave_out`: as in export.contents.
+    "sd1", "sd2" or "sdxl", needed where no file tells. `leave_out`: as in storage.contents.
     Raises ConfigError for an impossible recipe or an existing `out`, ModelError for adapters of different families,
     DoRA, changes of vectors, and values that `dtype` does not hold, DiskError when a file cannot be written.
     """

@@ -52,7 +52,7 @@ def resize(
     `out`: default `<stem>_rank8.safetensors` or `<stem>_energy95.safetensors` beside the source. `base`: as
     `model.base`; needed for DoRA, whose change depends on the base's weights. `format` and `dtype`: default as in the
     source; a source in PEFT's naming becomes a diffusers file, one in ComfyUI's a kohya file. `leave_out`: as in
-    export.contents. Reports the relative error of each block, that of
+    storage.contents. Reports the relative error of each block, that of
     rounding to `dtype` apart. Returns the file written.
     Raises ConfigError for settings that contradict and an `out` that exists, ModelError for a source that is no sound
     adapter, for changes of vectors, and DoRA without a base or with another one.

@@ -1,4 +1,4 @@
-"""adapter/decompose.py: the best low-rank form, by hand, by singular values, and for every way it is computed."""
+"""The best low-rank form, by hand, by singular values, and for every way it is computed."""
 
 from __future__ import annotations
 

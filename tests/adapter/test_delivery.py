@@ -1,4 +1,4 @@
-"""deliver.py: files in every format with what programs show beside them, DoRA's portable form, and conversions."""
+"""Files in every format with what programs show beside them, DoRA's portable form, and conversions."""
 
 from __future__ import annotations
 

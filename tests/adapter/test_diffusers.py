@@ -1,4 +1,4 @@
-"""export/diffusers.py: the file through the real pipelines, DoRA included, and files that diffusers wrote."""
+"""The file through the real pipelines, DoRA included, and files that diffusers wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""adapter/inject.py: targets, frozen base, float32 parameters, deterministic starts, strength, loading."""
+"""Targets, frozen base, float32 parameters, deterministic starts, strength, loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""export/kinds.py: every kind of layer against its formula written out, and files of the field through `export`."""
+"""Every kind of layer against its formula written out, and files of the field through `export`."""
 
 from __future__ import annotations
 

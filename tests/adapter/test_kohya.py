@@ -1,4 +1,4 @@
-"""export/kohya.py: names against the real UNets, the rules R1-R11, and the same pictures through diffusers."""
+"""Names against the real UNets, the rules R1-R11, and the same pictures through diffusers."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def ldm_names_by_enumeration() -> dict[str, str]:
 
 
 def layers_by_kohya_name(pipe: Any, family: str) -> dict[str, tuple[nn.Module, str]]:
-    """What a loader has to build: every key a file may use, to the module. Independent of export/kohya.py."""
+    """What a loader has to build: every key a file may use, to the module. Independent of adapter/files/kohya.py."""
     resnet = {"conv1": "in_layers_2", "time_emb_proj": "emb_layers_1", "conv2": "out_layers_3",
               "conv_shortcut": "skip_connection"}  # fmt: skip
     table = {}

@@ -1,4 +1,4 @@
-"""export/metadata.py: the types programs expect, and nothing of the user's machine."""
+"""The types programs expect, and nothing of the user's machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""adapter/lean.py: the same adapter as PEFT's layers, in the base's type, with less kept for the backward pass."""
+"""The same adapter as PEFT's layers, in the base's type, with less kept for the backward pass."""
 
 from __future__ import annotations
 

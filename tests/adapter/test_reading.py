@@ -1,4 +1,4 @@
-"""export/reading.py: what a file of others holds, what is left out by name, and what is told once for each cause."""
+"""What a file of others holds, what is left out by name, and what is told once for each cause."""
 
 from __future__ import annotations
 

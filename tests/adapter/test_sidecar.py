@@ -1,4 +1,4 @@
-"""export/sidecar.py: the files and fields that programs show, as those programs read them."""
+"""The files and fields that programs show, as those programs read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""export/__init__.py: every format there and back, whole files only, nothing of a file is trusted."""
+"""Every format there and back, whole files only, nothing of a file is trusted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""export/loaders.py: every number measured on the programs themselves (2026-11), and lora_booth's own files."""
+"""Every number measured on the programs themselves (2026-11), and lora_booth's own files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""adapter/weights.py: the update by hand, padding, what a dtype holds."""
+"""The update by hand, padding, what a dtype holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""buckets.py: sizes computed by hand, and properties over all sizes."""
+"""Sizes computed by hand, and properties over all sizes."""
 
 from __future__ import annotations
 

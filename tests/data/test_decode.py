@@ -1,4 +1,4 @@
-"""decode.py: every kind of picture that people have comes out upright, RGB, and in the colours it was meant in."""
+"""Every kind of picture that people have comes out upright, RGB, and in the colours it was meant in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""duplicates.py: copies are recognised after what people do to pictures, different pictures are not."""
+"""Copies are recognised after what people do to pictures, different pictures are not."""
 
 from __future__ import annotations
 

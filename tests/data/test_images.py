@@ -1,4 +1,4 @@
-"""images.py: what is found in a folder, what is said about it, and what is cut out of a picture."""
+"""What is found in a folder, what is said about it, and what is cut out of a picture."""
 
 from __future__ import annotations
 

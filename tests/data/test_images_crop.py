@@ -1,4 +1,4 @@
-"""images.py: what is cut out of a picture, and the numbers that the model gets."""
+"""What is cut out of a picture, and the numbers that the model gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sheet.py: the contact sheet shows every crop where it should be, whatever the labels hold."""
+"""The contact sheet shows every crop where it should be, whatever the labels hold."""
 
 from __future__ import annotations
 

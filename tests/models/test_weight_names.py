@@ -1,4 +1,4 @@
-"""families/weight_names.py: every layer of the real models has its tensor, in its shape, in both layouts."""
+"""Every layer of the real models has its tensor, in its shape, in both layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cache.py: keys with every ingredient, files that are whole or refused, two processes, a full disk."""
+"""Keys with every ingredient, files that are whole or refused, two processes, a full disk."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class Layer:
 
     @cached_property
     def kind(self) -> str:
-        """ "LoRA", "LoHa", "full difference" …, as in `loader_table.KINDS`; "half" where a part is missing."""
+        """ "LoRA", "LoHa", "full difference" …, as the rows of `table.py` have it; "half" where a part is missing."""
         leaves = self.leaves.keys()
         whole = next((WHOLE_KINDS[leaf] for leaf in self.leaves if leaf in WHOLE_KINDS), None)
         if whole is not None:
