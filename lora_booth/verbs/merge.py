@@ -120,8 +120,8 @@ def merge_adapters(
 ) -> Path:
     """Write one LoRA that does what `adapters`, files of any kind with a strength each, do together; returns `out`.
 
-    `method`, `rank`, `density`, `seed`: as in `adapter.combine.Recipe`. `formats`: keys of storage.FORMATS; the first is
-    written to `out`, a second one beside it with its name behind the stem. `dtype`: a key of export.DTYPES. `family`:
+    `method`, `rank`, `density`, `seed`: as in `combine.Recipe`. `formats`: keys of storage.FORMATS; the first is
+    written to `out`, a second one beside it with its name behind the stem. `dtype`: a key of storage.DTYPES. `family`:
     "sd1", "sd2" or "sdxl", needed where no file tells. `leave_out`: as in storage.contents.
     Raises ConfigError for an impossible recipe or an existing `out`, ModelError for adapters of different families,
     DoRA, changes of vectors, and values that `dtype` does not hold, DiskError when a file cannot be written.

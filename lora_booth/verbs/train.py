@@ -74,8 +74,8 @@ def train(
 ) -> Summary:
     """Train the run of `config`, or continue it, and export its adapter; a finished run is returned as it is.
 
-    `inputs`: what `decide.look` gave for the same config, if it was asked already. Raises Interrupted when a signal asked
-    to stop, after everything was saved.
+    `inputs`: what `decide.look` gave for the same config, if it was asked already. Raises Interrupted when a signal
+    asked to stop, after everything was saved.
     """
     report, stopwatch = report or Silent(), Stopwatch()
     inputs = inputs or decide.look(config, report)
