@@ -28,9 +28,9 @@ from benchmarks import record
 from benchmarks.bases import noise_pictures, random_base
 from lora_booth.adapter import inject
 from lora_booth.config import presets
-from lora_booth.config.config import Config
+from lora_booth.config.resolved import Filled
 from lora_booth.models import loading
-from lora_booth.planning import memory, trial
+from lora_booth.planning import memory
 from lora_booth.planning.tracing import held_bytes, tensors_of
 from lora_booth.training.objective import objective_for
 
@@ -89,8 +89,9 @@ def on_card(config: str, budget_gib: float, out: Path) -> Row:
 def on_cpu(base: Path, share: float, side_px: int) -> Row:
     """One step on `base`: its tensors' bytes, beside those that are predicted."""
     values = {"model": {"base": str(base), "precision": "fp32"}, "subject": {"images": "x", "class_noun": "dog"}}
-    values |= {"train": {"gradient_checkpointing": share}, "data": {"resolution": side_px, "bucket_step": 64}}
-    config = Config.model_validate(values)
+    values |= {"data": {"resolution": side_px, "bucket_step": 64}, "optimizer": {"warmup_steps": 0}}
+    values |= {"train": {"gradient_checkpointing": share, "steps": 1, "save_every_steps": 1}}
+    config = Filled.model_validate(values)
     modules = memory.Modules.of(config, loading.facts(config.model))
     step, shape = modules.step(config, None), modules.latent_shape(modules.square(config))
     predicted = sum(step.parts[part] for part in ("base", "adapter", "gradients", "inputs", "activations"))
@@ -100,11 +101,11 @@ def on_cpu(base: Path, share: float, side_px: int) -> Row:
     family.denoiser.train()
     family.prepare_denoiser_(gradient_checkpointing=share, attention="sdpa")
     rows = memory.rows_per_pass(config)
-    batch = trial.make_batch(family, rows, shape, is_text_trained=False, device=torch.device("cpu"))
+    batch = memory.make_batch(family, rows, shape, is_text_trained=False, device=torch.device("cpu"))
     family.release_text_encoders()
     known = tensors_of([family.denoiser])
     objective = objective_for(config.objective, family.schedule)
-    gradients, others, _ = trial.trace_step(family, objective, batch, parameters, known)
+    gradients, others, _ = memory.trace_step(family, objective, batch, parameters, known)
     measured = gradients + others + held_bytes(known) + held_bytes(batch.tensors)
     return Row(f"one step at {side_px} px, share {share:g}", predicted / GIB, measured / GIB)
 

@@ -1,4 +1,4 @@
-"""All that training works with, and what is done with it between steps: saving, restoring, looking.
+"""All that training works with, and what is done between steps: saving, restoring, looking.
 
 A picture on the way is drawn after its checkpoint is safe, and on resume if a kill came between the two.
 """

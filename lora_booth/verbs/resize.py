@@ -93,7 +93,7 @@ def _size_name(rank: int | None, energy: float | None) -> str:
 
 
 def _stored_dtype(file: Path) -> str:
-    """The key of `export.DTYPES` for the source's factors; fp16 for 8-bit types."""
+    """The key of `storage.DTYPES` for the source's factors; fp16 for 8-bit types."""
     found = [entry.dtype for entry in read_layout(file).entries.values() if len(entry.shape) > 1]
     return _DTYPES.get(max(found, key=found.count), "fp16") if found else "fp32"
 

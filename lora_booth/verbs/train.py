@@ -88,6 +88,8 @@ def train(
             return _told_finished(run, report)
     config = _resolved(wished, inputs, report, device)
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
+        if is_finished(run.folder):  # by another process, while this one looked at its inputs
+            return _told_finished(run, report)
         cuts = prepare.Cuts()
         if accelerator.is_main_process and not run.has_picture(run.sheet_path):
             run.write_picture(run.sheet_path, prepare.sheet(config, inputs.pictures, cuts))

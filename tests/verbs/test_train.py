@@ -546,3 +546,17 @@ def test_the_learning_rate_follows_its_schedule_over_a_resumed_run(make_config: 
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # One warm-up step at a half, then linearly towards 0 over the three that are left.
     assert [line["learning_rate"] for line in lines] == pytest.approx([5e-3, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_returned_as_it_is(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = train.train(make_config())
+    file = tmp_path / "run" / "sks_dog.safetensors"
+    before = file.stat()
+    answers = iter([False])  # as this process looks; when it has the folder, the run is finished
+    monkeypatch.setattr(train, "is_finished", lambda folder: next(answers, True))
+    recorder = Recorder()
+    assert train.train(make_config(), report=recorder) == first
+    assert any("is finished already" in text for _, text in recorder.events)
+    assert (file.stat().st_mtime_ns, file.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
