@@ -13,7 +13,6 @@ factor a user puts on a whole adapter, on top of each layer's *scale* = alpha / 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from lora_booth.config.settings import AdapterConfig
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.models.bases import unets
 from lora_booth.models.bases.architectures import is_text
+from lora_booth.run.randomness import generator_for
 
 TEXT_ATTENTION = "text-attention"
 """The preset of every text encoder: q, k, v and out together, since A1111 merges OpenCLIP's fused attention only so."""
@@ -97,7 +97,7 @@ def inject_(
         module.requires_grad_(False)
         _inject_one_(module, config, plans[component])
         for path, layer in _layers(module).items():
-            _initialise_(layer, config.init, _generator(seed, component, path))
+            _initialise_(layer, config.init, generator_for(seed, "adapter", component, path))
         parameters[component] = [p for p in module.parameters() if p.requires_grad]
     return parameters
 
@@ -282,11 +282,6 @@ def _initialise_(layer: LoraLayer, init: str, generator: torch.Generator) -> Non
         norms.update_layer(
             base_layer=layer.get_base_layer(), lora_A=down.data, lora_B=up.data, scaling=layer.scaling[ADAPTER]
         )
-
-
-def _generator(seed: int, component: str, path: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/adapter/{component}/{path}".encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def _layers(module: nn.Module) -> dict[str, LoraLayer]:

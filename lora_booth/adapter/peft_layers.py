@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
 from torch import Tensor, nn
 
 
-class LeanLinear(Linear):
+class BaseTypeLinear(Linear):
     """PEFT's `Linear`, casting its factors where PEFT casts the input, and adding to the output in place."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -38,7 +38,7 @@ class LeanLinear(Linear):
         return output.view(*x.shape[:-1], -1)
 
 
-class LeanConv2d(Conv2d):
+class BaseTypeConv2d(Conv2d):
     """PEFT's `Conv2d`, casting its factors where PEFT casts the input."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -53,7 +53,7 @@ class LeanConv2d(Conv2d):
         return _add_(output, update, self.scaling[adapter])
 
 
-LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LeanLinear, nn.Conv2d: LeanConv2d}
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: BaseTypeLinear, nn.Conv2d: BaseTypeConv2d}
 """Layer of a base to the adapted layer that PEFT shall build around it."""
 
 

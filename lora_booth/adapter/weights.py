@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_booth.errors import ModelError, NumericError
 from lora_booth.models.bases.architectures import is_text
+from lora_booth.run.number_types import NAMES
 
 _WORST_ROUNDING = 0.01
 """Relative error of a stored tensor that is worth a word; fp16 has 0.0003 and bf16 0.002 on ordinary weights."""
@@ -255,7 +256,7 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
             is_largest = dtype in (torch.float32, torch.bfloat16)  # both reach as far
             remedy = "lower its strength" if is_largest else "store it as fp32 (export.dtype, or --dtype fp32)"
             raise ModelError(
-                f"{name} reaches {tensor.abs().max().item():.3g}, more than {_short(dtype)} holds "
+                f"{name} reaches {tensor.abs().max().item():.3g}, more than {NAMES.get(dtype, dtype)} holds "
                 f"({torch.finfo(dtype).max:.5g}); {remedy}."
             )
     return result
@@ -277,10 +278,6 @@ def rounding_faults(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[s
     if not lossy:
         return []
     return [
-        f"{len(lossy)} of {len(tensors)} tensors lose more than 1 % in {_short(dtype)}, first {lossy[0]}; "
+        f"{len(lossy)} of {len(tensors)} tensors lose more than 1 % in {NAMES.get(dtype, dtype)}, first {lossy[0]}; "
         "store it as fp32 (export.dtype, or --dtype fp32)."
     ]
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))

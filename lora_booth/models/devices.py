@@ -24,7 +24,7 @@ from lora_booth.config.settings import Precision
 from lora_booth.errors import ConfigError
 from lora_booth.models import cards
 from lora_booth.models.cards import Card
-from lora_booth.run import systems
+from lora_booth.run import number_types, systems
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -80,7 +80,6 @@ _BITSANDBYTES: tuple[Ability, ...] = ("8-bit optimizers", "paged optimizers", "n
 _WITHOUT_BF16 = ("gfx7", "gfx8", "gfx900", "gfx902", "gfx906", "gfx909", "gfx90c", "gfx10")
 """AMD's architectures before CDNA 1 and RDNA 3, whose matrix instructions are the first for bf16 (AMD's ISA documents).
 torch says that all have it, and computes it by other means."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFLOADED_BYTES = 2**20
 """Smaller tensors stay where they are: they are many, save little, and most are held by others too."""
 
@@ -141,7 +140,7 @@ def card(device: torch.device) -> Card | None:
 
 def dtype_for(precision: Precision, device: torch.device) -> torch.dtype:
     """The type of `model.precision` on `device`; "auto": float32 on a CPU, bf16 where it is fast, else fp16."""
-    return DTYPES[precision if precision != "auto" else best_precision(device)]
+    return number_types.DTYPES[precision if precision != "auto" else best_precision(device)]
 
 
 def best_precision(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
@@ -164,7 +163,7 @@ def decided(config: AnyConfig, device: torch.device) -> AnyConfig:
     is_never_tried = compile == "trial" and ("compiling" in LACKS[kind(device)] or config.adapter.dropout > 0)
     return config.with_values(
         {
-            "model": {"precision": next(word for word, known in DTYPES.items() if known == dtype)},
+            "model": {"precision": number_types.NAMES[dtype]},
             "optimizer": {"name": best_optimizer(device) if name == "auto" else name},
             "train": {"compile": False if is_never_tried else compile},
             "memory": {"device": device.type},

@@ -29,7 +29,6 @@ from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Bucket
 from lora_booth.models import loading
 from lora_booth.models.bases.identify import BaseFacts
-from lora_booth.models.devices import DTYPES
 from lora_booth.models.families.components import without_weights
 from lora_booth.models.families.family import Family
 from lora_booth.models.families.quantize import saved_bytes
@@ -37,6 +36,7 @@ from lora_booth.models.families.vae import Vae
 from lora_booth.models.sampling import PICTURES_AT_ONCE
 from lora_booth.planning import optimizer_states
 from lora_booth.planning.tracing import LiveBytes, Work, fused_attention, held_bytes, tensors_of
+from lora_booth.run.number_types import DTYPES
 from lora_booth.training.batch import Batch, sample_losses
 from lora_booth.training.class_images import most_together
 from lora_booth.training.objective import Draws, Objective, objective_for

@@ -19,9 +19,8 @@ from torch import Tensor
 from lora_booth.errors import ModelError
 from lora_booth.run import headers
 from lora_booth.run.headers import Entry
+from lora_booth.run.number_types import FLOATS
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types of tensors that can be changed."""
 _PIECE_BYTES = 16 << 20
 
 

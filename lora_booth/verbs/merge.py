@@ -30,8 +30,9 @@ from lora_booth.models.bases.identify import BaseFacts, identify
 from lora_booth.models.bases.sources import PICKLES, read_json, resolve, weighted
 from lora_booth.models.bases.weight_names import Place, find, weight_sets
 from lora_booth.run import disk
+from lora_booth.run.number_types import FLOATS
 from lora_booth.run.report import Report, Silent
-from lora_booth.run.safetensors import FLOATS, Layout, read_layout, rewrite
+from lora_booth.run.safetensors import Layout, read_layout, rewrite
 
 QUANTISED_MARKS = (
     ".absmax",

@@ -24,10 +24,11 @@ from lora_booth.errors import ModelError
 from lora_booth.models import loading
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.families.components import load_component
+from lora_booth.run.number_types import FLOATS, NAMES
 from lora_booth.run.report import Report, Silent
 from lora_booth.run.safetensors import read_layout
 
-_DTYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp32"}
+_DTYPES = {stored: NAMES.get(dtype, "fp32") for stored, dtype in FLOATS.items()}
 
 Parts = dict[str, dict[str, Approximation]]
 """Component to module path to what its layer becomes."""

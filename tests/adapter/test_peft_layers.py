@@ -59,7 +59,7 @@ def test_outputs_and_gradients_are_those_of_pefts_layers(dtype: torch.dtype, dro
     our_parameters, their_parameters = injected(ours, **config), injected(pefts, by_peft=True, **config)
     for parameter in their_parameters:
         parameter.data = parameter.data.to(dtype)  # else PEFT rounds its input to float32
-    assert layer_types(ours) == {peft_layers.LeanLinear, peft_layers.LeanConv2d}
+    assert layer_types(ours) == {peft_layers.BaseTypeLinear, peft_layers.BaseTypeConv2d}
     assert layer_types(pefts) == {peft_layer.Linear, peft_layer.Conv2d}
     one, other = output_and_gradients(ours, our_parameters), output_and_gradients(pefts, their_parameters)
     assert len(one) == len(other) == 1 + len(our_parameters) > 20

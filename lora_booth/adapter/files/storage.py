@@ -31,6 +31,7 @@ from lora_booth.adapter.weights import VECTORS, AdapterWeights, AnyWeights, Dens
 from lora_booth.config.inputs import read_object, require_plain_file, shown, why_unreadable
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.run import disk
+from lora_booth.run.number_types import DTYPES
 from lora_booth.run.report import Report
 
 __all__ = [
@@ -51,9 +52,6 @@ __all__ = [
     "require_matrices",
     "trigger_words",
 ]
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-"""Values of `export.dtype`."""
 
 
 @dataclass(frozen=True)

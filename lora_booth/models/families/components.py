@@ -33,7 +33,8 @@ from lora_booth.models.bases.sources import SHIPPED_CONFIGS, component_weights, 
 from lora_booth.models.families.prompts import Tokens
 from lora_booth.models.families.quantize import Quantization, move_frozen_, quantize_
 from lora_booth.models.families.vae import Vae
-from lora_booth.run.safetensors import FLOATS, read_layout
+from lora_booth.run.number_types import FLOATS
+from lora_booth.run.safetensors import read_layout
 
 MAX_REASON_CHARACTERS = 300
 """What a library says of a file is cut there: it may quote all of it."""
