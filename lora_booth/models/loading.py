@@ -102,7 +102,8 @@ def _require_finite_sample(family: Family, base: identify.BaseFacts, *, is_denoi
 
 @contextmanager
 def _in_turn(family: Family) -> Iterator[None]:
-    """Inside, the denoiser is on the device and the text encoders wait in main memory, in place of the other way."""
+    """Inside, the denoiser is on the device and the text encoders wait in main memory, the reverse of the usual
+    placement."""
     from lora_booth.models.families.quantize import move_frozen_
 
     encoders = family.text_encoders().values()

@@ -5,11 +5,11 @@ Also what else could be changed.
 Words: an *option* changes how a run is computed and leaves its result as it is; a *lever* is any change that makes a
 training step smaller, with its price. What an option needs is traced by `memory.py`.
 
-The order of options: the least share of blocks that compute their activations again with which anything fits; with it
-the most rows of a pass. Only then do inputs of those blocks move to main memory. By count SDXL at 1024 px would move
-5.4 GiB there and back for each row, 0.4 s over PCIe 4.0; computing them again is 5.2 TFLOP, 0.03 s on an RTX 4090 and
-0.2 s on an RTX 3060 at their peaks. The inputs that are left are a tenth of that. The denoiser leaves the card before
-pictures are decoded in tiles: tiles change tones a little, so they are for looking and never for training.
+The order of options: first the smallest share of blocks that recompute their activations with which anything fits, then
+the most rows of a pass at that share. Only then do inputs of those blocks move to main memory. By count SDXL at 1024 px
+would move 5.4 GiB there and back for each row, 0.4 s over PCIe 4.0; computing them again is 5.2 TFLOP, 0.03 s on an RTX
+4090 and 0.2 s on an RTX 3060 at their peaks. The inputs that are left are a tenth of that. The denoiser leaves the card
+before pictures are decoded in tiles: tiles change tones a little, so they are for looking and never for training.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ def continued_adapter(config: Config) -> dict[str, str]:
 
 
 def check(config: Filled, *, device_type: str, facts: BaseFacts) -> Modules | None:
-    """The base's modules without weights, with the adapter of `config`, in which no fault was found; None where a
-    version of torch cannot make them, which is told and keeps nobody from training.
+    """The base's modules without weights, with the adapter of `config`, in which no fault was found; None where
+    this version of torch cannot build them, which is logged and does not stop training.
 
     Raises ConfigError or ModelError for what would else be told after class images were drawn.
     """

@@ -3,10 +3,10 @@
 The step is traced on tensors without data, part by part.
 
 The base's modules are built on the meta device from its configs, the real adapter is put in, and the real forward, loss
-and backward run through them while every storage is counted from its birth to its death. That needs neither weights nor
-a GPU, and seconds.
+and backward run through them while every storage is counted from its birth to its death. That takes seconds, and
+needs neither weights nor a GPU.
 
-A change of the layer or the loss so changes the prediction with it. Attention alone is replaced, by what the fused
+So the prediction follows any change to the layer or the loss. Attention alone is replaced, by what the fused
 kernels allocate. What a trace cannot see (the context, cuDNN, the allocator's gaps) is one stated constant.
 
 Words: a *part* is what some of the memory is for; a *phase* is a stretch of the run with its own parts. Totals are what

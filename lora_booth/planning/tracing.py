@@ -1,6 +1,4 @@
-"""Counting the bytes of living tensors and the work of operations, on any device.
-
-The meta device is one of them.
+"""Counting bytes of living tensors and work of operations, on any device, meta included.
 
 What lives here: the counts, and attention as the fused CUDA kernels allocate it. What does not: what is run under the
 count (`memory.py`).

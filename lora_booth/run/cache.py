@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_booth.errors import DiskError, NumericError
 from lora_booth.run import disk
-from lora_booth.run.cached import DIGEST, digest_and_words, with_words
+from lora_booth.run.cache_folder import DIGEST, digest_and_words, with_words
 
 MAX_FILE_BYTES = 2**30
 """Of a file of the cache; latents of 4096 px take 34 MB."""

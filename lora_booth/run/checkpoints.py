@@ -2,7 +2,8 @@
 
 It is trusted only if nothing of it has changed since.
 
-It counts only with a manifest, written last, whose SHA-256 hold. No pickle: tensors are safetensors, the rest is JSON.
+It counts only with a manifest, written last, whose SHA-256 sums match. No pickle: tensors are safetensors, the rest is
+JSON.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
 def replacing(path: Path, *, needed_bytes: int | None = None) -> Iterator[Path]:
     """A temporary path in the same folder; on success it is synced and takes the name `path`, on failure it is removed.
 
-    Who may read and write it says the process's umask, or the folder's default ACL, as for every other new file.
+    Its permissions follow the process's umask, or the folder's default ACL, as for every other new file.
     Raises DiskError, naming the file, when it cannot be written.
     """
     with writing(path, needed_bytes=needed_bytes):

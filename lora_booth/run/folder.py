@@ -98,7 +98,7 @@ class Run:
         run = cls(folder, _locked(folder))
         try:
             run._take()
-            run._match_or_write(config, given, pinned or {})
+            run._begin_or_require_same(config, given, pinned or {})
         except BaseException:
             run.close()
             raise
@@ -289,7 +289,7 @@ class Run:
         for unfinished in (self.folder / "checkpoints").glob(".saving-*"):
             disk.remove_folder(unfinished)
 
-    def _match_or_write(self, config: Config, given: Inputs, pinned: Mapping[str, Any]) -> None:
+    def _begin_or_require_same(self, config: Config, given: Inputs, pinned: Mapping[str, Any]) -> None:
         config_path, inputs_path = self.folder / "config.toml", self.folder / "inputs.json"
         if not config_path.exists():
             stored = {"schema": identity.SCHEMA, "started_at": time.time(), "inputs": given, "pinned": pinned}

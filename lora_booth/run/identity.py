@@ -57,7 +57,7 @@ _BASE = "the files of the base have changed since the run began"
 
 
 def free(config: Config) -> tuple[str, ...]:
-    """The settings that may differ from those that `config` is compared with."""
+    """Settings that are ignored when `config` is compared with that of a stored run."""
     bound = ("train.compile",) if config.adapter.dropout else ()  # compiled, dropout draws other numbers
     pairs = ((f"{name}.{key}", value) for name, section in config for key, value in section)
     still_open = [key for key, value in pairs if value == OPEN and key in ("optimizer.name", "model.precision")]

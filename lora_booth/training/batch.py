@@ -1,7 +1,7 @@
 """What one pass of the denoiser is given on the device, and the losses that come of it.
 
 What lives here: the pass, as training, validation and the prediction of memory share it. What does not: where inputs
-come from (`loop.py`, and made up in `planning/trial.py`).
+come from (`loop.py`, and made up in `planning/memory.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Batch:
 
 
 def sample_losses(family: Family, objective: Objective, batch: Batch) -> Tensor:
-    """Loss of each row, float32 `[B]`, before its weight. Nothing in here waits for the device."""
+    """Loss of each row, float32 `[B]`, weighted by noise level, but not by role. Nothing in here waits for the
+    device."""
 
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
         conditioning = batch.conditioning

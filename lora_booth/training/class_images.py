@@ -4,7 +4,7 @@ Trained on beside the subject, they keep the base from forgetting the class.
 
 What is trained on are the latents as the solver left them. The picture of the same name beside them is to be looked at:
 nothing goes through the VAE twice. Neither counts without the other, so what a run sees does not depend on what a cache
-has lost. Those of one prompt and size are always drawn in the same batches, because devices round by it.
+has lost. Those of one prompt and size are always drawn in the same batches, because rounding depends on the batch size.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ def draw_missing(
     """Draw those of `images` that are not there yet, each written whole; the latents of all by name, and how many were
     drawn. Nothing is read again, so a cache that is cleared meanwhile loses nothing.
 
-    `prompts` holds the conditioning of every image's prompt and of "". Images of one prompt and size are drawn in
-    the same batches whether they are drawn for the first time or again after a kill, because a device may round by it.
-    Raises Interrupted between two steps of the solver; what was being drawn then is drawn again. Raises what the
+    `prompts` holds the conditioning of every image's prompt and of "". Images of one prompt and size are drawn in the
+    same batches whether they are drawn for the first time or again after a kill, because rounding depends on the batch
+    size. Raises Interrupted between two steps of the solver; what was being drawn then is drawn again. Raises what the
     device raises when its memory does not suffice for so many `together`.
     """
     done = 0

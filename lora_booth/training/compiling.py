@@ -27,7 +27,7 @@ from lora_booth.errors import DiskError
 from lora_booth.models import devices
 from lora_booth.models.families.components import has_compiler
 from lora_booth.run import disk
-from lora_booth.run.cached import TRIALS, folder_of
+from lora_booth.run.cache_folder import TRIALS, folder_of
 from lora_booth.training import loop, session
 from lora_booth.training.loop import MicroStep
 from lora_booth.training.order import Row

@@ -24,7 +24,8 @@ def aligned(numel: int) -> int:
 class Flat:
     """`parts`, whose numbers lie in one `vector` that an optimizer updates; zeros lie between them.
 
-    From now on the parts look at the vector: who writes into them writes in place. A single part is its own vector.
+    From now on each parameter is a view into the vector, so they may only be changed in place. A single part is its own
+    vector.
     """
 
     def __init__(self, parts: Sequence[nn.Parameter]) -> None:

@@ -53,7 +53,7 @@ def optimize(s: Session, start: int) -> None:
     """Steps `start` to the last, saving and drawing on the way. Raises Interrupted after a save, NumericError before a
     step that would not be finite."""
     train, order = s.config.train, s.prepared.order
-    skipped, following, is_unchecked = 0, _begun(micro_steps(s, start)), True
+    skipped, following, is_unchecked = 0, _with_first_made(micro_steps(s, start)), True
     for step in range(start, train.steps):
         began = time.perf_counter()
         rows = order.at(step)
@@ -64,7 +64,7 @@ def optimize(s: Session, start: int) -> None:
             loss = losses_of(s, micro)
             s.scaler.scale((loss * micro.weights).sum()).backward()
             on_device.index_copy_(0, micro.positions, loss.detach())
-        following = _begun(micro_steps(s, step + 1))  # while the device still computes
+        following = _with_first_made(micro_steps(s, step + 1))  # while the device still computes
         on_device, is_stopping = _share(s, on_device)
         *losses, grad_norm = torch.cat([on_device, _reduce_and_clip_(s)[None]]).tolist()  # here it is waited for
         if math.isfinite(grad_norm):
@@ -117,8 +117,8 @@ def micro_rows(s: Session, step: int) -> Iterator[Sequence[Row]]:
     return iter(micro_batches(s.prepared.order.at(step), s.config.train.batch_size, **processes))
 
 
-def _begun(steps: Iterator[MicroStep]) -> Iterator[MicroStep]:
-    """`steps`, of which the first is made now."""
+def _with_first_made(steps: Iterator[MicroStep]) -> Iterator[MicroStep]:
+    """The same iterator, with its first item computed now."""
     return itertools.chain(list(itertools.islice(steps, 1)), steps)
 
 
@@ -132,7 +132,7 @@ def micro_step(s: Session, rows: Sequence[Row], step: int) -> MicroStep:
 
 
 def losses_of(s: Session, micro: MicroStep) -> Tensor:
-    """Loss of each row of a micro-step, float32 `[B]`, before its weight."""
+    """Loss of each row of a micro-step, float32 `[B]`, weighted by noise level, but not by role."""
     if s.config.adapter.dropout:
         words = (s.config.train.seed, "dropout", micro.step, micro.rows[0].position)
         torch.manual_seed(generator_for(*words).initial_seed())

@@ -24,7 +24,7 @@ Shape = tuple[int, int, int]
 VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
 VALIDATION_ROWS = 16
 """Images times noise levels, whatever is held out: images share the levels out among them. By count of operations less
-than four steps of two rows each; 64 would be fourteen, at every save."""
+than four steps of two rows each; 64 rows would cost as much as fourteen steps, at every save."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def micro_batches(
 
 
 def validation_levels(number: int, count: int) -> list[float]:
-    """Noise levels of image `number` of `count`, as shares of all: each image all of them while rows last, else in turn
-    another."""
+    """Noise levels of image `number` of `count`, as shares of all: every level for each image if the rows suffice, else
+    images take levels in turn."""
     rounds = range(min(len(VALIDATION_QUANTILES), -(-(VALIDATION_ROWS - number) // count)))
     return [VALIDATION_QUANTILES[(number + r) % len(VALIDATION_QUANTILES)] for r in rounds]
 

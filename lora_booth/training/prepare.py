@@ -26,13 +26,13 @@ from lora_booth.models import devices
 from lora_booth.models.bases.sources import is_local
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.models.sampling import denoiser_offloaded
-from lora_booth.run import cached
+from lora_booth.run import cache_folder
 from lora_booth.run.cache import TensorCache, require_finite
 from lora_booth.run.interrupts import StopRequest
 from lora_booth.run.report import Report
 from lora_booth.training import class_images
+from lora_booth.training.cache_keys import latent_key, prompt_key
 from lora_booth.training.class_images import ClassImage
-from lora_booth.training.keys import latent_key, prompt_key
 from lora_booth.training.order import Item, Order, Role
 
 MAX_HELD_BYTES = 2**28
@@ -122,10 +122,10 @@ def prepare(
     training does not need the VAE either. Raises Interrupted between two images, NumericError naming a picture whose
     latents are not finite.
     """
-    root, run_folder = cached.folder_of(config), config.folder
-    with cached.in_use(root, run_folder=run_folder, base=_about(config, family)["base"]):
+    root, run_folder = cache_folder.folder_of(config), config.folder
+    with cache_folder.in_use(root, run_folder=run_folder, base=_about(config, family)["base"]):
         prepared = _prepare(config, family, pictures, together, cuts or Cuts(), report=report, stop=stop)
-    cached.trim(root, config.run.cache_limit_gib * 2**30, lambda text: report.event("cache", text))
+    cache_folder.trim(root, config.run.cache_limit_gib * 2**30, lambda text: report.event("cache", text))
     return prepared
 
 
@@ -180,7 +180,7 @@ def _prepare(
 @torch.no_grad()
 def encode_prompts(config: Resolved, family: Family, texts: Sequence[str], report: Report) -> dict[str, Conditioning]:
     """Conditioning of every prompt by the untrained base, one row each, on the CPU, through the cache."""
-    cache = TensorCache(cached.folder_of(config) / "prompts", _about(config, family))
+    cache = TensorCache(cache_folder.folder_of(config) / "prompts", _about(config, family))
     dtype = next(family.denoiser.parameters()).dtype
     encoded: dict[str, Conditioning] = {}
     for done, text in enumerate(texts, start=1):
@@ -222,7 +222,7 @@ def _classes(
         texts = [config.fill(p.caption) if p.caption else templates[i % len(templates)] for i, p in enumerate(own)]
         crops = [assign(p.width_px, p.height_px, sorted(set(sizes))) for p in own]
         return [_Image("class", *row) for row in zip(own, crops, texts, strict=True)], {}, together
-    places: dict[str, Any] = {"root": cached.folder_of(config) / "class_images", "about": _about(config, family)}
+    places: dict[str, Any] = {"root": cache_folder.folder_of(config) / "class_images", "about": _about(config, family)}
     while True:
         made_by, fingerprint = class_images.made_by(family, config, together), family.fingerprint
         made: dict[str, Any] = {"fingerprint": fingerprint, "made_by": made_by}
@@ -253,7 +253,7 @@ def _encode(
     stop: StopRequest,
 ) -> list[tuple[str, Moments]]:
     """Key and moments of each image; `drawn`: latents of class images by name. Raises Interrupted between two."""
-    cache = TensorCache(cached.folder_of(config) / "latents", _about(config, family))
+    cache = TensorCache(cache_folder.folder_of(config) / "latents", _about(config, family))
     encoded = []
     for done, image in enumerate(everything, start=1):
         stop.check(class_images.STOPPED)
@@ -292,7 +292,7 @@ def _key(family: Family, image: _Image, picture: Picture) -> str:
 
 def _touch(config: Resolved, family: Family, wanted: Sequence[_Image]) -> None:
     """Note that the latents of pictures are used now, where they are there."""
-    cache = TensorCache(cached.folder_of(config) / "latents")
+    cache = TensorCache(cache_folder.folder_of(config) / "latents")
     for image in wanted:
         if isinstance(image.source, Picture):
             cache.touch(_key(family, image, image.source))

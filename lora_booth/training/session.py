@@ -79,7 +79,7 @@ class Session:
 
 
 def set_training_(s: Session, training: bool) -> None:
-    """Switch dropout of the adapters, and the weights of optimizers that average, for training or for looking."""
+    """Switch dropout of the adapters, and the weights of optimizers that average, for training or for evaluation."""
     for module in s.adapted.values():
         if module.training != training:  # else it would go through thousands of modules in every step
             module.train(training)

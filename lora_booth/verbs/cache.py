@@ -11,14 +11,14 @@ from pathlib import Path
 
 from lora_booth.config.inputs import shown, shown_path, word
 from lora_booth.errors import ConfigError
-from lora_booth.run import cached
-from lora_booth.run.cached import Entry
+from lora_booth.run import cache_folder
+from lora_booth.run.cache_folder import Entry
 from lora_booth.run.report import Report
 
 UNKNOWN = "unknown base"
 """Of what an older version wrote, or what is damaged."""
 MAX_RUNS_SHOWN = 20
-_UNITS_S = {"h": 3600.0, "d": cached.DAY_S, "w": 7 * cached.DAY_S}
+_UNITS_S = {"h": 3600.0, "d": cache_folder.DAY_S, "w": 7 * cache_folder.DAY_S}
 
 
 def cache(
@@ -31,20 +31,20 @@ def cache(
     Nothing that a run needs is lost: it makes again what it misses. Raises ConfigError for a base that is not there or
     an age that is none.
     """
-    root = cached.default_folder() if folder is None else folder
+    root = cache_folder.default_folder() if folder is None else folder
     seconds = 0.0 if older_than is None else parse_age(older_than)
-    named = {entry: entry.base() for entry in cached.entries(root)}
+    named = {entry: entry.base() for entry in cache_folder.entries(root)}
     if base is not None:
         named = _of_base(named, word(base, "--base"))
-    chosen = [entry for entry in named if cached.age_s(entry) >= seconds]
+    chosen = [entry for entry in named if cache_folder.age_s(entry) >= seconds]
     if not clear:
         _tell(root, chosen, named, report)
         return
-    going = cached.removable(root, chosen)
-    count, num_bytes = cached.remove(going)
+    going = cache_folder.removable(root, chosen)
+    count, num_bytes = cache_folder.remove(going)
     if base is None and older_than is None:
         with suppress(OSError):
-            (root / cached.TRIALS).unlink(missing_ok=True)
+            (root / cache_folder.TRIALS).unlink(missing_ok=True)
     report.event(
         "cleared",
         f"cleared  {count} entries, {_size(num_bytes)}, of {shown_path(root)}",
@@ -94,7 +94,7 @@ def _tell(root: Path, chosen: Sequence[Entry], named: dict[Entry, tuple[str, str
         used_at = max(entry.used_at for entry in found)
         known = f"{name} ({fingerprint[:8]})" if name else UNKNOWN
         numbers = f"{counts['latents']:>9}{counts['prompts']:>9}{counts['class_images']:>14}{_size(size):>11}"
-        values = {kind: counts[kind] for kind in cached.KINDS}
+        values = {kind: counts[kind] for kind in cache_folder.KINDS}
         report.event(
             "base",
             f"         {known:<32}{numbers}   {_day(used_at)}",
@@ -104,7 +104,7 @@ def _tell(root: Path, chosen: Sequence[Entry], named: dict[Entry, tuple[str, str
             used_at=used_at,
             **values,
         )
-    uses = cached.uses(root)
+    uses = cache_folder.uses(root)
     for use in uses[:MAX_RUNS_SHOWN]:
         state = "uses it now" if use.is_live else f"used it on {_day(use.began_at)}"
         text = f"run      {shown_path(Path(use.folder))} ({shown(use.base)}) {state}"

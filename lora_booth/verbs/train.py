@@ -90,9 +90,7 @@ def train(
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
         if is_finished(run.folder):  # by another process, while this one looked at its inputs
             return _told_finished(run, report)
-        cuts = prepare.Cuts()
-        if accelerator.is_main_process and not run.has_picture(run.sheet_path):
-            run.write_picture(run.sheet_path, prepare.sheet(config, inputs.pictures, cuts))
+        cuts = _drawn_sheet(config, inputs, run, accelerator)
         dtype = dtype_for(config.model.precision, device)
         family = _load(config, inputs.facts, device, dtype, report)
         listeners: dict[str, Any] = {"report": report, "stop": stop}
@@ -219,6 +217,14 @@ def _told_plainly(config: Filled, inputs: decide.Inputs, accelerator: Accelerato
             f"process {accelerator.process_index} of {accelerator.num_processes} lost another one, whose own output "
             "says why it ended; every checkpoint so far is good, and the same command goes on from the last."
         ) from error
+
+
+def _drawn_sheet(config: Resolved, inputs: decide.Inputs, run: Run, accelerator: Accelerator) -> prepare.Cuts:
+    """Draw the contact sheet if it is not there yet (main process); gives the pictures as they were cut for it."""
+    cuts = prepare.Cuts()
+    if accelerator.is_main_process and not run.has_picture(run.sheet_path):
+        run.write_picture(run.sheet_path, prepare.sheet(config, inputs.pictures, cuts))
+    return cuts
 
 
 def _prepared(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_booth.adapter.files import storage, strangers
+from lora_booth.adapter.files import other_models, storage
 from lora_booth.adapter.weights import delta
 from lora_booth.errors import ConfigError, LoraBoothError, ModelError
 from lora_booth.verbs import export as verb_export
@@ -291,8 +291,8 @@ def test_an_adapter_for_another_model_is_called_by_its_name(model: str, tmp_path
 
 
 def test_one_strange_key_makes_no_stranger_of_a_stable_diffusion_adapter() -> None:
-    assert strangers.model_of([f"{NAME}.alpha", "lora_unet_double_blocks_0_x.alpha"]) is None
-    assert strangers.model_of(["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"]) is None
+    assert other_models.model_of([f"{NAME}.alpha", "lora_unet_double_blocks_0_x.alpha"]) is None
+    assert other_models.model_of(["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"]) is None
 
 
 def typed(path: Path, dtype: str, bits: int) -> Path:

@@ -168,7 +168,7 @@ def test_real_architectures_have_their_published_sides_and_steps(
     assert row.recognises(unet) and row.predictions[prediction_type] == side
     assert identify._native_resolution(unet, 8, side) == side
     assert identify._native_resolution(unet | {"sample_size": None}, 8, side) == side
-    assert identify._bucket_step(8 * row.cells(unet), side) == step
+    assert identify._bucket_step(8 * row.latent_multiple(unet), side) == step
     assert len(vae["block_out_channels"]) == 4
 
 

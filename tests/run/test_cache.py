@@ -20,9 +20,9 @@ from safetensors import safe_open
 from lora_booth.data.buckets import Bucket, Crop
 from lora_booth.errors import DiskError, NumericError
 from lora_booth.run.cache import TensorCache, key, require_finite
-from lora_booth.run.cached import digest_and_words
-from lora_booth.training import keys as cache_keys
-from lora_booth.training.keys import latent_key, prompt_key
+from lora_booth.run.cache_folder import digest_and_words
+from lora_booth.training import cache_keys
+from lora_booth.training.cache_keys import latent_key, prompt_key
 
 CROP = Crop(Bucket(512, 448), 1000, 900, 512, 461, 1, 6)
 TENSORS = {

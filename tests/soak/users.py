@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_booth.config.config import Config
 from lora_booth.errors import DiskError
-from lora_booth.run import cached
+from lora_booth.run import cache_folder
 from lora_booth.verbs import train
 from tests.soak import crash
 from tests.soak.bench import Bench, Result, differences, made
@@ -63,7 +63,7 @@ def cleared_caches(count: int, folder: Path, seed: int = 0) -> Result:
         configs = [bench.config(f"cleared-{i}-{n}", run={"cache": root}) for n in range(2)]
         running = [crash.start(config, crash.SURVIVES, {}) for config in configs]
         while any(process.is_alive() for process, _ in running):
-            cleared += cached.remove(cached.entries(root))[0]
+            cleared += cache_folder.remove(cache_folder.entries(root))[0]
             running[0][0].join(rng.uniform(0.0, 0.1))
         for config, (process, log) in zip(configs, running, strict=True):
             crash.join(process, 120.0)

@@ -154,7 +154,7 @@ ROW = Architecture(
     },
     recognises=lambda config: True,
     check=lambda base, configs: None,
-    cells=lambda config: 1,
+    latent_multiple=lambda config: 1,
     predictions={"flow": 128},
     step_limits=(3, 30),
     targets={"attention": r"steps\.\d+\.(query|key|value|out)"},

@@ -74,7 +74,7 @@ def to_tensors(weights: AdapterWeights, family: str, dtype: torch.dtype) -> dict
     Raises ModelError when the adapter is DoRA or a value is too large for `dtype`, NumericError when one is not finite.
     """
     _refuse(weights)
-    factors, alphas = _unrounded(weights, family)
+    factors, alphas = _keyed_factors(weights, family)
     return cast(factors, dtype) | alphas
 
 
@@ -123,7 +123,7 @@ def faults(weights: AdapterWeights, family: str, dtype: torch.dtype = torch.floa
     if uses_dora(weights):
         return [_DORA]
     found = [*_outside(weights), *_split_attention(weights), *_unrecognisable(weights, family)]
-    return found + rounding_faults(_unrounded(weights, family)[0], dtype)
+    return found + rounding_faults(_keyed_factors(weights, family)[0], dtype)
 
 
 _DORA = (
@@ -139,7 +139,7 @@ def _refuse(weights: AdapterWeights) -> None:
     require_finite(weights)
 
 
-def _unrounded(weights: AdapterWeights, family: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _keyed_factors(weights: AdapterWeights, family: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Factors in float32 and alphas, by key (R1-R6, R10)."""
     factors, alphas = {}, {}
     for component, layers in weights.items():

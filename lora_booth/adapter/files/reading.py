@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lora_booth.adapter.files import strangers
+from lora_booth.adapter.files import other_models
 from lora_booth.adapter.files.keys import BIASES, EXTRAS, WHOLE_KINDS, Key, is_norm, parse
 from lora_booth.adapter.files.kinds import flat_axis_of, rank_of, update_of
 from lora_booth.adapter.weights import AnyWeights
@@ -164,6 +164,6 @@ def _is_scaled(layer: _Layer) -> bool:
 
 def require_no_stranger(keys: Iterable[str]) -> None:
     """Raise ModelError when the keys are those of an adapter for another model."""
-    model = strangers.model_of(keys)
+    model = other_models.model_of(keys)
     if model is not None:
-        raise ModelError(strangers.refusal(model))
+        raise ModelError(other_models.refusal(model))

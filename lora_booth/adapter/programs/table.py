@@ -33,9 +33,11 @@ from lora_booth.adapter.programs.rules import (
 from lora_booth.adapter.programs.spelling import OUTSIDE, TEXT_PROJECTION, Layer
 from lora_booth.models.bases.architectures import ARCHITECTURES
 
-_BOTH_NAMINGS = {family: frozenset({"diffusers", "ldm"}) for family in ARCHITECTURES}
+_MEASURED = {family: row for family, row in ARCHITECTURES.items() if row.depths}
+"""The families whose layout is known here, on which the programs were measured."""
+_BOTH_NAMINGS = {family: frozenset({"diffusers", "ldm"}) for family in _MEASURED}
 _TEXT_PREFIXES = {
-    family: frozenset(row.kohya_prefixes[name] for name in row.text_encoders) for family, row in ARCHITECTURES.items()
+    family: frozenset(row.kohya_prefixes[name] for name in row.text_encoders) for family, row in _MEASURED.items()
 }
 _ALL_KINDS = frozenset({"LoRA", "LoCon with lora_mid", "LoHa", "LoKr", "LoKr with Tucker core", "full difference"})
 _NORMS = frozenset({"norm", "norm without bias"})
@@ -88,7 +90,7 @@ class Loader:
 
 def _nameless(paths: frozenset[str]) -> dict[tuple[str, str], frozenset[str]]:
     """In every family and naming."""
-    return {(family, naming): paths for family in ARCHITECTURES for naming in ("diffusers", "ldm")}
+    return {(family, naming): paths for family in _MEASURED for naming in ("diffusers", "ldm")}
 
 
 _ANY_TEXT_PREFIX = {

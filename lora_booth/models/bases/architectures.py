@@ -47,14 +47,14 @@ class Architecture:
     """Whether the config of a denoiser is one of this family, among those with the same pipeline."""
     check: Callable[[Path, unets.Configs], None]
     """Raises ModelError for a base (first argument: where) whose configs want what training does not have."""
-    cells: Callable[[Mapping[str, Any]], int]
+    latent_multiple: Callable[[Mapping[str, Any]], int]
     """Latents by which a side must be divisible, from the denoiser's config."""
     predictions: Mapping[PredictionType, int]
     """What its denoisers may predict, to the native side in pixels where the denoiser's config does not say it."""
     step_limits: tuple[int, int]
-    """Fewest and most steps, where the recipes of other trainers and the DreamBooth paper meet."""
+    """Fewest and most steps, the range on which other trainers and the DreamBooth paper agree."""
     targets: Mapping[str, str]
-    """Preset of `adapter.targets` to what matches its module names in the denoiser whole."""
+    """Preset of `adapter.targets` to a pattern that must match a module name of the denoiser as a whole."""
     kohya_prefixes: Mapping[str, str]
     """Component to the prefix of its keys in a kohya file."""
     modelspec: Mapping[PredictionType, str]
@@ -139,7 +139,7 @@ SD1 = Architecture(
     parts=_ONE_ENCODER,
     recognises=unets.is_sd1,
     check=unets.check,
-    cells=unets.cells,
+    latent_multiple=unets.latent_multiple,
     predictions={"epsilon": 512, "v_prediction": 512},
     step_limits=(400, 1200),
     targets=unets.TARGETS,
@@ -162,7 +162,7 @@ SD2 = Architecture(
     parts=_ONE_ENCODER,
     recognises=unets.is_sd2,
     check=unets.check,
-    cells=unets.cells,
+    latent_multiple=unets.latent_multiple,
     predictions={"epsilon": 512, "v_prediction": 768},
     step_limits=(400, 1200),
     targets=unets.TARGETS,
@@ -185,7 +185,7 @@ SDXL = Architecture(
     parts=_ONE_ENCODER | _SECOND_ENCODER,
     recognises=unets.is_sdxl,
     check=unets.check,
-    cells=unets.cells,
+    latent_multiple=unets.latent_multiple,
     predictions={"epsilon": 1024, "v_prediction": 1024},
     step_limits=(500, 1500),
     targets=unets.TARGETS,

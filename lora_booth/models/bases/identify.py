@@ -104,7 +104,7 @@ def identify(base: Path, *, has_weights: bool = True) -> BaseFacts:
     prediction_type = _prediction_type(base, row, scheduler)
     factor = 2 ** (len(found["vae"]["block_out_channels"]) - 1)
     native = _native_resolution(denoiser, factor, row.predictions[prediction_type])
-    step = _bucket_step(factor * row.cells(denoiser), native)
+    step = _bucket_step(factor * row.latent_multiple(denoiser), native)
     for what, side, (least, most) in (("pictures", native, SIDES_PX), ("steps", step, STEPS_PX)):
         if not least <= side <= most:
             told = f"{_config_path(configs, row.denoiser)}, with its VAE, asks for {what} of {side} px"

@@ -49,7 +49,7 @@ def is_sd1(unet: Mapping[str, Any]) -> bool:
     return not is_sd2(unet) and not is_sdxl(unet)
 
 
-def cells(unet: Mapping[str, Any]) -> int:
+def latent_multiple(unet: Mapping[str, Any]) -> int:
     """Latents by which a side must be divisible so that they halve evenly at every level: skip connections must fit."""
     return int(2 ** (len(unet["block_out_channels"]) - 1))
 

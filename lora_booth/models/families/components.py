@@ -132,7 +132,7 @@ def load_component(facts: BaseFacts, name: str) -> nn.Module:
 
 
 def prepare_unet_(unet: Any, gradient_checkpointing: float, attention: str, *, is_offloading: bool) -> None:
-    """Switch the UNet's memory savers; see `base.Family.prepare_denoiser_`.
+    """Switch the UNet's memory savers; see `Family.prepare_denoiser_`.
 
     diffusers' checkpointing works in eval mode (it looks at grad mode alone).
     """

@@ -9,7 +9,7 @@ Words fixed here, used everywhere:
 - *conditioning*: what the text encoders make of prompts, a dict of tensors with the batch first.
 - *geometry*: float32 `[B, 6]`: original height, original width, crop top, crop left, target height, target width, in
   pixels of that very image. Only SDXL reads it.
-- *timestep*: int64 `[B]` in [0, 1000), the network's scale.
+- *timestep*: `[B]` in [0, 1000), the network's scale; int64 for diffusion, float32 for a rectified flow.
 """
 
 from __future__ import annotations

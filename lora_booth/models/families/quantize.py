@@ -38,8 +38,8 @@ def quantize_(module: nn.Module, kind: Quantization, device: torch.device) -> in
 def move_frozen_(module: nn.Module, device: torch.device | str) -> None:
     """Move all of `module` but what is trained, which an optimizer holds too, quantised layers among it.
 
-    `Module.to` would part trained parameters from the vector that they look at, and leave the 8-bit weights that
-    bitsandbytes keeps by a second name (`CB`) behind.
+    `Module.to` would break the link of trained parameters to the vector that they are views of, and leave the 8-bit
+    weights that bitsandbytes keeps by a second name (`CB`) behind.
     """
     for part in module.modules():
         for weight in part.parameters(recurse=False):

@@ -1,6 +1,6 @@
 """Pictures to latents and back, in float32 always.
 
-Half-precision VAEs overflow on SDXL, and both ways are run once.
+Half-precision VAEs overflow on SDXL, and each picture is encoded or decoded only once.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 
 from lora_booth.adapter.files import storage
 from lora_booth.errors import ConfigError, DiskError
-from lora_booth.run import cached
+from lora_booth.run import cache_folder
 from lora_booth.run.cache import TensorCache, key
 from lora_booth.verbs import cache, train
 from tests.cli.test_app import in_process
@@ -70,7 +70,7 @@ def events(folder: Path, **settings: Any) -> list[tuple[str, str]]:
 
 
 def test_it_is_told_where_how_much_and_of_which_bases(root: Path) -> None:
-    with cached.in_use(root, run_folder=Path("runs/rex"), base="sd15"):
+    with cache_folder.in_use(root, run_folder=Path("runs/rex"), base="sd15"):
         told = dict(events(root))
         rows = [text.split() for kind, text in events(root) if kind == "base"]
     assert told["cache"].startswith(f"cache    {root}: 5 entries, 0.0 MiB")
@@ -101,7 +101,7 @@ def test_the_command_line_tells_it_as_json(
 def left(root: Path) -> int:
     """Entries in the cache; what is not its own must be there still."""
     assert len(list(root.rglob("mine.safetensors"))) == len(list(root.rglob("12.png"))) == 5
-    return len(cached.entries(root))
+    return len(cache_folder.entries(root))
 
 
 @pytest.mark.parametrize(
@@ -136,19 +136,19 @@ def test_an_unknown_base_is_told_with_those_that_are_there(root: Path) -> None:
 def test_reading_is_using(root: Path) -> None:
     path = fill(root, "prompts", "old", days_ago=99)
     store = TensorCache(path.parent)
-    assert cached.entries(root)[0].paths == (path,)
+    assert cache_folder.entries(root)[0].paths == (path,)
     assert store.get(path.stem) is not None
-    assert cached.entries(root)[-1].paths == (path,)
+    assert cache_folder.entries(root)[-1].paths == (path,)
 
 
 def test_beyond_its_limit_what_was_not_used_for_the_longest_goes(root: Path) -> None:
-    sizes = [entry.num_bytes for entry in cached.entries(root)]
+    sizes = [entry.num_bytes for entry in cache_folder.entries(root)]
     told: list[str] = []
-    cached.trim(root, sum(sizes), told.append)
+    cache_folder.trim(root, sum(sizes), told.append)
     assert (left(root), told) == (5, [])
-    kept = [entry.paths for entry in cached.entries(root)[2:]]
-    cached.trim(root, sum(sizes) - sizes[0] - 1, told.append)
-    assert [entry.paths for entry in cached.entries(root)] == kept
+    kept = [entry.paths for entry in cache_folder.entries(root)[2:]]
+    cache_folder.trim(root, sum(sizes) - sizes[0] - 1, told.append)
+    assert [entry.paths for entry in cache_folder.entries(root)] == kept
     assert left(root) == 3
     assert "has reached run.cache_limit_gib; 2 entries (0 MiB) longest unused were removed" in told[0]
 
@@ -162,14 +162,14 @@ def test_a_run_keeps_the_cache_within_its_limit(make_config: MakeConfig, tmp_pat
     )
     train.train(config, report=recorder)
     assert [text for kind, text in recorder.events if kind == "cache"]
-    assert sum(entry.num_bytes for entry in cached.entries(root)) <= 1e-6 * 2**30
-    (use,) = cached.uses(root)
+    assert sum(entry.num_bytes for entry in cache_folder.entries(root)) <= 1e-6 * 2**30
+    (use,) = cache_folder.uses(root)
     assert (use.folder, use.base, use.is_live) == (str(tmp_path / "run"), "sd1", False)
 
 
 def use_and_wait(root: Path, names: list[str], is_ready: Any, may_end: Any) -> None:
     """A run in a process of its own, which has used entries and is not yet done with them."""
-    with cached.in_use(root, run_folder=root / "run", base="sd15"):
+    with cache_folder.in_use(root, run_folder=root / "run", base="sd15"):
         for name in names:
             assert TensorCache(root / "latents").get(key(name)) is not None
         is_ready.set()
@@ -187,11 +187,13 @@ def test_what_a_live_run_in_another_process_has_used_is_kept_until_it_ends(root:
     try:
         assert is_ready.wait(60)
         told: list[str] = []
-        cached.trim(root, 1, told.append)
+        cache_folder.trim(root, 1, told.append)
         assert left(root) == 3 and told
         found = dict(events(root, clear=True))
         assert "cleared  0 entries" in found["cleared"] and "3 entries that a live run has used" in found["kept"]
-        assert {path.stem for entry in cached.entries(root) for path in entry.paths} == {key(name) for name in "bcd"}
+        assert {path.stem for entry in cache_folder.entries(root) for path in entry.paths} == {
+            key(name) for name in "bcd"
+        }
     finally:
         may_end.set()
         run.join(60)
@@ -231,7 +233,7 @@ class Clearing(Recorder):
     def clear(self, word: str) -> None:
         if word not in self.met:
             self.met.add(word)
-            cached.remove(cached.entries(self.root))
+            cache_folder.remove(cache_folder.entries(self.root))
 
 
 def test_a_run_whose_cache_is_cleared_at_every_moment_makes_it_again_to_the_same_bytes(
@@ -277,9 +279,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
 def test_two_users_share_a_cache_as_far_as_the_first_ones_umask_lets_them(shared: Path, umask: int) -> None:
     store = TensorCache(shared / "cache" / "latents")
-    with other_user(5001, umask), cached.in_use(shared / "cache", run_folder=shared / "one", base="x"):
+    with other_user(5001, umask), cache_folder.in_use(shared / "cache", run_folder=shared / "one", base="x"):
         store.put(key("a"), TENSORS)
-    with other_user(5002, 0o022), cached.in_use(shared / "cache", run_folder=shared / "two", base="x"):
+    with other_user(5002, 0o022), cache_folder.in_use(shared / "cache", run_folder=shared / "two", base="x"):
         assert (store.get(key("a")) is not None) == (umask != 0o077)
         if umask == 0o002:
             store.put(key("b"), TENSORS)
@@ -287,7 +289,7 @@ def test_two_users_share_a_cache_as_far_as_the_first_ones_umask_lets_them(shared
             TensorCache(store.folder)  # looks for what killed writers have left
             with pytest.raises(DiskError, match=r"Permission denied.*of the cache, whose folder run\.cache"):
                 store.put(key("b"), TENSORS)
-        cached.remove(cached.entries(shared / "cache"))
+        cache_folder.remove(cache_folder.entries(shared / "cache"))
     assert store.path(key("a")).exists() == (umask != 0o002), "nobody removes what another's folder does not let them"
 
 

@@ -90,7 +90,8 @@ def default_folder() -> Path:
 
 
 def with_words(digest: str, words: Mapping[str, str]) -> str:
-    """The one field of an entry's metadata: the library writes several in any order, and equal runs equal bytes."""
+    """The one field of an entry's metadata: safetensors does not fix the order of fields, and equal runs must give
+    equal bytes."""
     return f"{digest} {json.dumps(words, sort_keys=True)}" if words else digest
 
 
