@@ -166,7 +166,7 @@ def decided(config: AnyConfig, device: torch.device) -> AnyConfig:
             "model": {"precision": number_types.NAMES[dtype]},
             "optimizer": {"name": best_optimizer(device) if name == "auto" else name},
             "train": {"compile": False if is_never_tried else compile},
-            "memory": {"device": device.type},
+            "memory": {"device": device.type if config.memory.device == "auto" else config.memory.device},
         }
     )
 

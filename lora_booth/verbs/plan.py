@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 
 CHOICES_COLUMNS = 110
+UNBROKEN = "\N{NO-BREAK SPACE}"
+"""Where a line of choices may not end."""
 
 
 def show(wished: Config, report: Report, card: Card | None = None) -> None:
@@ -111,13 +113,13 @@ def _show_choices(wished: Config, chosen: Filled, report: Report) -> None:
     """
     before, settings = wished.model_dump(mode="json"), chosen.model_dump(mode="json")
     choices = [
-        f"{section}.{key} = {json.dumps(value)}"
+        f"{section}.{key} = {json.dumps(value)}".replace(" ", UNBROKEN)
         for section, pairs in settings.items()
         for key, value in pairs.items()
         if value != before[section][key]
     ]
     lines = wrap(", ".join(choices), CHOICES_COLUMNS, initial_indent="chosen   ", subsequent_indent=" " * 9)
-    report.event("config", "\n".join(lines), settings=settings)
+    report.event("config", "\n".join(lines).replace(UNBROKEN, " "), settings=settings)
 
 
 def _show_time(run: Duration, shown: Sequence[Card], report: Report) -> None:
