@@ -8,7 +8,7 @@ What does not: its modules (`models/families/`, one file each), and what single 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,27 +153,18 @@ SD1 = Architecture(
     depths=(1, 1, 1, 0),
     text_layers={"text_encoder": 12},
 )
-SD2 = Architecture(
+SD2 = replace(
+    SD1,
     name="sd2",
     label="Stable Diffusion 2.x",
-    family="lora_booth.models.families.stable_diffusion:StableDiffusion",
-    pipeline="StableDiffusionPipeline",
-    denoiser="unet",
-    parts=_ONE_ENCODER,
     recognises=unets.is_sd2,
-    check=unets.check,
-    latent_multiple=unets.latent_multiple,
     predictions={"epsilon": 512, "v_prediction": 768},
-    step_limits=(400, 1200),
-    targets=unets.TARGETS,
-    kohya_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
     modelspec={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
     kohya_version="sd_v2",
     marks=("sd_v2", "-v2"),
     ui_version="SD2",
     context_width=1024,
     single_file_prefixes={"unet": "model.diffusion_model.", "text_encoder": "cond_stage_model.model."},
-    depths=(1, 1, 1, 0),
     text_layers={"text_encoder": 23},
 )
 SDXL = Architecture(
