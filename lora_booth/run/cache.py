@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lora_booth.errors import DiskError, NumericError
-from lora_booth.run import disk
+from lora_booth.run import disk, headers
 from lora_booth.run.cache_folder import DIGEST, digest_and_words, with_words
 
 MAX_FILE_BYTES = 2**30
@@ -127,8 +127,7 @@ def _checked(data: bytes, key: str) -> dict[str, Tensor] | None:
     try:
         # Copies, because views into the file's bytes are not aligned, and CPU kernels round by alignment.
         tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        stored, words = digest_and_words(header.get("__metadata__", {}))
+        stored, words = digest_and_words(headers.unchecked(data).get("__metadata__", {}))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         return None
     return tensors if stored == _digest(key, tensors, words) else None

@@ -68,6 +68,17 @@ def read(path: Path) -> Header:
     return Header(entries, metadata, 8 + length)
 
 
+def data_start(content: bytes) -> int:
+    """Where the data begin in a safetensors file's bytes."""
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def unchecked(content: bytes) -> dict[str, Any]:
+    """The header in the bytes of a safetensors file, as it stands there. Raises ValueError when it is no JSON."""
+    values: dict[str, Any] = json.loads(content[8 : data_start(content)])
+    return values
+
+
 def _entry(value: Any) -> Entry:
     start, end = value["data_offsets"]
     numbers = [*value["shape"], start, end]

@@ -31,6 +31,7 @@ from typing import Any
 from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config.config import Config
 from lora_booth.models.bases.architectures import ARCHITECTURES, PredictionType
+from lora_booth.run import headers
 from lora_booth.run.identity import settings
 
 STALE_FIELDS = (
@@ -128,10 +129,10 @@ def with_metadata(body: bytes, fields: Mapping[str, str]) -> bytes:
 
     The library writes fields in another order each time. The data, and so the hash, do not depend on them.
     """
-    end = 8 + int.from_bytes(body[:8], "little")
+    end = headers.data_start(body)
     digest = hashlib.sha256(body[end:]).hexdigest()
     fields = {**fields, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
-    header = {"__metadata__": dict(sorted(fields.items())), **json.loads(body[8:end])}
+    header = {"__metadata__": dict(sorted(fields.items())), **headers.unchecked(body)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the data are aligned to 8 bytes, as the library has them
     return len(text).to_bytes(8, "little") + text + body[end:]

@@ -30,7 +30,7 @@ from lora_booth.adapter.files.reading import LEAVABLE, gather, kept, require_no_
 from lora_booth.adapter.weights import VECTORS, AdapterWeights, AnyWeights, Dense, LowRank, nonfinite
 from lora_booth.config.inputs import read_object, require_plain_file, shown, why_unreadable
 from lora_booth.errors import ConfigError, ModelError
-from lora_booth.run import disk
+from lora_booth.run import disk, headers
 from lora_booth.run.number_types import DTYPES
 from lora_booth.run.report import Report
 
@@ -83,7 +83,7 @@ class Format:
     def content(self, name: str, body: bytes, metadata: Mapping[str, str]) -> bytes:
         """`body` with `metadata` and hashes in its header. Raises ModelError when that is too long for programs."""
         content = with_metadata(body, {**metadata, **self.fields})
-        header = int.from_bytes(content[:8], "little")
+        header = headers.data_start(content) - 8
         if header > MAX_HEADER_BYTES:
             raise ModelError(
                 f"The header of {name} would take {header} bytes, and ComfyUI reads {MAX_HEADER_BYTES}; shorten "
