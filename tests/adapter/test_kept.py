@@ -50,7 +50,7 @@ def test_any_kept_checkpoint_is_exported_by_its_step(finished: Config, tmp_path:
     assert all(same(path, folder / path.name.replace("-000004", "")) for path in last.values())
     header, own = (storage.read_metadata(p) for p in (last["kohya"], folder / "sks_dog.safetensors"))
     assert header["modelspec.trigger_phrase"] == "sks dog"
-    assert header["lora_booth.run.identity"] == own["lora_booth.run.identity"]
+    assert header["lora_booth.identity"] == own["lora_booth.identity"]
     recorder = Recorder()
     second = verb_export.export(file=folder, step="2", out=tmp_path / "second", dtype="fp32", report=recorder)
     assert storage.read_metadata(second["kohya"])["ss_steps"] == "2"

@@ -104,7 +104,7 @@ def test_no_path_of_the_machine_is_written() -> None:
     for private in ("alice/", "alice\\", "/home", "C:", "Users", "photos"):
         assert private not in text, private
     assert fields["ss_sd_model_name"] == "my_base.safetensors"
-    written = json.loads(fields["lora_booth.config.settings"])
+    written = json.loads(fields["lora_booth.config"])
     assert written["run"] == {} and "images" not in written["subject"], "what the result does not depend on"
     assert written["model"]["base"] == "my_base.safetensors"
     assert written["train"]["seed"] == 0
@@ -160,7 +160,7 @@ def test_optional_facts_are_written_when_they_are_known() -> None:
 def test_a_huge_config_is_left_out_and_said_so() -> None:
     long = config(preview={"prompts": ("a photo of {token} {class} " + "x" * 300_000,)})
     fields = metadata(facts(config=long))
-    assert "left out" in json.loads(fields["lora_booth.config.settings"])
+    assert "left out" in json.loads(fields["lora_booth.config"])
     assert sum(map(len, fields.values())) < 1 << 16
 
 

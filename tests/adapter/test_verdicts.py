@@ -337,7 +337,7 @@ def test_dora_keeps_its_form_in_few_programs(shape: tuple[int, ...], exact: set[
 
 def test_dora_in_diffusers_own_file_is_exact_but_for_text_encoders_under_pefts_key() -> None:
     def check(key: str, paths: list[tuple[str, str]]) -> Verdict:
-        file = File("sd1", {"lora_booth.run.versions": "{}"}).add(paths, dotted, leaves=PEFT)
+        file = File("sd1", {"lora_booth.versions": "{}"}).add(paths, dotted, leaves=PEFT)
         file.shapes |= {f"{dotted(component, path)}.{key}": (8,) for component, path in paths}
         return file.verdicts()[DIFFUSERS]
 
@@ -743,7 +743,7 @@ def test_diffusers_itself_loads_as_many_layers_as_the_table_says(
         values = (down, up, torch.tensor(alpha_of(path)))
         tensors |= {f"{spell(family, component, path)}.{leaf}": v for leaf, v in zip(leaves, values, strict=False)}
     file = tmp_path / "a.safetensors"
-    save_file(tensors, file, {"lora_booth.run.versions": "{}"})
+    save_file(tensors, file, {"lora_booth.versions": "{}"})
     verdict = next(v for v in verdicts_of_file(file, family) if v.loader == DIFFUSERS)
     try:
         pipe.load_lora_weights(file)

@@ -85,7 +85,7 @@ def test_the_files_say_what_they_are_and_hold_no_path(make_config: MakeConfig, t
         header = file.metadata()
     assert header["modelspec.trigger_phrase"] == "sks dog"
     assert header["ss_base_model_version"] == "sd_v1"
-    assert json.loads(header["lora_booth.config.settings"])["subject"]["class_noun"] == "dog"
+    assert json.loads(header["lora_booth.config"])["subject"]["class_noun"] == "dog"
     assert str(tmp_path) not in str(header)
 
 

@@ -12,7 +12,7 @@ Every value is text. Never written: absolute paths (a path is cut to its last pa
 | ss_output_name | A1111, Forge: the name in `<lora:name:1>` |
 | ss_tag_frequency, ss_dataset_dirs, ss_training_* and the rest of ss_* | A1111's and Forge's details dialog |
 | sshs_model_hash, modelspec.hash_sha256 | A1111, Forge: "Lora hashes" in picture infos (added by `with_metadata`) |
-| lora_booth.config.settings, lora_booth.run.identity, lora_booth.run.versions | lora_booth |
+| lora_booth.config, lora_booth.identity, lora_booth.versions | lora_booth |
 
 Sources: Stability-AI/ModelSpec README; sd-scripts train_network.py and library/train_util.py (field names and formats).
 """
@@ -216,8 +216,8 @@ def _own(facts: Facts) -> dict[str, str]:
     text = json.dumps(resolved_config(facts.config), sort_keys=True)
     if len(text) > _MAX_CONFIG_BYTES:
         text = json.dumps({"left out": f"{len(text)} bytes; a header must stay under {MAX_HEADER_BYTES}"})
-    fields = {"lora_booth.config.settings": text, "lora_booth.run.identity": facts.identity}
-    return fields | {"lora_booth.run.versions": json.dumps(dict(facts.versions))}
+    fields = {"lora_booth.config": text, "lora_booth.identity": facts.identity}
+    return fields | {"lora_booth.versions": json.dumps(dict(facts.versions))}
 
 
 def _shown(value: Any) -> Any:
