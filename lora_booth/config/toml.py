@@ -66,12 +66,13 @@ def override(key: str, value: str | float) -> str:
 def to_toml(config: Config, *, is_kept: bool = False) -> str:
     """The whole config as TOML that `load` takes back to an equal Config. Settings left at None are left out.
 
-    `is_kept`: for the config.toml of its own run folder, which may be moved and shown to others: that folder is not
-    named, and what lies in the user's home begins with "~".
+    `is_kept`: for the config.toml of its own run folder, which may be moved to another machine and shown to others:
+    neither that folder nor the device that computed is named, and what lies in the user's home begins with "~".
     """
     values = config.model_dump(mode="json", exclude_none=True)
     if is_kept:
         values["run"].pop("folder", None)
+        values["memory"].pop("device", None)
         for section, model in config:
             for key, value in model:
                 if isinstance(value, Path) and key in values[section]:

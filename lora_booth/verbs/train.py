@@ -83,13 +83,14 @@ def train(
     device = accelerator.device
     devices.require(config, device)
     wished = devices.without_moving(config, device)
-    if is_finished(wished.folder):  # nothing is computed any more, so nothing that depends on the device is chosen
-        with _opened(decide.filled(wished, inputs), inputs, accelerator) as run:
-            return _told_finished(run, report)
+    finished = _finished_before(wished, inputs, accelerator, report)
+    if finished is not None:
+        return finished
     config = _resolved(wished, inputs, report, device)
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
-        if is_finished(run.folder):  # by another process, while this one looked at its inputs
-            return _told_finished(run, report)
+        finished = _told_finished(run, report)  # by another process, while this one looked at its inputs
+        if finished is not None:
+            return finished
         cuts = _drawn_sheet(config, inputs, run, accelerator)
         dtype = dtype_for(config.model.precision, device)
         family = _load(config, inputs.facts, device, dtype, report)
@@ -135,11 +136,19 @@ def _resolved(config: Config, inputs: decide.Inputs, report: Report, device: tor
     return decide.resolve(config, inputs, report, device=device, free_gib=devices.free_gib(device), modules=modules)
 
 
-def _told_finished(run: Run, report: Report) -> Summary:
-    """What a finished run left. Raises DiskError when it cannot be read."""
+def _finished_before(config: Config, inputs: decide.Inputs, accelerator: Accelerator, report: Report) -> Summary | None:
+    """What the run left if it is finished already: then nothing that depends on the device is chosen any more."""
+    if not is_finished(config.folder):
+        return None
+    with _opened(decide.filled(config, inputs), inputs, accelerator) as run:
+        return _told_finished(run, report)
+
+
+def _told_finished(run: Run, report: Report) -> Summary | None:
+    """What a finished run left, None where it is not finished. Raises DiskError when it cannot be read."""
     summary = run.summary()
-    assert summary is not None, "its file is there"
-    report.event("finished", f"{run.folder} is finished already; name another run.folder to train again")
+    if summary is not None:
+        report.event("finished", f"{run.folder} is finished already; name another run.folder to train again")
     return summary
 
 

@@ -7,6 +7,7 @@ import logging
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -366,3 +367,12 @@ def test_loading_is_silent(tmp_path: Path, capfd: Any, caplog: Any, monkeypatch:
             loading.load(ModelConfig(base=str(base)), device="cpu", dtype=torch.float32)
     captured = capfd.readouterr()
     assert captured.out + captured.err + caplog.text == ""
+
+
+def test_a_denoiser_that_no_family_with_its_pipeline_knows_is_refused(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sd1", "sd2"):
+        monkeypatch.setitem(ARCHITECTURES, name, replace(ARCHITECTURES[name], recognises=lambda config: False))
+    with pytest.raises(ModelError, match="another denoiser; lora_booth trains"):
+        identify.identify(bases["sd1"])

@@ -200,6 +200,7 @@ def test_a_run_is_continued_to_the_same_bytes_when_only_free_settings_change(aga
 def test_what_is_auto_is_settled_before_it_is_kept(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = toml.load(begun / "run" / "config.toml")
     assert (stored.optimizer.name, stored.model.precision, stored.train.compile) == ("adamw", "fp32", False)
+    assert stored.memory.device == "auto", "the file may go to a machine that has another one"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     cuda = devices.decided(config_of(begun).with_values({"model": {"precision": "bf16"}}), torch.device("cuda"))
     assert (cuda.optimizer.name, cuda.train.compile) == ("adamw8bit", "trial")

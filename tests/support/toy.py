@@ -179,7 +179,7 @@ def toy_base(folder: Path) -> Path:
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    index = {name: [part.library, part.classes[0]] for name, part in ROW.parts.items()}
+    index = {name: [part.module, part.classes[0]] for name, part in ROW.parts.items()}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "ToyPipeline", **index}))
     assert load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     return folder

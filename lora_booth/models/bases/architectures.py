@@ -20,10 +20,10 @@ PredictionType = Literal["epsilon", "v_prediction", "flow"]
 
 @dataclass(frozen=True)
 class Part:
-    """A component of a base. `library`: what model_index.json names; `classes`: those that may be loaded, the first of
-    which is built."""
+    """A component of a base. `module`: what model_index.json names as its library; `classes`: those of it that may be
+    loaded, the first of which is built."""
 
-    library: str
+    module: str
     classes: tuple[str, ...]
 
 
@@ -38,7 +38,7 @@ class Architecture:
     family: str
     """Its `models.families.family.Family`, as module:class; imported when a base is loaded."""
     pipeline: str
-    """Class in model_index.json."""
+    """Class in model_index.json. Families that share one have the same parts and check."""
     denoiser: str
     """Component name of the denoiser."""
     parts: Mapping[str, Part]
@@ -199,11 +199,6 @@ SDXL = Architecture(
 
 ARCHITECTURES: dict[str, Architecture] = {row.name: row for row in (SD1, SD2, SDXL)}
 """Every family by name. Who adds one puts its row in here."""
-
-
-def denoisers() -> tuple[str, ...]:
-    """Component names of all families' denoisers, each once."""
-    return tuple(dict.fromkeys(row.denoiser for row in ARCHITECTURES.values()))
 
 
 def components() -> tuple[str, ...]:

@@ -132,7 +132,10 @@ def _prediction_type(base: Path, row: Architecture, scheduler: dict[str, Any]) -
 def _architecture(base: Path, configs: Path) -> Architecture:
     """The row of the family that the configs of a base are of."""
     rows = _candidates(base, read_json(configs / "model_index.json"))
-    return next((row for row in rows if row.recognises(read_json(_config_path(configs, row.denoiser)))), rows[0])
+    for row in rows:
+        if row.recognises(read_json(_config_path(configs, row.denoiser))):
+            return row
+    raise ModelError(f"{base} has the parts of {rows[0].label}, but another denoiser; {WHAT_WORKS}.")
 
 
 def _candidates(base: Path, index: dict[str, Any]) -> list[Architecture]:
@@ -183,10 +186,10 @@ def _check_folder(base: Path, *, has_weights: bool) -> None:
                 f"{base}/model_index.json has an unknown component {name} ({reprlib.repr(value)}); {WHAT_WORKS}."
             )
     for name in needed:
-        library, classes = row.parts[name].library, row.parts[name].classes
+        module, classes = row.parts[name].module, row.parts[name].classes
         if name not in index:
             raise ModelError(f"{base}/model_index.json names no {name}; the base is incomplete, download it again.")
-        if not isinstance(index[name], list) or len(index[name]) != 2 or index[name][0] != library:
+        if not isinstance(index[name], list) or len(index[name]) != 2 or index[name][0] != module:
             raise ModelError(
                 f"{base}/model_index.json: {name} is {reprlib.repr(index[name])}, which is not loaded; {WHAT_WORKS}."
             )

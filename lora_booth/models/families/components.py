@@ -188,7 +188,7 @@ def checkpointed_units(unet: Any) -> list[Any]:
 def _class_of(row: Architecture, component: str) -> Any:
     """The class that a component of a family is built with."""
     part = row.parts[component]
-    return getattr(importlib.import_module(part.library), part.classes[0])
+    return getattr(importlib.import_module(part.module), part.classes[0])
 
 
 def _stored_dtype(facts: BaseFacts, name: str) -> torch.dtype:
