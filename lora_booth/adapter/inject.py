@@ -16,7 +16,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,17 +107,41 @@ def num_parameters(parameters: Mapping[str, Sequence[nn.Parameter]]) -> int:
     return sum(p.numel() for group in parameters.values() for p in group)
 
 
-@contextmanager
-def disabled(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside the block the modules compute the base's output; afterwards each layer is as it was, strength included."""
-    layers = [(layer, bool(layer.disable_adapters)) for layer in _all_layers(modules)]
-    for layer, _ in layers:
-        _enable_(layer, False)
-    try:
-        yield
-    finally:
-        for layer, was_disabled in layers:
-            _enable_(layer, not was_disabled)
+class Injected:
+    """The adapted layers of modules, looked up once: a walk through SDXL's modules takes as long as a short step."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._layers = [layer for module in modules.values() for layer in _layers(module).values()]
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside the block the modules compute the base's output; afterwards each layer is as it was, strength
+        included."""
+        were_disabled = [bool(layer.disable_adapters) for layer in self._layers]
+        for layer in self._layers:
+            _enable_(layer, False)
+        try:
+            yield
+        finally:
+            for layer, was_disabled in zip(self._layers, were_disabled, strict=True):
+                _enable_(layer, not was_disabled)
+
+    def squared_norm(self) -> Tensor:
+        """The squared Frobenius norm of the update, summed over layers, float32 `[]`, with gradients; plain LoRA only.
+
+        ||s B A||² = s² sum((A Aᵀ) * (Bᵀ B)), so nothing as large as a weight is made; s is the trained scale.
+        """
+        norms = []
+        for layer in self._layers:
+            down, up, _ = _factors(layer)
+            a, b = down.flatten(start_dim=1), up.flatten(start_dim=1)
+            norms.append(_trained_scale(layer) ** 2 * ((a @ a.T) * (b.T @ b)).sum())
+        return torch.stack(norms).sum()
+
+
+def disabled(modules: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+    """`Injected.disabled` of these modules, for once."""
+    return Injected(modules).disabled()
 
 
 def collect(modules: Mapping[str, nn.Module]) -> AdapterWeights:
@@ -288,10 +312,6 @@ def _layers(module: nn.Module) -> dict[str, LoraLayer]:
     """Module path to adapted layer, in `named_modules()` order."""
     found = ((name, child) for name, child in module.named_modules() if isinstance(child, LoraLayer))
     return {plain_path(name): child for name, child in found if ADAPTER in child.lora_A}
-
-
-def _all_layers(modules: Mapping[str, nn.Module]) -> list[LoraLayer]:
-    return [layer for module in modules.values() for layer in _layers(module).values()]
 
 
 def _factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]:

@@ -46,7 +46,7 @@ def facts_of(
         config=config,
         steps=steps,
         num_instance_images=len(given["pictures"]),
-        num_class_images=(own or config.prior.num_images) if config.has_prior else 0,
+        num_class_images=(own or config.prior.num_images) if config.has_class_images else 0,
         resolution_px=config.data.resolution or 0,
         started_at=float(stored["started_at"]),
         identity=identity.digest(config, given),

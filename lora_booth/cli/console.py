@@ -166,7 +166,7 @@ class Meter:
             return ""
         v = self._values
         parts = [f"{self.per_second():.2f} it/s", f"loss {v['instance_loss']:.4f}"]
-        parts += [f"prior {v['class_loss']:.4f}"] if "class_loss" in v else []
+        parts += [f"prior {v[key]:.4f}" for key in ("class_loss", "prior_loss", "norm_loss") if key in v]
         parts.append(f"lr {v['learning_rate']:.1e}")
         parts += [f"{v['memory_gib']:.1f} GiB"] if "memory_gib" in v else []
         return "  " + "  ".join(parts)

@@ -56,8 +56,18 @@ class Config(Section):
 
     @property
     def has_prior(self) -> bool:
-        """True when the class term is part of the objective."""
-        return self.prior.loss_weight > 0
+        """True when rows of the prior join the instance rows: class images, or pictures of the model's own prior."""
+        return self.prior.mode in ("images", "model") and self.prior.loss_weight > 0
+
+    @property
+    def has_class_images(self) -> bool:
+        """True when these rows are class images."""
+        return self.has_prior and self.prior.mode == "images"
+
+    @property
+    def has_model_prior(self) -> bool:
+        """True when these rows are held to what the base predicts."""
+        return self.has_prior and self.prior.mode == "model"
 
     @property
     def name(self) -> str:
@@ -86,15 +96,7 @@ class Config(Section):
 
 def contradictions(config: Config) -> list[str]:
     """All faults that lie between the settings of `config`. Each line starts with the key to change."""
-    prior, adapter, faults = config.prior, config.adapter, []
-    if prior.loss_weight > 0 and prior.folder is None:
-        if prior.num_images == 0:
-            faults.append(
-                f"prior.num_images is 0 but prior.loss_weight is {prior.loss_weight:g}; "
-                "set prior.loss_weight = 0, or draw some class images (200 is usual)."
-            )
-        if not prior.prompts or not all(p.strip() for p in prior.prompts):
-            faults.append('prior.prompts has an empty prompt; write the class prompt, e.g. ["a photo of {class}"].')
+    prior, adapter, faults = config.prior, config.adapter, _prior_faults(config)
     if not adapter.targets.startswith("regex:") and adapter.targets not in TARGET_PRESETS:
         faults.append(f'adapter.targets is "{adapter.targets}"; use one of {", ".join(TARGET_PRESETS)}, or "regex:…".')
     faults += _pattern_faults(adapter)
@@ -121,6 +123,7 @@ def contradictions(config: Config) -> list[str]:
     faults += _place_faults(config)
     templates = [("subject.prompt", config.subject.prompt, {"token", "class"})]
     templates += [("prior.prompts", p, {"class"}) for p in prior.prompts]
+    templates += [("prior.captions", p, {"class"}) for p in prior.captions]
     templates += [("preview.prompts", p, {"token", "class"}) for p in config.preview.prompts]
     templates += [("preview.negative_prompt", config.preview.negative_prompt, {"token", "class"})]
     for key, template, allowed in templates:
@@ -131,6 +134,50 @@ def contradictions(config: Config) -> list[str]:
             "prompt, or set preview.images_per_prompt = 0."
         )
     return faults + _unwritable_words(config)
+
+
+def _prior_faults(config: Config) -> list[str]:
+    """What is wrong between the settings of [prior], and between them and others."""
+    prior, faults = config.prior, []
+    if config.has_class_images and prior.folder is None:
+        if prior.num_images == 0:
+            faults.append(
+                f"prior.num_images is 0 but prior.loss_weight is {prior.loss_weight:g}; "
+                'set prior.mode = "none", or draw some class images (200 is usual).'
+            )
+        if not prior.prompts or not all(p.strip() for p in prior.prompts):
+            faults.append('prior.prompts has an empty prompt; write the class prompt, e.g. ["a photo of {class}"].')
+    if prior.folder is not None and prior.mode != "images":
+        faults.append(
+            f'prior.folder is set but prior.mode is "{prior.mode}", which takes no class images; set prior.mode = '
+            '"images", or leave prior.folder out.'
+        )
+    if config.has_model_prior:
+        if not all(caption.strip() for caption in prior.captions):
+            faults.append("prior.captions has an empty caption, which is asked for anyway; remove it.")
+        named = [caption for caption in prior.captions if without_token(caption, config.subject.token) != caption]
+        faults += [
+            f'prior.captions "{shown(caption)}" names the subject, which the prior would keep from being learnt; write '
+            "captions of other things."
+            for caption in named[:3]
+        ]
+    if prior.mode == "weights" and prior.norm_weight == 0:
+        faults.append('prior.norm_weight is 0 but prior.mode is "weights"; set it, 3e-4 or 3e-3 for a start.')
+    if prior.mode == "none" and prior.norm_weight > 0:
+        faults.append(
+            f'prior.norm_weight is {prior.norm_weight:g} but prior.mode is "none"; set prior.mode = "weights".'
+        )
+    if prior.norm_weight > 0 and config.adapter.dora:
+        faults.append(
+            f"prior.norm_weight is {prior.norm_weight:g} but adapter.dora is true, whose update is no product of two "
+            "factors; set prior.norm_weight = 0, or adapter.dora = false."
+        )
+    return faults
+
+
+def without_token(text: str, token: str) -> str:
+    """`text` without the word `token`, and without the space that it leaves."""
+    return re.sub(rf"(?<!\w){re.escape(token)}(?!\w) ?", "", text, flags=re.IGNORECASE).rstrip()
 
 
 def slot_faults(where: str, template: str, allowed: Collection[str]) -> list[str]:

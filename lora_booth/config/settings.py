@@ -129,10 +129,31 @@ class DataConfig(Section):
 
 
 class PriorConfig(Section):
-    """[prior] — prior preservation: class images keep the base from forgetting the class."""
+    """[prior] — prior preservation: what keeps the base from forgetting the class, and everything else."""
 
+    mode: Literal["images", "model", "weights", "none"] = Field(
+        "images",
+        description="What the base is held to. images: class images that it draws before training, or your own "
+        "(DreamBooth paper, section 3.2). model: its own predictions on your pictures, noised, under prompts without "
+        "the token; needs no class images. weights: the size of the update alone (prior.norm_weight). none: nothing.",
+    )
     loss_weight: float = Field(
-        1.0, ge=0, le=100, description="Weight of the class term; 0 turns it off. 1: DreamBooth paper, section 3.2."
+        1.0,
+        ge=0,
+        le=100,
+        description="Weight of the prior's rows in the modes images and model; 0 turns them off. 1: DreamBooth paper.",
+    )
+    captions: Texts = Field(
+        (),
+        max_length=10_000,
+        description="Short prompts of anything but the subject, for mode model: with the empty one they make up half "
+        "of its rows. Slot: {class}. None: 64 everyday ones that ship with lora_booth.",
+    )
+    norm_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Weight of the update's squared Frobenius norm, summed over layers, on top of any mode. 0: off.",
     )
     num_images: int = Field(
         200, ge=0, le=100_000, description="Class images to draw. 200: enough in the reference recipes; more is fine."
@@ -194,6 +215,13 @@ class ObjectiveConfig(Section):
     )
     loss: Literal["mse", "huber"] = Field("mse", description="Distance between prediction and target.")
     huber_delta: float = Field(0.1, gt=0, description="Where huber turns from square to linear.")
+    dco_beta: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="Direct consistency optimization (arXiv 2402.12004) in place of the instance loss: it only has to "
+        "be lower than the base's own; usual value 1000. Off.",
+    )
 
 
 class OptimizerConfig(Section):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_booth.config.config import Config, slot_faults
+from lora_booth.config.config import Config, slot_faults, without_token
 from lora_booth.config.resolved import Filled
 from lora_booth.data import images
 from lora_booth.data.buckets import Crop, assign, buckets
@@ -73,7 +73,7 @@ def find_pictures(config: Config, report: Report) -> Pictures:
             f"subject.images {config.subject.images} has {len(instances.pictures)} usable pictures, at least "
             f"{MIN_PICTURES} are needed; add some."
         )
-    own = config.prior.folder if config.has_prior else None
+    own = config.prior.folder if config.has_class_images else None
     classes = found_in(own, "Leave prior.folder out, or put pictures of its class there")
     held_out = found_in(
         config.subject.held_out, "Leave subject.held_out out, or put other pictures of the subject there"
@@ -106,9 +106,25 @@ def crops_of(config: Filled, pictures: Sequence[Picture]) -> list[Crop]:
 
 
 def prompts_of(config: Config, pictures: Pictures) -> list[str]:
-    """Every prompt the run asks for, once: of images, class images and previews, and the empty one."""
+    """Every prompt the run asks for, once: of images, prior and previews, and the empty one."""
     texts = ["", config.subject.prompt, config.preview.negative_prompt, *config.preview.prompts]
-    texts += config.prior.prompts if config.has_prior else ()
+    texts += config.prior.prompts if config.has_class_images else ()
+    texts += config.prior.captions if config.has_model_prior else ()
     for found in pictures.all:
         texts += [p.caption for p in found.pictures if p.caption]
-    return list(dict.fromkeys(config.fill(text) for text in texts))
+    prompts = [config.fill(text) for text in texts]
+    if config.has_model_prior:
+        prompts += [p for p in (plain_prompt(config, picture) for picture in pictures.instances.pictures) if p]
+    return list(dict.fromkeys(prompts))
+
+
+def prompt_of(config: Config, picture: Picture) -> str:
+    """The prompt of an instance image."""
+    return config.fill(picture.caption or config.subject.prompt)
+
+
+def plain_prompt(config: Config, picture: Picture) -> str | None:
+    """The prompt of an instance image with the token left out; None where it has none, so that nothing would differ."""
+    prompt = prompt_of(config, picture)
+    plain = without_token(prompt, config.subject.token)
+    return plain if plain != prompt else None

@@ -129,7 +129,7 @@ def levers(config: Filled) -> tuple[Lever, ...]:
     resolution, bucket_step = config.data.resolution, config.data.bucket_step
     found = []
     if rows_per_pass(config) > 1:
-        found.append(Lever({"train": {"batch_size": 1}}, "same result, the class image in a pass of its own"))
+        found.append(Lever({"train": {"batch_size": 1}}, "same result, the prior's row in a pass of its own"))
     if (config.train.gradient_checkpointing or 0.0) < 1:
         slower = "same result, about a third slower than without"
         found.append(Lever({"train": {"gradient_checkpointing": 1.0}}, slower))
@@ -217,7 +217,7 @@ def _with_drawing(
     modules: Modules, config: Filled, budget_gib: float, bucket: Bucket | None
 ) -> tuple[Filled, list[str]]:
     """`config` with the fastest option of drawing class images and previews that fits, and a reason for each choice."""
-    has_class_images = config.has_prior and config.prior.folder is None
+    has_class_images = config.has_class_images and config.prior.folder is None
 
     def need(**settings: Any) -> float:
         """Of drawing, as `config` is by now but for these settings of [memory]."""

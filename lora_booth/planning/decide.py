@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_booth.config import captions
 from lora_booth.config.config import Config
 from lora_booth.config.inputs import is_plain_file, why_unreadable
 from lora_booth.config.resolved import Filled, Resolved
@@ -178,6 +179,8 @@ def filled(config: Config, inputs: Inputs) -> Filled:
         "resolution": data.resolution or base.native_resolution,
         "bucket_step": data.bucket_step or base.bucket_step,
     }
+    if config.has_model_prior:
+        values["prior"]["captions"] = config.prior.captions or captions.generic()
     values["train"] |= {"steps": steps, "save_every_steps": train.save_every_steps or max(1, steps // 5)}
     values["optimizer"]["warmup_steps"] = min(MAX_WARMUP_STEPS, steps // 20) if warmup is None else warmup
     return Filled.model_validate(values)

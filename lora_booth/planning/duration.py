@@ -22,16 +22,17 @@ from lora_booth.training.order import VALIDATION_ROWS, validation_levels
 
 @dataclass(frozen=True)
 class Duration:
-    """The work of a run, by what it is for. `other`: pictures encoded, validation, previews."""
+    """The work of a run, by what it is for. `step`: passes with gradients, and what the base predicts for comparison;
+    `other`: pictures encoded, validation, previews."""
 
-    step: Work
+    step: Sequence[Work]
     num_steps: int
     class_images: Sequence[Work]
     other: Sequence[Work]
 
     def step_s(self, card: Card) -> float:
         """Seconds of an optimizer step, without the optimizer's own."""
-        return self.step.seconds(card)
+        return sum(work.seconds(card) for work in self.step)
 
     def training_s(self, card: Card) -> float:
         """Seconds of all steps."""
@@ -58,7 +59,7 @@ def predict(modules: Modules, config: Filled, pictures: Pictures, bucket: Bucket
     train, prior, shown = config.train, config.prior, config.preview
     square = modules.square(config)
     bucket, class_images = bucket or square, []
-    if config.has_prior and prior.folder is None:
+    if config.has_class_images and prior.folder is None:
         drawing = modules.draw_work(config, bucket, prior.sampler_steps, is_guided=prior.guidance_scale > 1)
         class_images = [drawing * prior.num_images, modules.decode_work(config, bucket) * prior.num_images]
     num_encoded = sum(len(found.pictures) for found in pictures.all)
@@ -71,7 +72,16 @@ def predict(modules: Modules, config: Filled, pictures: Pictures, bucket: Bucket
     if num_drawn:
         drawing = modules.draw_work(config, square, shown.sampler_steps, is_guided=shown.guidance_scale > 1)
         other += [drawing * num_drawn, modules.decode_work(config, square) * num_drawn]
-    return Duration(modules.step_work(config, bucket), train.steps, class_images, other)
+    step = [modules.step_work(config, bucket), modules.comparison_work(config, bucket)]
+    return Duration([work for work in step if work is not None], train.steps, class_images, other)
+
+
+def with_other_prior(config: Filled) -> Filled | None:
+    """`config` with the base's own predictions in place of class images that it would draw, or the other way round;
+    None where it has neither."""
+    if not config.has_prior or config.prior.folder is not None:
+        return None
+    return config.with_values({"prior": {"mode": "images" if config.has_model_prior else "model"}})
 
 
 def _num_validation_rows(pictures: Pictures) -> int:

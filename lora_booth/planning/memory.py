@@ -86,6 +86,11 @@ def _rows_per_step(config: Filled) -> int:
     return config.train.images_per_step * (2 if config.has_prior else 1)
 
 
+def _compared_rows_per_step(config: Filled) -> int:
+    """Rows that the base predicts too: those of the model's prior, and instance rows under DCO."""
+    return config.train.images_per_step * (config.has_model_prior + (config.objective.dco_beta is not None))
+
+
 def _stored_bytes(modules: Iterable[nn.Module], config: Filled) -> int:
     """Bytes of a base's modules as they lie on the device, quantised or not."""
     modules, kind = list(modules), config.model.quantize
@@ -145,7 +150,7 @@ class Modules:
     def prepare(self, config: Filled, bucket: Bucket | None) -> Phase:
         """The fullest moment before there is an adapter: prompts and pictures are encoded, class images drawn."""
         moments = [self._encode_prompts(config), self.encode(config, bucket)]
-        if config.has_prior and config.prior.folder is None:
+        if config.has_class_images and config.prior.folder is None:
             moments.append(self.draw_class_images(config, bucket))
         return max(moments, key=lambda phase: phase.gib)
 
@@ -207,15 +212,31 @@ class Modules:
             "gradients": gradients,
             "optimizer": self._optimizer_bytes(config),
             "inputs": 2 * held_bytes(batch.tensors),  # those of the next micro-step are made meanwhile
+            **self._compared(config, batch),
             "activations": others,
         }
         return Phase("train", parts)
 
+    def _compared(self, config: Filled, batch: Batch) -> dict[str, int]:
+        """What is held of the base's own predictions; predicting takes less than the step that follows."""
+        if not _compared_rows_per_step(config):
+            return {}
+        return {"base's own": 2 * held_bytes([batch.latents])}  # float32: as predicted, and as a target
+
     def step_work(self, config: Filled, bucket: Bucket | None) -> Work:
-        """One optimizer step: forward, backward, and what is computed again; not the optimizer's own."""
+        """One optimizer step: forward, backward, and what is computed again; not the optimizer's own, nor what the
+        base predicts."""
         rows = rows_per_pass(config)
         batch = self._batch(config, rows, bucket or self.square(config))
         return self._trace(config, batch).work * (_rows_per_step(config) / rows)
+
+    def comparison_work(self, config: Filled, bucket: Bucket | None) -> Work | None:
+        """What the base predicts in one step; None where nothing is compared with it."""
+        rows = _compared_rows_per_step(config)
+        if not rows:
+            return None
+        with inject.disabled(self.adapted):
+            return self._denoising(config, bucket or self.square(config), "base").work * (rows / 2)
 
     def encode_work(self, bucket: Bucket) -> Work:
         """One picture through the VAE's encoder."""

@@ -6,13 +6,30 @@ come from (`loop.py`, and made up in `planning/memory.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lora_booth.models.families.family import Conditioning, Family
-from lora_booth.training.objective import Draws, Objective
+from lora_booth.training.objective import Comparison, Draws, Objective
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The rows `first` to `last` of a batch, which are compared with the base; instance rows are before
+    `num_instances`.
+
+    `conditioning`: of these rows, by the untrained text encoders; `disabled`: a block in which the adapter is off.
+    """
+
+    first: int
+    num_instances: int
+    last: int
+    conditioning: Conditioning
+    disabled: Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -27,11 +44,14 @@ class Batch:
     geometry: Tensor
     conditioning: Conditioning | None
     prompts: Sequence[str]
+    reference: Reference | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that lies on the device."""
-        return [self.latents, *vars(self.draws).values(), self.geometry, *(self.conditioning or {}).values()]
+        compared = {} if self.reference is None else self.reference.conditioning
+        conditioned = (*(self.conditioning or {}).values(), *compared.values())
+        return [self.latents, *vars(self.draws).values(), self.geometry, *conditioned]
 
 
 def sample_losses(family: Family, objective: Objective, batch: Batch) -> Tensor:
@@ -44,4 +64,19 @@ def sample_losses(family: Family, objective: Objective, batch: Batch) -> Tensor:
             conditioning = family.encode_prompts(batch.prompts)
         return family.predict(noisy, timesteps, conditioning, batch.geometry)
 
-    return objective.loss(predict, batch.latents, batch.draws)
+    return objective.loss(predict, batch.latents, batch.draws, _comparison(family, batch))
+
+
+def _comparison(family: Family, batch: Batch) -> Comparison | None:
+    """How the rows of the batch's reference are predicted by the base."""
+    reference = batch.reference
+    if reference is None:
+        return None
+    geometry = batch.geometry[reference.first : reference.last]
+
+    @torch.no_grad()
+    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        with reference.disabled():
+            return family.predict(noisy, timesteps, reference.conditioning, geometry)
+
+    return Comparison(reference.first, reference.num_instances, reference.last, predict)

@@ -33,7 +33,7 @@ from lora_booth.training.objective import draw
 from lora_booth.training.order import Row, micro_batches
 from lora_booth.training.session import Session
 
-ROLES = ("instance", "class")
+ROLES = ("instance", "class", "prior")
 MAX_SKIPPED_STEPS = 20
 """Overflowing fp16 steps in a row after which the run stops; the loss scale halves at each."""
 
@@ -65,8 +65,10 @@ def optimize(s: Session, start: int) -> None:
             s.scaler.scale((loss * micro.weights).sum()).backward()
             on_device.index_copy_(0, micro.positions, loss.detach())
         following = _with_first_made(micro_steps(s, step + 1))  # while the device still computes
+        norm_loss = _norm_backward_(s)
         on_device, is_stopping = _share(s, on_device)
-        *losses, grad_norm = torch.cat([on_device, _reduce_and_clip_(s)[None]]).tolist()  # here it is waited for
+        sums = torch.stack([norm_loss, _reduce_and_clip_(s)])
+        *losses, norm, grad_norm = torch.cat([on_device, sums]).tolist()  # here it is waited for
         if math.isfinite(grad_norm):
             skipped = 0
             if is_unchecked:  # an fp16 run may overflow in its first steps
@@ -83,6 +85,7 @@ def optimize(s: Session, start: int) -> None:
             "grad_norm": grad_norm,
             "seconds": time.perf_counter() - began,
         }
+        metrics |= {"norm_loss": norm} if s.config.prior.norm_weight else {}
         _log(s, step + 1, rows, losses, metrics)
         for warning in s.watchdog.observe(metrics["seconds"], devices.used_share(s.accelerator.device)):
             s.report.warn(warning)
@@ -137,6 +140,16 @@ def losses_of(s: Session, micro: MicroStep) -> Tensor:
         words = (s.config.train.seed, "dropout", micro.step, micro.rows[0].position)
         torch.manual_seed(generator_for(*words).initial_seed())
     return sample_losses(s.family, s.objective, micro.batch)
+
+
+def _norm_backward_(s: Session) -> Tensor:
+    """Add the gradient of `prior.norm_weight` times the update's squared norm (arXiv 2505.19519) in the main process,
+    whose gradients are added to those of the others; returns that loss, `[]`."""
+    if not s.config.prior.norm_weight or not s.accelerator.is_main_process:
+        return torch.zeros((), device=s.accelerator.device)
+    loss = s.config.prior.norm_weight * s.injected.squared_norm()
+    s.scaler.scale(loss).backward()
+    return loss.detach()
 
 
 def _set_learning_rate_(s: Session, step: int) -> float:

@@ -52,6 +52,20 @@ def draw(
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """The rows `first` to `last` of a micro-batch, which are compared with the base's own prediction: those before
+    `num_instances` by direct consistency optimization, the others because it is what they are to keep.
+
+    `predict`: the denoiser without its adapter, for these rows alone.
+    """
+
+    first: int
+    num_instances: int
+    last: int
+    predict: Predict
+
+
+@dataclass(frozen=True)
 class Objective:
     """The denoising loss under one schedule. `min_snr_gamma` None and `noise_offset` 0 give the plain objective."""
 
@@ -59,20 +73,45 @@ class Objective:
     min_snr_gamma: float | None = None
     noise_offset: float = 0.0
     huber_delta: float | None = None
+    dco_beta: float | None = None
 
-    def loss(self, predict: Predict, latents: Tensor, draws: Draws) -> Tensor:
-        """Loss of each sample, float32 `[B]`, mean over its elements, times its weight."""
+    def loss(self, predict: Predict, latents: Tensor, draws: Draws, compared: Comparison | None = None) -> Tensor:
+        """Loss of each sample, float32 `[B]`, mean over its elements, times its weight.
+
+        The target of a row that is to keep what the base predicts is that prediction (distillation from the untrained
+        model, as in learning without forgetting, arXiv 1606.09282, at the subject's own latents): its loss is 0 until
+        the adapter changes something, exactly where it goes through the denoiser alone, else up to rounding.
+        """
         schedule, timesteps = self.schedule, draws.timesteps
         noise = draws.noise + self.noise_offset * draws.offsets
-        prediction = predict(schedule.noised(latents, noise, timesteps), timesteps)
-        error = elementwise_loss(prediction.float(), schedule.target(latents, noise, timesteps), self.huber_delta)
-        return error.mean(dim=tuple(range(1, error.ndim))) * schedule.weight(timesteps, self.min_snr_gamma)
+        noisy, target = schedule.noised(latents, noise, timesteps), schedule.target(latents, noise, timesteps)
+        weight = schedule.weight(timesteps, self.min_snr_gamma)
+        if compared is None:
+            return self._losses(predict(noisy, timesteps), target, weight)
+        rows, count = slice(compared.first, compared.last), compared.num_instances
+        base = compared.predict(noisy[rows], timesteps[rows]).float()
+        base = torch.cat([target[: compared.first], base, target[compared.last :]])
+        losses = self._losses(predict(noisy, timesteps), torch.cat([target[:count], base[count:]]), weight)
+        if compared.first == count:
+            return losses
+        of_base = self._losses(base[:count], target[:count], weight[:count])
+        return torch.cat([self._consistency(losses[:count], of_base), losses[count:]])
+
+    def _losses(self, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        error = elementwise_loss(prediction.float(), target, self.huber_delta)
+        return error.mean(dim=tuple(range(1, error.ndim))) * weight
+
+    def _consistency(self, losses: Tensor, of_base: Tensor) -> Tensor:
+        """-log sigmoid(-beta (loss - loss of the base)) (DCO, arXiv 2402.12004), times 2 / beta: so its gradient
+        begins as that of the plain loss, and vanishes as the model gets better than the base."""
+        assert self.dco_beta is not None, "rows are compared that way only with it"
+        return torch.nn.functional.softplus(self.dco_beta * (losses - of_base)) * (2 / self.dco_beta)
 
 
 def objective_for(config: ObjectiveConfig, schedule: NoiseSchedule) -> Objective:
     """What the settings of [objective] mean under `schedule`."""
     huber_delta = config.huber_delta if config.loss == "huber" else None
-    return Objective(schedule, config.min_snr_gamma, config.noise_offset, huber_delta)
+    return Objective(schedule, config.min_snr_gamma, config.noise_offset, huber_delta, config.dco_beta)
 
 
 def elementwise_loss(prediction: Tensor, target: Tensor, huber_delta: float | None) -> Tensor:

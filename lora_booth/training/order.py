@@ -5,13 +5,14 @@ So a resumed run needs no memory of it.
 Words: an *item* is one image ready to train on; a *row* is one sample of a step's effective batch, at a *position*
 that names it whatever micro-batch or process it falls into. Weights are numbers on rows: nothing is chunked by
 position, micro-batches may be short, and no image is dropped for lack of a full batch. A class row is taken from the
-bucket of the instance row that it joins, so that both fit one pass.
+bucket of the instance row that it joins, so that both fit one pass; a prior row is that very picture under a prompt
+that does not name the subject.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -19,8 +20,12 @@ import torch
 
 from lora_booth.run.randomness import generator_for
 
-Role = Literal["instance", "class"]
+Role = Literal["instance", "class", "prior"]
+"""instance: the subject; class: a class image, which is learnt too; prior: an instance image under a prompt without the
+token, where the base's own prediction is to be kept."""
 Shape = tuple[int, int, int]
+EMPTY_EVERY = 8
+"""As often as in the first measurement of this prior, where "" was one of eight captions."""
 VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
 VALIDATION_ROWS = 16
 """Images times noise levels, whatever is held out: images share the levels out among them. By count of operations less
@@ -29,7 +34,10 @@ than four steps of two rows each; 64 rows would cost as much as fourteen steps, 
 
 @dataclass(frozen=True)
 class Item:
-    """One training image. `latent_key` finds its latent moments, of `shape` `[C, h, w]`, in the cache."""
+    """One training image. `latent_key` finds its latent moments, of `shape` `[C, h, w]`, in the cache.
+
+    `plain_prompt`: that of an instance image with the token left out; None where it has none.
+    """
 
     role: Role
     name: str
@@ -37,11 +45,12 @@ class Item:
     shape: Shape
     prompt: str
     geometry: tuple[int, int, int, int, int, int]
+    plain_prompt: str | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample of a step. `weight`: 1 / N for instance images, loss_weight / N for class images; N per role."""
+    """One sample of a step. `weight`: 1 / N for instance images, loss_weight / N for all others; N per role."""
 
     item: Item
     position: int
@@ -50,11 +59,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Order:
-    """All steps of a run. With no class items the class term is absent.
+    """All steps of a run. With neither class items nor captions there is no prior.
 
     Every step holds `images_per_step` instance rows and, with class items, as many class rows. Each role is shuffled by
     its own random stream; an epoch is one pass over the instance items. A class row comes from the bucket of the
     instance row it joins, where there are class items of that bucket, so that both fit one micro-batch.
+
+    With captions there are as many prior rows instead: every other one is its instance row's picture under the plain
+    prompt of that picture, the others are theirs under a caption.
     """
 
     instances: Sequence[Item]
@@ -62,16 +74,18 @@ class Order:
     images_per_step: int
     loss_weight: float
     seed: int
+    captions: Sequence[str] = ()
 
     def at(self, step: int) -> tuple[Row, ...]:
-        """Rows of `step` (0-based): instance rows at positions 0 to N-1, class rows at N to 2N-1."""
+        """Rows of `step` (0-based): instance rows at positions 0 to N-1, class or prior rows at N to 2N-1."""
         count = self.images_per_step
         draws = range(step * count, (step + 1) * count)
         instances = [self._instance(draw) for draw in draws]
         rows = [Row(item, position, 1.0 / count) for position, item in enumerate(instances)]
-        if self.classes:
+        joining = self._class if self.classes else self._prior if self.captions else None
+        if joining is not None:
             weight = self.loss_weight / count
-            rows += [Row(self._class(draw), count + i, weight) for i, draw in enumerate(draws)]
+            rows += [Row(joining(draw), count + i, weight) for i, draw in enumerate(draws)]
         return tuple(rows)
 
     def _instance(self, draw: int) -> Item:
@@ -88,6 +102,20 @@ class Order:
             turn = self._draws_of_shape(draw, shape)
         epoch, place = divmod(turn, len(pool))
         return pool[_shuffled(self.seed, f"class {shape}", epoch, len(pool))[place]]
+
+    def _prior(self, draw: int) -> Item:
+        """The picture of the `draw`-th instance row under another prompt."""
+        item = self._instance(draw)
+        prompt = item.plain_prompt if draw % 2 == 0 else None
+        return replace(item, role="prior", prompt=self._caption(draw) if prompt is None else prompt)
+
+    def _caption(self, draw: int) -> str:
+        """The caption for the `draw`-th instance row: at every eighth other one the empty prompt, which guidance
+        needs, else the next in an order of its own."""
+        if draw // 2 % EMPTY_EVERY == 0:
+            return ""
+        epoch, place = divmod(draw, len(self.captions))
+        return self.captions[_shuffled(self.seed, "caption", epoch, len(self.captions))[place]]
 
     def _draws_of_shape(self, draw: int, shape: Shape) -> int:
         """How many instance rows of `shape` came before the `draw`-th."""

@@ -20,7 +20,7 @@ from lora_booth.data import images
 from lora_booth.data.buckets import Crop, assign
 from lora_booth.data.images import Picture
 from lora_booth.data.sheet import contact_sheet
-from lora_booth.data.subject import Pictures, crops_of, prompts_of
+from lora_booth.data.subject import Pictures, crops_of, plain_prompt, prompt_of, prompts_of
 from lora_booth.errors import lacks_memory
 from lora_booth.models import devices
 from lora_booth.models.bases.sources import is_local
@@ -71,6 +71,7 @@ class _Image:
     crop: Crop
     prompt: str
     is_flipped: bool = False
+    plain_prompt: str | None = None
 
     @property
     def name(self) -> str:
@@ -162,7 +163,8 @@ def _prepare(
         latents[key] = moments
         geometry = image.crop.mirrored().geometry if image.is_flipped else image.crop.geometry
         channels, height, width = moments.mean.shape
-        items.append(Item(image.role, image.name, key, (channels, height, width), image.prompt, geometry))
+        shape, rest = (channels, height, width), (image.prompt, geometry, image.plain_prompt)
+        items.append(Item(image.role, image.name, key, shape, *rest))
 
     num_instances = len(instances) + len(mirrored)
     num_trained = num_instances + len(classes)
@@ -172,6 +174,7 @@ def _prepare(
         config.train.images_per_step,
         config.prior.loss_weight,
         config.train.seed,
+        captions=tuple(map(config.fill, config.prior.captions)) if config.has_model_prior else (),
     )
     validation = items[num_trained:] or items[: len(instances)]
     return Prepared(order, tuple(validation), latents, prompts, drawing_seconds, drawn_together)
@@ -197,8 +200,10 @@ def encode_prompts(config: Resolved, family: Family, texts: Sequence[str], repor
 
 def _instances(config: Filled, pictures: Sequence[Picture], *, is_flipped: bool) -> list[_Image]:
     crops = crops_of(config, pictures)
-    prompts = [config.fill(picture.caption or config.subject.prompt) for picture in pictures]
-    return [_Image("instance", *row, is_flipped) for row in zip(pictures, crops, prompts, strict=True)]
+    return [
+        _Image("instance", picture, crop, prompt_of(config, picture), is_flipped, plain_prompt(config, picture))
+        for picture, crop in zip(pictures, crops, strict=True)
+    ]
 
 
 def _classes(
@@ -210,10 +215,11 @@ def _classes(
     begun_with: int | None,
     **listeners: Any,
 ) -> tuple[list[_Image], dict[str, Tensor], int]:
-    """Class images: none without a prior, the user's own in the instance buckets, or drawn by the base, whose latents
-    come with them by name; and how many were drawn together in the end. `begun_with`: as `prepare` has `together`."""
+    """Class images: none where they are no prior, the user's own in the instance buckets, or drawn by the base, whose
+    latents come with them by name; and how many were drawn together in the end. `begun_with`: what `prepare` calls
+    `together`."""
     together = begun_with or class_images.most_together(config)
-    if not config.has_prior:
+    if not config.has_class_images:
         return [], {}, together
     templates = [config.fill(template) for template in config.prior.prompts]
     sizes = [image.crop.bucket for image in instances]

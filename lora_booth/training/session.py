@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ from lora_booth.run.interrupts import StopRequest
 from lora_booth.run.randomness import generator_for
 from lora_booth.run.report import Report
 from lora_booth.training import optimizers, preview
-from lora_booth.training.batch import Batch, sample_losses
+from lora_booth.training.batch import Batch, Reference, sample_losses
 from lora_booth.training.flat import Flat
 from lora_booth.training.objective import Draws, Objective
 from lora_booth.training.order import VALIDATION_ROWS, Item, validation_levels
@@ -60,6 +60,16 @@ class Session:
     continue_command: str
     watchdog: Watchdog = field(default_factory=Watchdog)
 
+    @cached_property
+    def injected(self) -> inject.Injected:
+        """The adapted layers of all components."""
+        return inject.Injected(self.adapted)
+
+    @cached_property
+    def injected_denoiser(self) -> inject.Injected:
+        """Those of the denoiser alone."""
+        return inject.Injected({self.family.architecture.denoiser: self.family.denoiser})
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter, in the optimizer's order."""
@@ -72,8 +82,10 @@ class Session:
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning on the device: from the cache, or by the text encoders while they are being trained."""
-        if self.is_text_trained:
-            return self.family.encode_prompts(prompts)
+        return self.family.encode_prompts(prompts) if self.is_text_trained else self.base_condition(prompts)
+
+    def base_condition(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning by the untrained base, from the cache, on the device."""
         rows = [self.prepared.prompts[prompt] for prompt in prompts]
         return {name: devices.put(t, self.accelerator.device) for name, t in concatenate(rows).items()}
 
@@ -86,8 +98,11 @@ def set_training_(s: Session, training: bool) -> None:
     optimizers.set_mode_(s.optimizer, training=training)
 
 
-def batch_of(s: Session, items: Sequence[Item], draws: Draws, latent_noise: Tensor) -> Batch:
-    """`items` with their latents drawn by `latent_noise`, on the device."""
+def batch_of(
+    s: Session, items: Sequence[Item], draws: Draws, latent_noise: Tensor, *, is_compared: bool = True
+) -> Batch:
+    """`items` with their latents drawn by `latent_noise`, on the device; `is_compared`: with what the
+    objective wants of the base."""
     put = partial(devices.put, device=s.accelerator.device)
     moments = [s.prepared.latents[item.latent_key] for item in items]
     mean, std = torch.stack([m.mean for m in moments]), torch.stack([m.std for m in moments])
@@ -95,7 +110,20 @@ def batch_of(s: Session, items: Sequence[Item], draws: Draws, latent_noise: Tens
     prompts = [item.prompt for item in items]
     conditioning = None if s.is_text_trained else s.condition(prompts)
     draws = Draws(put(draws.timesteps), put(draws.noise), put(draws.offsets))
-    return Batch(put(mean + std * latent_noise), draws, put(geometry), conditioning, prompts)
+    reference = _reference(s, items) if is_compared else None
+    return Batch(put(mean + std * latent_noise), draws, put(geometry), conditioning, prompts, reference)
+
+
+def _reference(s: Session, items: Sequence[Item]) -> Reference | None:
+    """The rows of `items` that are compared with the base; instance rows come first."""
+    roles = [item.role for item in items]
+    num_instances = roles.count("instance")
+    first = 0 if s.objective.dco_beta is not None else num_instances
+    last = num_instances + roles.count("prior")
+    if first == last:
+        return None
+    conditioning = s.base_condition([item.prompt for item in items[first:last]])
+    return Reference(first, num_instances, last, conditioning, s.injected_denoiser.disabled)
 
 
 def save(s: Session, done: int) -> None:
@@ -153,7 +181,7 @@ def validation_loss(s: Session) -> float:
         shape = (len(levels), *item.shape)
         timesteps = s.objective.schedule.timesteps_at(levels)
         draws = Draws(timesteps, torch.randn(shape, generator=generator), torch.zeros(*shape[:2], 1, 1))
-        batch = batch_of(s, [item] * len(levels), draws, latent_noise=torch.zeros(shape))
+        batch = batch_of(s, [item] * len(levels), draws, torch.zeros(shape), is_compared=False)
         losses += sample_losses(s.family, s.objective, batch).tolist()
     return sum(losses) / len(losses)
 

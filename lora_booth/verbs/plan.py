@@ -102,7 +102,11 @@ def _show_prediction(wished: Config, config: Filled, inputs: Inputs, report: Rep
     for fault in devices.faults_of(config, here) if card is None else ():
         report.warn(f"here this run would be refused: {fault}")
     usual = [other for other in map(cards.named, cards.USUAL) if other.memory_gib >= gib]
-    _show_time(run, usual if known is None else [known], report)
+    shown = usual if known is None else [known]
+    _show_time(run, shown, report)
+    other = duration.with_other_prior(config)
+    if other is not None and shown:
+        _show_other_prior(run, duration.predict(modules, other, inputs.pictures, bucket), other, shown, report)
     _show_choices(wished, decide.completed(devices.decided(config, here)) if card is None else config, report)
 
 
@@ -138,6 +142,18 @@ def _show_time(run: Duration, shown: Sequence[Card], report: Report) -> None:
         report.event("time", line, card=card.name, step_s=round(run.step_s(card), 4), in_all_s=round(seconds[-1], 1))
 
 
+def _show_other_prior(run: Duration, other: Duration, changed: Filled, shown: Sequence[Card], report: Report) -> None:
+    """What the other prior would take, in one line."""
+    times = (
+        f"{timedelta(seconds=round(other.total_s(card)))} instead of {timedelta(seconds=round(run.total_s(card)))} on "
+        f"{card.name}"
+        for card in shown
+    )
+    mode = changed.prior.mode
+    why = "no class images are drawn" if mode == "model" else "class images are drawn first"
+    report.event("time", f'         with prior.mode = "{mode}" {why}: {", ".join(times)}', mode=mode)
+
+
 def _table(phases: Sequence[Phase]) -> list[str]:
     """Aligned lines: a part each, a column for each phase, in GiB."""
     parts = list(dict.fromkeys(part for phase in phases for part in phase.parts))
@@ -158,9 +174,13 @@ def _buckets(crops: Sequence[Crop]) -> str:
 
 
 def _prior(config: Config, pictures: Pictures) -> str:
+    norm = f"the update's norm, weight {config.prior.norm_weight:g}" if config.prior.norm_weight else ""
     if not config.has_prior:
-        return "none (prior.loss_weight is 0)"
-    weight = f"weight {config.prior.loss_weight:g}"
+        return norm or ("none" if config.prior.mode == "none" else "none (prior.loss_weight is 0)")
+    weight = f"weight {config.prior.loss_weight:g}" + (f"; {norm}" if norm else "")
+    if config.has_model_prior:
+        kept = f"your pictures without the token, and under {len(config.prior.captions)} captions"
+        return f"the base's own predictions of {kept}, {weight}"
     if pictures.classes is not None:
         return f"{len(pictures.classes.pictures)} pictures of {config.prior.folder}, {weight}"
     prompts = ", ".join(f'"{config.fill(prompt)}"' for prompt in config.prior.prompts)

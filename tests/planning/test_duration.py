@@ -163,6 +163,6 @@ def test_class_images_of_a_folder_and_previews_that_are_off_take_no_time(make_co
     alone = predicted(make_config(prior={"loss_weight": 0.0}))
     folder = predicted(make_config(prior={"folder": make_config().subject.images}))
     assert alone.class_images_s(CARD) == folder.class_images_s(CARD) == 0
-    assert folder.step.flops == 2 * alone.step.flops
+    assert folder.step[0].flops == 2 * alone.step[0].flops
     assert folder.other[0].flops == 2 * alone.other[0].flops, "as many pictures again are encoded"
     assert len(alone.other) == 2
