@@ -42,6 +42,7 @@ ClassNoun = Annotated[str | None, typer.Option(help='What the subject is, e.g. "
 Token = Annotated[str | None, typer.Option(help="The word that will name it (subject.token).")]
 Base = Annotated[str | None, typer.Option(help="sd15, sd21, sdxl, booth-mini, a hub id, folder or .safetensors file.")]
 Vram = Annotated[float | None, typer.Option(help="GiB of device memory to stay within (memory.budget_gib).")]
+Prior = Annotated[str | None, typer.Option(help="What keeps the base: images, model, weights or none (prior.mode).")]
 Out = Annotated[Path | None, typer.Option(help="Run folder (run.folder).")]
 
 
@@ -124,6 +125,7 @@ def train(
     class_noun: ClassNoun = None,
     token: Token = None,
     base: Base = None,
+    prior: Prior = None,
     vram: Vram = None,
     out: Out = None,
     as_json: Json = False,
@@ -134,7 +136,7 @@ def train(
     lora-booth train configs/sd15_subject_12gb.toml subject.images=./my_dog
     lora-booth train --subject ./my_dog --class-noun dog --base sdxl --vram 12
     """
-    config = _config(settings, subject, class_noun, token, base, vram, out)
+    config = _config(settings, subject, class_noun, token, base, prior, vram, out)
     with _listening(as_json, quiet) as report:
         _train(config, report, systems.command_line(["lora-booth", *sys.argv[1:]]))
 
@@ -146,6 +148,7 @@ def plan(
     class_noun: ClassNoun = None,
     token: Token = None,
     base: Base = None,
+    prior: Prior = None,
     vram: Vram = None,
     card: Annotated[
         str | None, typer.Option(help='Card to plan for, as "RTX 3060": its memory and speed. Default: the one here.')
@@ -157,7 +160,7 @@ def plan(
     from lora_booth.models import cards
     from lora_booth.verbs import plan as verb
 
-    config = _config(settings, subject, class_noun, token, base, vram, out)
+    config = _config(settings, subject, class_noun, token, base, prior, vram, out)
     with _listening(as_json, False) as report:
         verb.show(config, report, None if card is None else cards.named(card))
 
@@ -285,6 +288,7 @@ def _config(
     class_noun: str | None = None,
     token: str | None = None,
     base: str | None = None,
+    prior: str | None = None,
     vram: float | None = None,
     out: Path | None = None,
 ) -> Config:
@@ -303,6 +307,7 @@ def _config(
         "subject.class_noun": class_noun,
         "subject.token": token,
         "model.base": base,
+        "prior.mode": prior,
         "memory.budget_gib": vram,
         "run.folder": _path_text(out),
     }

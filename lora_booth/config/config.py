@@ -177,7 +177,8 @@ def _prior_faults(config: Config) -> list[str]:
 
 def without_token(text: str, token: str) -> str:
     """`text` without the word `token`, and without the space that it leaves."""
-    return re.sub(rf"(?<!\w){re.escape(token)}(?!\w) ?", "", text, flags=re.IGNORECASE).rstrip()
+    rest, count = re.subn(rf"(?<!\w){re.escape(token)}(?!\w) ?", "", text, flags=re.IGNORECASE)
+    return rest.rstrip() if count else text
 
 
 def slot_faults(where: str, template: str, allowed: Collection[str]) -> list[str]:

@@ -203,7 +203,8 @@ class Modules:
         return Phase("draw", self._drawing(config, held, previews_at_once(config), rows, square, "adapted"))
 
     def step(self, config: Filled, bucket: Bucket | None) -> Phase:
-        """The phase "train": one micro-step."""
+        """The phase "train": one micro-step. What the base predicts beside it for comparison is gone before the fullest
+        moment, and takes less while it lasts."""
         batch = self._batch(config, rows_per_pass(config), bucket or self.square(config))
         gradients, others, _ = self._trace(config, batch)
         parts = {
@@ -212,16 +213,9 @@ class Modules:
             "gradients": gradients,
             "optimizer": self._optimizer_bytes(config),
             "inputs": 2 * held_bytes(batch.tensors),  # those of the next micro-step are made meanwhile
-            **self._compared(config, batch),
             "activations": others,
         }
         return Phase("train", parts)
-
-    def _compared(self, config: Filled, batch: Batch) -> dict[str, int]:
-        """What is held of the base's own predictions; predicting takes less than the step that follows."""
-        if not _compared_rows_per_step(config):
-            return {}
-        return {"base's own": 2 * held_bytes([batch.latents])}  # float32: as predicted, and as a target
 
     def step_work(self, config: Filled, bucket: Bucket | None) -> Work:
         """One optimizer step: forward, backward, and what is computed again; not the optimizer's own, nor what the

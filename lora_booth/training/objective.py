@@ -64,6 +64,10 @@ class Comparison:
     last: int
     predict: Predict
 
+    def predict_rows(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """What the base predicts for these rows of a micro-batch, float32 `[last - first, C, h, w]`."""
+        return self.predict(noisy[self.first : self.last], timesteps[self.first : self.last]).float()
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -84,18 +88,19 @@ class Objective:
         """
         schedule, timesteps = self.schedule, draws.timesteps
         noise = draws.noise + self.noise_offset * draws.offsets
-        noisy, target = schedule.noised(latents, noise, timesteps), schedule.target(latents, noise, timesteps)
-        weight = schedule.weight(timesteps, self.min_snr_gamma)
-        if compared is None:
-            return self._losses(predict(noisy, timesteps), target, weight)
-        rows, count = slice(compared.first, compared.last), compared.num_instances
-        base = compared.predict(noisy[rows], timesteps[rows]).float()
-        base = torch.cat([target[: compared.first], base, target[compared.last :]])
-        losses = self._losses(predict(noisy, timesteps), torch.cat([target[:count], base[count:]]), weight)
-        if compared.first == count:
+        noisy = schedule.noised(latents, noise, timesteps)
+        base = None if compared is None else compared.predict_rows(noisy, timesteps)
+        prediction = predict(noisy, timesteps)
+        target, weight = schedule.target(latents, noise, timesteps), schedule.weight(timesteps, self.min_snr_gamma)
+        if compared is None or base is None:
+            return self._losses(prediction, target, weight)
+        first, count, last = compared.first, compared.num_instances, compared.last
+        kept = torch.cat([target[:count], base[count - first :], target[last:]])
+        losses = self._losses(prediction, kept, weight)
+        if first == count:
             return losses
-        of_base = self._losses(base[:count], target[:count], weight[:count])
-        return torch.cat([self._consistency(losses[:count], of_base), losses[count:]])
+        of_base = self._losses(base[: count - first], target[first:count], weight[first:count])
+        return torch.cat([losses[:first], self._consistency(losses[first:count], of_base), losses[count:]])
 
     def _losses(self, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         error = elementwise_loss(prediction.float(), target, self.huber_delta)

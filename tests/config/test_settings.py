@@ -70,6 +70,8 @@ def test_a_missing_section_names_its_required_keys() -> None:
         ("subject.prompt=a photo of {token}", "lacks the slot {class}"),
         ("subject.prompt=a {class} {", "has a broken slot"),
         ('prior.prompts=[""]', "prior.prompts has an empty prompt"),
+        ("prior.mode=class", 'prior.mode is "class"; use "images", "model", "weights" or "none".'),
+        ("prior.mode=weights", 'prior.norm_weight is 0 but prior.mode is "weights"'),
         ("objective.huber_delta=0.5", 'objective.loss is "mse"'),
         ("train.steps=1.5", "train.steps is 1.5"),
         ("train.gradient_checkpointing=1.5", "train.gradient_checkpointing is 1.5"),
@@ -83,6 +85,27 @@ def test_a_contradiction_or_wrong_value_is_one_clear_line(override: str, expecte
     message = faults_of([*GOOD, override])
     assert expected in message
     assert " has a fault:" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["prior.mode=model", "prior.folder=dogs"], 'prior.folder is set but prior.mode is "model"'),
+        (["prior.mode=none", "prior.folder=dogs"], 'prior.folder is set but prior.mode is "none"'),
+        (["prior.mode=none", "prior.norm_weight=1e-3"], 'set prior.mode = "weights".'),
+        (["prior.norm_weight=1e-3", "adapter.dora=true"], "prior.norm_weight is 0.001 but adapter.dora is true"),
+        (["prior.mode=model", 'prior.captions=["a cat", " "]'], "prior.captions has an empty caption"),
+        (["prior.mode=model", 'prior.captions=["a SKS cat"]'], 'prior.captions "a SKS cat" names the subject'),
+        (["prior.mode=model", 'prior.captions=["a {token}"]'], "has the slot {token}; the slots are {class}."),
+    ],
+)
+def test_a_contradiction_within_the_prior_is_one_clear_line(overrides: list[str], expected: str) -> None:
+    message = faults_of([*GOOD, *overrides])
+    assert expected in message and " has a fault:" in message
+
+
+def test_captions_of_another_mode_do_no_harm() -> None:
+    toml.load(None, [*GOOD, 'prior.captions=["a sks cat"]'])
 
 
 def test_offloading_the_inputs_of_blocks_that_recompute_nothing_is_refused() -> None:

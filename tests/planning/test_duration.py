@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_booth.adapter import inject
 from lora_booth.config.config import Config
+from lora_booth.config.resolved import Filled
 from lora_booth.models import loading
 from lora_booth.models.cards import Card, named
 from lora_booth.planning import decide, duration, memory
@@ -152,6 +153,60 @@ def test_a_run_passes_as_many_rows_through_its_denoiser_as_predicted(
     assert predicted.total_s(CARD) == pytest.approx(
         predicted.class_images_s(CARD) + predicted.training_s(CARD) + predicted.other_s(CARD)
     )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_what_the_base_predicts_for_comparison_is_counted_as_often_as_it_is_run(
+    batch_size: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior, step = (
+        {"mode": "model", "captions": ("a cat",)},
+        {"steps": 3, "images_per_step": 2, "batch_size": batch_size},
+    )
+    config = make_config(prior=prior, train=step, objective={"dco_beta": 1000.0}, data={"max_aspect": 1.0})
+    rows = {True: 0, False: 0}
+    load = loading.load
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        family = load(*args, **kwargs)
+
+        def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            rows[torch.is_grad_enabled()] += len(inputs[0])
+
+        family.denoiser.register_forward_pre_hook(count)
+        return family
+
+    inputs = decide.look(config, Silent())
+    filled = decide.filled(config, inputs)
+    modules = Modules.of(config, loading.facts(config.model))
+    predicted = duration.predict(modules, filled, inputs.pictures)
+    monkeypatch.setattr(loading, "load", counted)
+    train.train(config, report=Silent(), continue_command="")
+
+    row = modules.draw_work(filled, modules.square(filled), 1, is_guided=False).flops
+    with_gradients, compared = predicted.step
+    assert rows[True] == 3 * 4 and predicted.class_images == []
+    assert compared.flops == pytest.approx(4 * without_adapter(modules, filled), rel=1e-6)
+    assert rows[False] == 3 * 4 + round(predicted.other[1].flops / row), "two of each role, and the validation"
+    assert with_gradients.flops == pytest.approx(
+        2 * modules.step_work(filled.with_values({"prior": {"mode": "none"}}), None).flops
+    )
+
+
+def without_adapter(modules: Modules, config: Filled) -> float:
+    """FLOPs of one row through the base alone."""
+    with inject.disabled(modules.adapted):
+        return modules._denoising(config, modules.square(config), "base").work.flops / 2
+
+
+def test_the_other_prior_is_offered_where_class_images_would_be_drawn(make_config: MakeConfig) -> None:
+    def other(**prior: Any) -> str | None:
+        config = make_config(prior=prior)
+        found = duration.with_other_prior(decide.filled(config, decide.look(config, Silent())))
+        return None if found is None else found.prior.mode
+
+    assert (other(), other(mode="model"), other(mode="none"), other(loss_weight=0.0)) == ("model", "images", None, None)
+    assert other(folder=make_config().subject.images) is None
 
 
 def test_class_images_of_a_folder_and_previews_that_are_off_take_no_time(make_config: MakeConfig) -> None:

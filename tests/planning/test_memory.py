@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from lora_booth.models.families.family import Family
 from lora_booth.planning import budget, decide, memory, optimizer_states, tracing
 from lora_booth.planning.budget import Option
 from lora_booth.planning.tracing import LiveBytes, fused_attention, held_bytes, tensors_of
-from lora_booth.training.batch import sample_losses
+from lora_booth.training.batch import Reference, sample_losses
 from lora_booth.training.objective import objective_for
 from lora_booth.verbs import plan
 from tests.conftest import MakeConfig
@@ -151,6 +152,26 @@ def test_a_real_step_on_the_cpu_holds_what_the_trace_says(
     assert traced == pytest.approx(real, rel=0.02)
     assert traced_gradients == pytest.approx(real_gradients, rel=0.02)
     assert traced_base == base
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_what_the_base_predicts_for_comparison_makes_no_step_larger(
+    gradient_checkpointing: bool, make_config: MakeConfig
+) -> None:
+    config = make_config("sd1", train={"gradient_checkpointing": gradient_checkpointing})
+    family, parameters, known, device = next(iter(both(config)))
+    batch = memory.make_batch(family, 2, (4, 32, 32), is_text_trained=False, device=device)
+    objective = objective_for(config.objective, family.schedule)
+    assert batch.conditioning is not None
+    injected = inject.Injected({"unet": family.denoiser})
+    reference = Reference(1, 1, 2, {k: v[1:] for k, v in batch.conditioning.items()}, injected.disabled)
+    peaks = []
+    for compared in (None, None, reference):  # the first one also makes the schedule's tables
+        _, others, _ = memory.trace_step(family, objective, replace(batch, reference=compared), parameters, known)
+        for parameter in parameters:
+            parameter.grad = None
+        peaks.append(others)
+    assert peaks[1] == peaks[2]
 
 
 @pytest.mark.parametrize("name", ["sd1"])
@@ -432,7 +453,8 @@ def test_plan_prints_every_part_aligned_and_with_a_budget_what_was_chosen_and_wh
     start = next(i for i, line in enumerate(report.lines) if "predicted for a CUDA card, not measured" in line)
     end = next(i for i, line in enumerate(report.lines) if line.startswith("time"))
     *before, choices = report.lines
-    table, times = before[start + 1 : end], before[end + 1 :]
+    table, (*times, other) = before[start + 1 : end], before[end + 1 :]
+    assert other.strip().startswith('with prior.mode = "model" no class images are drawn: 0:')
     assert choices.startswith("chosen   ") and "train.gradient_checkpointing = 0.0" in choices
     assert len({len(line) for line in times}) == 1
     assert times[0].split()[0] == "card"
@@ -448,6 +470,7 @@ def test_plan_prints_every_part_aligned_and_with_a_budget_what_was_chosen_and_wh
     assert "of 0.5 GiB; what would help, in this order:" in text
     assert "  model.quantize = nf4 (saves" in text
     assert "draw" not in text.partition("GiB  ")[2].partition("\n")[0]
+    assert "prior.mode" not in text, "without a prior there is no other one"
 
 
 def test_without_a_budget_nothing_is_traced_and_a_failing_trace_stops_nobody(
