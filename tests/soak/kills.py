@@ -171,25 +171,25 @@ MATRIX = list(
         ("adamw", "adamw8bit", "lion8bit", "adafactor", "prodigy", "schedulefree"),
         ("constant", "cosine"),
         ("fp32", "bf16"),
-        (True, False),
+        ("images", "model", "weights", "none"),
         (True, False),
     )
 )
-"""Optimizer, schedule, precision, with prior preservation, with text encoders: what must resume exactly."""
+"""Optimizer, schedule, precision, what keeps the base, with text encoders: what must resume exactly."""
 
 
 def resume_matrix(count: int, folder: Path, seed: int = 0) -> Result:
     """Stopped at step 1 and killed at step 3 under every kind of run; then the same bytes as the straight run."""
     failures, read = [], materials(folder)
     rows = MATRIX if count >= len(MATRIX) else random.Random(seed).sample(MATRIX, count)
-    for i, (optimizer, schedule, precision, has_prior, trains_text) in enumerate(rows):
+    for i, (optimizer, schedule, precision, prior, trains_text) in enumerate(rows):
         bench = Bench(
             folder / str(i),
             read,
             model={"precision": precision},
             optimizer={"name": optimizer, "schedule": schedule, "text_encoder_learning_rate": 1e-2},
             adapter={"rank": 64, "text_encoder": trains_text, "dropout": 0.1},
-            prior={"loss_weight": 1.0 if has_prior else 0.0},
+            prior={"mode": prior, "norm_weight": 1e-3 if prior == "weights" else 0.0, "captions": ["a cat", "a tree"]},
             train={"save_every_steps": 1},
             preview={"images_per_prompt": 0},
             run={"cache": folder / "cache"},
@@ -202,7 +202,7 @@ def resume_matrix(count: int, folder: Path, seed: int = 0) -> Result:
         fault = "" if (stopped.code, killed.code) == (143, -9) else f"ended with {stopped.code}, {killed.code}"
         fault = fault or bench.finish(config)
         if fault:
-            failures.append(f"{optimizer}, {schedule}, {precision}, prior {has_prior}, text {trains_text}: {fault}")
+            failures.append(f"{optimizer}, {schedule}, {precision}, prior {prior}, text {trains_text}: {fault}")
         shutil.rmtree(folder / str(i))
     return Result(len(rows), tuple(failures), f"of {len(MATRIX)} combinations")
 

@@ -505,10 +505,11 @@ def test_a_step_needs_neither_vae_nor_text_encoders(
     assert calls_third == calls_first  # the second run found its latents in the cache
 
 
-def test_two_processes_give_the_result_of_one(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prior", [{}, {"mode": "model", "captions": ("a cat",), "norm_weight": 1.0}])
+def test_two_processes_give_the_result_of_one(prior: dict[str, Any], make_config: MakeConfig, tmp_path: Path) -> None:
     settings = {"steps": 2, "images_per_step": 2, "batch_size": 4, "save_every_steps": 2}
-    alone = trained(make_config(name="alone", train=settings))
-    together = make_config(name="together", train=settings)
+    alone = trained(make_config(name="alone", train=settings, prior=prior))
+    together = make_config(name="together", train=settings, prior=prior)
     (tmp_path / "config.toml").write_text(toml.to_toml(together))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
