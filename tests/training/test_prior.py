@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,26 @@ class TestModel:
             == {id(p) for p in everything if p.requires_grad}
         )
         assert all(bool(p.grad.any()) for p in s.parameters if p.grad is not None)
+
+    def test_each_row_is_compared_at_its_own_place(
+        self, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        s = session_of(make_config("sdxl", prior=MODEL), monkeypatch)
+        moved(s)
+        one, other = s.prepared.order.at(0)
+        items = [
+            (one, (64, 64, 0, 0, 32, 32), one.item.prompt),
+            (other, (96, 32, 8, 0, 32, 32), "a cat"),
+            (other, (32, 96, 0, 8, 32, 32), ""),
+        ]
+        rows = [
+            replace(row, item=replace(row.item, geometry=geometry, prompt=prompt), position=n)
+            for n, (row, geometry, prompt) in enumerate(items)
+        ]
+        with torch.no_grad():
+            together = loop.losses_of(s, micro(s, rows))
+            alone = torch.cat([loop.losses_of(s, micro(s, [row])) for row in rows])
+        assert torch.allclose(together, alone, rtol=1e-4, atol=0), (together, alone)
 
     def test_a_run_draws_no_class_images_and_logs_the_term_apart(self, make_config: MakeConfig, tmp_path: Path) -> None:
         config = make_config(prior=MODEL, run={"cache": tmp_path / "cache"})
