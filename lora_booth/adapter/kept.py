@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lora_booth.adapter.files import storage
 from lora_booth.adapter.numbers import weights_of
-from lora_booth.adapter.weights import AdapterWeights
+from lora_booth.adapter.weights import AdapterWeights, uses_dora
 from lora_booth.config import inputs, toml
 from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, ModelError
@@ -35,9 +35,14 @@ class Kept:
 
 
 def facts_of(
-    config: Config, stored: Mapping[str, Any], steps: int, buckets: Mapping[tuple[int, int], int] | None = None
+    config: Config,
+    stored: Mapping[str, Any],
+    steps: int,
+    buckets: Mapping[tuple[int, int], int] | None = None,
+    strength: float = 1.0,
 ) -> storage.Facts:
-    """What a file says of a run of the resolved `config` after `steps` steps. `stored`: its inputs.json."""
+    """What a file says of a run of the resolved `config` after `steps` steps, its update multiplied by `strength`.
+    `stored`: its inputs.json."""
     given, pinned = stored["inputs"], stored["pinned"]
     own = len(given.get("class_pictures", {}))
     return storage.Facts(
@@ -52,6 +57,7 @@ def facts_of(
         identity=identity.digest(config, given),
         buckets=buckets or {},
         versions={name: version(name) for name in PACKAGES},
+        strength=strength,
     )
 
 
@@ -69,17 +75,30 @@ def find(path: Path, step: str | None) -> Kept | None:
     run, config, stored = Run(path), toml.load(path / "config.toml"), identity.read(path)
     assert stored is not None, "there is a config.toml"
     losses = run.validation_losses()
-    number = _step(step or "last", losses, run.best_step(), path)
+    best = run.best()
+    number = _step(step or "last", losses, None if best is None else best[0], path)
+    strength = best[1] if step == "best" and best is not None else 1.0
     checkpoint = path / "checkpoints" / f"step-{number:06d}"
     fault = checkpoints.fault(checkpoint)
     if fault is not None:
         raise ModelError(f"checkpoint {checkpoint} is damaged ({fault}); choose another --step.")
-    weights = weights_of(checkpoints.read(checkpoint).adapter, config.adapter)
+    weights = at_strength(weights_of(checkpoints.read(checkpoint).adapter, config.adapter), strength)
     kept = ", ".join(f"{s} ({'not measured' if loss is None else f'{loss:.4f}'})" for s, loss in losses.items())
-    best = "" if run.best_step() is None else f"; the best is {run.best_step()}"
-    told = f"step {number} of {path}; kept with their validation loss: {kept}{best}"
-    header = storage.metadata(facts_of(config, stored, number))
+    named = "" if best is None else f"; the best is {best[0]}" + (f" at strength {best[1]:g}" if best[1] != 1 else "")
+    told = f"step {number} of {path}; kept with their validation loss: {kept}{named}"
+    header = storage.metadata(facts_of(config, stored, number, strength=strength))
     return Kept(weights, header, f"{config.name}-{number:06d}", told, path)
+
+
+def at_strength(weights: AdapterWeights, strength: float) -> AdapterWeights:
+    """`weights`, plain LoRA, with the update multiplied by `strength`, so that 1 means it from now on."""
+    if strength == 1:
+        return weights
+    assert not uses_dora(weights), "DoRA at another strength is no DoRA"
+    return {
+        component: {path: replace(low, scale=low.scale * strength) for path, low in layers.items()}
+        for component, layers in weights.items()
+    }
 
 
 def _step(wanted: str, losses: Mapping[int, float | None], best: int | None, folder: Path) -> int:

@@ -340,7 +340,9 @@ def _show_summary(summary: Summary, report: Any) -> None:
         f"of that: {parts}",
     ]
     lines += [f"{name} file: {path}" for name, path in summary.files.items()]
-    if summary.best_step not in (None, summary.steps):
+    if summary.exported_step is not None:
+        lines += [f"exported: {summary.reason}", f"scores: {summary.scores}"]
+    elif summary.best_step not in (None, summary.steps):
         command = f"lora-booth export {summary.folder} --step best"
         lines.append(
             f"exported is step {summary.steps}; the lowest validation loss has step {summary.best_step}: {command}"

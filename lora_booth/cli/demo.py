@@ -18,6 +18,7 @@ def demo_config(folder: Path) -> Config:
     """The miniature's preset with the mascot as subject; its run goes into `folder`."""
     overrides = [
         f"subject.images={MASCOT / 'instance'}",
+        f"subject.held_out={MASCOT / 'held_out'}",
         f"run.folder={folder}",
         f"run.cache={folder.parent / 'cache'}",
     ]

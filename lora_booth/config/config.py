@@ -16,6 +16,7 @@ from lora_booth.config.settings import (
     TARGET_PRESETS,
     AdapterConfig,
     DataConfig,
+    EvaluateConfig,
     ExportConfig,
     MemoryConfig,
     ModelConfig,
@@ -43,6 +44,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     preview: PreviewConfig = PreviewConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     memory: MemoryConfig = MemoryConfig()
     run: RunConfig = RunConfig()

@@ -306,6 +306,38 @@ class PreviewConfig(Section):
     guidance_scale: float = Field(7.0, ge=0, le=50, description="Classifier-free guidance.")
 
 
+class EvaluateConfig(Section):
+    """[evaluate] — which of the kept checkpoints is exported, and by what that is found."""
+
+    choose: Literal["best", "last"] = Field(
+        "best",
+        description="best: of the kept checkpoints at the strengths below, the one that draws most like the subject "
+        "without forgetting too much, found by pictures. last: the last one as it is, and no picture is drawn for it.",
+    )
+    encoder: str | None = Field(
+        None,
+        min_length=1,
+        description="What measures pictures: miniature, efficientnet-lite2, a folder or hub id. Default: what suits "
+        "the base, if it is installed; else the last checkpoint is exported.",
+    )
+    strengths: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)], ...], Field(strict=False)
+    ] = Field(
+        (1.0, 0.8, 0.6),
+        min_length=1,
+        max_length=20,
+        description="Strengths to compare, the most wanted first. The chosen one is put into the file, whose "
+        "strength 1 it is then.",
+    )
+    max_share: float = Field(
+        0.5,
+        gt=0,
+        le=100,
+        description="Passes of the denoiser that these pictures may take, as a share of those of training. As many "
+        "checkpoints and strengths are compared as that allows, the last one first.",
+    )
+
+
 class ExportConfig(Section):
     """[export] — the files handed to the user at the end."""
 

@@ -65,7 +65,14 @@ class Summary:
     validation_loss: float
     seconds_of: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
-    """Of the kept checkpoints the one with the lowest validation loss; what was exported is the last."""
+    """Of the kept checkpoints the one with the lowest validation loss."""
+    exported_step: int | None = None
+    exported_strength: float = 1.0
+    """Of the checkpoint that was exported, by the choice of [evaluate]; None where none was made: the last, at 1."""
+    reason: str = ""
+    """Why that one, in one sentence."""
+    scores: str = ""
+    """Its likeness and what it forgot, in one line."""
 
     def moved(self, place: Callable[[str], str], folder: str) -> Summary:
         """The same in `folder`, each path as `place` has it."""
@@ -246,6 +253,16 @@ class Run:
                 "cannot continue; continue with that version, or choose a new folder with run.folder."
             )
         return None
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and strength of what a finished run chose to export, if it is still kept; else the kept checkpoint with
+        the lowest validation loss, at strength 1; None when there is none."""
+        with suppress(DiskError):  # a damaged summary is told where it is needed
+            summary = self.summary()
+            if summary is not None and summary.exported_step in self.validation_losses():
+                return summary.exported_step or 0, summary.exported_strength
+        step = self.best_step()
+        return None if step is None else (step, 1.0)
 
     def best_step(self) -> int | None:
         """Step of the kept checkpoint with the lowest validation loss, None when there is none."""

@@ -69,6 +69,8 @@ class Facts:
     """(width, height) to images in it."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Package to version, lora_booth's first."""
+    strength: float = 1.0
+    """By which the trained update was multiplied; it is in the tensors."""
 
 
 def metadata(facts: Facts) -> dict[str, str]:
@@ -217,6 +219,7 @@ def _own(facts: Facts) -> dict[str, str]:
     if len(text) > _MAX_CONFIG_BYTES:
         text = json.dumps({"left out": f"{len(text)} bytes; a header must stay under {MAX_HEADER_BYTES}"})
     fields = {"lora_booth.config": text, "lora_booth.identity": facts.identity}
+    fields |= {"lora_booth.strength": f"{facts.strength:g}"} if facts.strength != 1 else {}
     return fields | {"lora_booth.versions": json.dumps(dict(facts.versions))}
 
 
