@@ -34,6 +34,7 @@ LIBRARIES = {
     "adapter": {"torch", "peft", "PIL"},
     "adapter.files": {"torch", "safetensors", "PIL"},
     "adapter.programs": set(),
+    "evaluation": {"torch", "transformers", "scipy", "numpy", "PIL"},
     "training": {"torch", "accelerate", "PIL"},
     "planning": {"torch"},
     "verbs": {"torch", "accelerate", "PIL", "platformdirs"},

@@ -1,0 +1,1 @@
+"""What an adapter does, measured on pictures: likeness, prompts, forgetting. Knows nothing of how it was trained."""
