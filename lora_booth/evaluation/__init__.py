@@ -1,1 +1,1 @@
-"""What an adapter does, measured on pictures: likeness, prompts, forgetting. Knows nothing of how it was trained."""
+"""What an adapter does to pictures: likeness, prompts, what was forgotten. No training."""
