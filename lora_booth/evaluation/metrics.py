@@ -1,4 +1,4 @@
-"""What is measured on features of pictures: likeness to subject and prompts, and what was forgotten.
+"""The arithmetic of likeness and forgetting, on features of pictures.
 
 What lives here: arithmetic on unit vectors, float32 `[N, D]`, one row for each picture. What does not: where features
 come from (`encoders.py`), and how far a mean may be trusted (`intervals.py`).
