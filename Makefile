@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 CONSTRAINTS := constraints.txt
 # Of what pip fetches to build the package itself, which --constraint does not reach.
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/$(CONSTRAINTS)
-EXTRAS := dev,optim,tracking,heic,miniature
+EXTRAS := dev,optim,tracking,heic,likeness,miniature
 # The one version that is chosen by hand: another torch computes other last bits.
 LOCKED_TORCH := 2.13.0
 # Processes that run tests: one a core, and one more, since some wait for a disk or a process of their own. Each holds

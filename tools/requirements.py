@@ -9,7 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-EXTRAS = ("dev", "optim", "tracking", "heic", "miniature")
+EXTRAS = ("dev", "optim", "tracking", "heic", "likeness", "miniature")
 """What the tests need."""
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 

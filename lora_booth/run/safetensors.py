@@ -1,7 +1,7 @@
-"""A safetensors file written again with some tensors changed, never held in memory.
+"""A safetensors file read whole, or written again with some tensors changed.
 
 The new file has the same tensors, types, shapes and offsets; its data section is copied in pieces, and only changed
-tensors differ. Format: github.com/huggingface/safetensors, README, "Format".
+tensors differ; it is never held in memory. Format: github.com/huggingface/safetensors, README, "Format".
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_booth.errors import ModelError
@@ -32,6 +34,15 @@ class Layout:
     entries: dict[str, Entry]
     metadata: dict[str, str]
     data_start: int
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file, on the CPU; read, not mapped. Raises ModelError where it is no whole safetensors file."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path, backend="pread")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is no whole safetensors file ({error}); {headers.AGAIN}.") from error
+    return tensors
 
 
 def read_layout(path: Path) -> Layout:

@@ -57,6 +57,7 @@ NEED_TORCH = (
 EXTRAS = {
     "xformers": 'for model.attention = "xformers"',
     "heic": "for pictures in HEIC and AVIF",
+    "likeness": "for lora-booth evaluate on photographs",
     "optim": 'for optimizer.name = "prodigy" and "schedulefree"',
     "tracking": 'for run.trackers = ["tensorboard"]',
 }

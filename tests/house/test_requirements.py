@@ -38,7 +38,7 @@ def test_exact_versions_name_no_build_and_no_place() -> None:
 def test_each_way_to_try_other_versions_asks_for_them() -> None:
     text = (
         '[project]\ndependencies = ["a>=1.2,<3", "b>=4"]\n[project.optional-dependencies]\n'
-        "dev = [\"c==5; python_version < '4'\"]\noptim = []\ntracking = []\nheic = []\nminiature = []\n"
+        "dev = [\"c==5; python_version < '4'\"]\noptim = []\ntracking = []\nheic = []\nlikeness = []\nminiature = []\n"
     )
     marker = "c==5; python_version < '4'"
     assert requirements.requirements("oldest", text) == ["a==1.2", "b==4", marker]

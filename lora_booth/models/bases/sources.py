@@ -90,7 +90,7 @@ def resolve(config: ModelConfig, *, needs_weights: bool = True, pinned: Found | 
     if not needs_weights and base in SHIPPED and config.revision is None:
         return Found(SHIPPED_CONFIGS / SHIPPED[base])
     homes, revision = BASE_ALIASES.get(base, (base,)), config.revision
-    if not all(map(_is_hub_id, homes)):
+    if not all(map(is_hub_id, homes)):
         why = inputs.why_unreadable(_path(base))
         hint = _nearby(base) if why in (None, inputs.MISSING) else f" ({why})"
         raise ModelError(f'model.base "{inputs.shown(base)}" is no file or folder here{hint}.')
@@ -238,7 +238,7 @@ def _path(base: str) -> Path:
     return Path(os.path.expanduser(base))
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """True for `owner/name`, as the hub allows them."""
     part = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_])?"
     is_allowed = len(name) <= 96 and "--" not in name and ".." not in name
