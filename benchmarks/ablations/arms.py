@@ -167,6 +167,11 @@ class Run:
         """Those of the arm; in a rehearsal at steps in proportion."""
         return [replace(state, step=max(1, state.step * self.steps // STEPS)) for state in self.arm.states]
 
+    @property
+    def _folder(self) -> str:
+        """Another one for another recipe: what a killed run left is continued by its own recipe or not at all."""
+        return f"{self.key.replace('/', '-')}-{digest_of([self.arm.overrides, self.steps, self.subject.digest])}"
+
     def config(self, out: Path) -> Config:
         """The run's settings; folder, cache and captions with another noun lie in `out`."""
         every = max(1, self.arm.save_every_steps * self.steps // STEPS)
@@ -180,7 +185,7 @@ class Run:
             "preview.images_per_prompt=0",
             f"subject.images={_captioned(self, out)}",
             f"subject.class_noun={self.subject.class_noun}",
-            f"run.folder={out / 'runs' / self.key.replace('/', '-')}",
+            f"run.folder={out / 'runs' / self._folder}",
             f"run.cache={out / 'cache'}",
         ]
         return toml.load(presets.MINIATURE, overrides)

@@ -7,7 +7,7 @@ subject and seed, and kept in a cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +30,7 @@ from lora_booth.models.families.family import Conditioning
 from lora_booth.models.sampling import Sampling, concatenate, draw
 from lora_booth.run.randomness import generator_for
 from tools.booth_mini.compose import COLOURS as RGB
-from tools.booth_mini.compose import article, paste
+from tools.booth_mini.compose import Pixels, article, paste
 from tools.booth_mini.data import load_icons
 from tools.booth_mini.subjects import SUBJECT_PX
 
@@ -118,12 +118,20 @@ class Judge:
         return self._likeness(subject, right, self._base(right)["features"])
 
     def ceiling(self, subject: Subject) -> float:
-        """Likeness of the instance pictures on plain colours to the unseen ones, each relative to its own colour."""
-        instance = {
-            path: path.stem.rpartition("_on_")[2] for path in sorted((subject.folder / "instance").glob("*.png"))
-        }
-        known = {path: colour for path, colour in instance.items() if colour in RGB}
-        return float((self._real(known) @ self._real(subject.unseen).T).mean())
+        """Likeness of other real pictures to the unseen ones on the same background: the subject's drawings put on it,
+        or, where there are none in the data, the other unseen pictures."""
+        found = []
+        drawings = [
+            master for name, master in zip(*load_icons(self._data), strict=True) if name.subject == subject.name
+        ]
+        for path, colour in subject.unseen.items():
+            real = self._real({path: colour})
+            like = _on(RGB[colour], drawings) or [
+                Image.open(other) for other, its in subject.unseen.items() if its == colour and other != path
+            ]
+            if like:
+                found.append((normalize(features(like) - self._means[colour], dim=-1) @ real.T).mean())
+        return float(torch.stack(found).mean())
 
     def _likeness(self, subject: Subject, asked: Asked, drawn: Tensor) -> tuple[float, float]:
         """Mean cosine between unseen pictures and those drawn on the same colour: of the subject, and of its class."""
@@ -145,7 +153,7 @@ class Judge:
         return float(1 - (alike.sum(dim=(1, 2)) - SEEDS_PER_RUN).mean() / pairs)
 
     def _relative(self, asked: Asked, drawn: Tensor) -> Tensor:
-        """Features of a run's pictures relative to the mean of many icons on the same background; others are on white."""
+        """Features of a run's pictures relative to the mean of icons on the same background, for others white."""
         twice = [colour for colour in COLOURS for _ in range(SEEDS_PER_RUN)]
         colours = [*twice, *COLOURS, *("white" for _ in asked.others)]
         return normalize(drawn - torch.stack([self._means[colour] for colour in colours]), dim=-1)
@@ -156,19 +164,13 @@ class Judge:
 
     @cached_property
     def _means(self) -> dict[str, Tensor]:
-        """Colour to the mean features of icons on it, as `benchmarks.subjects.mean_features`, for every colour."""
+        """Colour to the mean features of icons on it, as `benchmarks.subjects.mean_features`."""
         path = self._cache / f"means-{digest_of([PROTOCOL, self.fingerprint, NUM_ICONS])}.safetensors"
         if not path.is_file():
             names, masters = load_icons(self._data)
             known = [i for i, name in enumerate(names) if not name.subject]
-            chosen = np.random.default_rng(0).choice(known, NUM_ICONS, replace=False)
-            means = {}
-            for colour, rgb in RGB.items():
-                pictures = [Image.new("RGB", (SUBJECT_PX, SUBJECT_PX), rgb) for _ in chosen]
-                for picture, i in zip(pictures, chosen, strict=True):
-                    paste(picture, Image.fromarray(masters[i], "RGBA"), 0.85, (0.5, 0.5))
-                means[colour] = features(pictures).mean(dim=0)
-            save_file(means, path)
+            chosen = [masters[i] for i in np.random.default_rng(0).choice(known, NUM_ICONS, replace=False)]
+            save_file({colour: features(_on(RGB[colour], chosen)).mean(dim=0) for colour in COLOURS}, path)
         return load_file(path)
 
     def _base(self, asked: Asked) -> dict[str, Tensor]:
@@ -220,3 +222,11 @@ class Judge:
         finally:
             for name, values in kept.items():
                 self._parameters[name].copy_(values)
+
+
+def _on(rgb: tuple[int, int, int], drawings: Sequence[Pixels]) -> list[Image.Image]:
+    """Each drawing on a plain background."""
+    pictures = [Image.new("RGB", (SUBJECT_PX, SUBJECT_PX), rgb) for _ in drawings]
+    for picture, drawing in zip(pictures, drawings, strict=True):
+        paste(picture, Image.fromarray(drawing, "RGBA"), 0.85, (0.5, 0.5))
+    return pictures
