@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lora_booth.cli.demo import MASCOT
 from lora_booth.config import presets, toml
@@ -194,10 +194,24 @@ class Run:
         """Of all that the figures depend on but versions: recipe, pictures, the `base`'s weights, what is judged."""
         values = self.config(out).model_dump(mode="json", exclude_defaults=True, exclude={"run", "preview", "export"})
         del values["subject"]["images"]
+        values["prior"] = _prior_in_use(values.get("prior", {}))
         for key in ("save_every_steps", "keep_last"):
             del values["train"][key]
         judged = [PROTOCOL, [state.name for state in self.states], self.subject.others, self.noun, self.arm.trains]
         return digest_of([values, judged, self.subject.digest, base])
+
+
+def _prior_in_use(prior: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of [prior] that its mode reads, so that the preset may gain others without a new measurement."""
+    norm = {"norm_weight": prior.get("norm_weight", 0.0)}
+    mode = "none" if prior.get("loss_weight") == 0 else prior.get("mode", "images")
+    if mode in ("none", "weights"):
+        return norm
+    left_out = {
+        "images": ("captions",),
+        "model": ("num_images", "prompts", "sampler", "sampler_steps", "guidance_scale"),
+    }
+    return {key: value for key, value in prior.items() if key not in left_out[mode]} | norm
 
 
 def digest_of(value: object) -> str:
