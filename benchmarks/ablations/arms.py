@@ -53,6 +53,8 @@ class State:
 
 END = State()
 STRENGTHS = (State(strength=0.6), State(strength=0.8), END)
+WEAKER = (State(strength=0.2), State(strength=0.4), *STRENGTHS)
+"""For what drifts so much that others are met at small strengths only."""
 STEPWISE = (State(50), State(100), END)
 AVERAGED = State(is_averaged=True)
 
@@ -72,6 +74,11 @@ class Arm:
     trains: Literal["adapter", "denoiser"] = "adapter"
 
     @property
+    def strengths(self) -> tuple[State, ...]:
+        """The states after all steps, by strength."""
+        return tuple(state for state in self.states if state.step == STEPS and not state.is_averaged)
+
+    @property
     def save_every_steps(self) -> int:
         """So that every state is among the checkpoints."""
         return AVERAGE_EVERY if any(state.is_averaged for state in self.states) else 50
@@ -85,11 +92,11 @@ PHASES: tuple[tuple[Arm, ...], ...] = (
     (
         Arm("images", (), EVERYTHING),
         Arm("model", MODEL, EVERYTHING),
-        Arm("none", NONE, (*STRENGTHS, State(50), State(100))),
+        Arm("none", NONE, (*WEAKER, State(50), State(100))),
     ),
     (
-        Arm("weights-3e-4", ("prior.mode=weights", "prior.norm_weight=3e-4")),
-        Arm("weights-3e-3", ("prior.mode=weights", "prior.norm_weight=3e-3")),
+        Arm("weights-3e-4", ("prior.mode=weights", "prior.norm_weight=3e-4"), WEAKER),
+        Arm("weights-3e-3", ("prior.mode=weights", "prior.norm_weight=3e-3"), WEAKER),
         Arm("model+weights", (*MODEL, "prior.norm_weight=3e-4")),
     ),
     (
@@ -104,7 +111,7 @@ PHASES: tuple[tuple[Arm, ...], ...] = (
         Arm("rank-64", ("adapter.rank=64",), (END,)),
         Arm("full", ("optimizer.learning_rate=1e-4",), STEPWISE, trains="denoiser"),
         Arm("full-none", (*NONE, "optimizer.learning_rate=1e-4"), STEPWISE, trains="denoiser"),
-        Arm("dco", (*NONE, "objective.dco_beta=1000")),
+        Arm("dco", (*NONE, "objective.dco_beta=1000"), WEAKER),
         Arm("model+dco", (*MODEL, "objective.dco_beta=1000")),
     ),
 )

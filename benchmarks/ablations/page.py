@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations import plots
-from benchmarks.ablations.arms import ARMS, CAPTIONS, END, STRENGTHS
+from benchmarks.ablations.arms import ARMS, CAPTIONS, END, STRENGTHS, State
 from benchmarks.ablations.claims import Claim, claims
-from benchmarks.ablations.statistics import CONFIDENCE, FLAT, LEAST_ROOM, NUM_SUBJECTS, PLANNED, Difference, Table
+from benchmarks.ablations.statistics import CONFIDENCE, FLAT, LEAST_ROOM, PLANNED, Difference, Table
 from lora_booth.evaluation.intervals import Interval
 
 QUESTIONS = {
@@ -35,8 +35,9 @@ miniature's own image tower, relative to the mean of many icons on the same back
 - **diversity**: 1 - cosine between pictures of the subject with the same prompt and other noise.
 - **predictions**: squared difference of the denoiser's predictions with and without the update, relative, on noised
   pictures of these nouns.
-- **at equal drift**: likeness along the front of each arm (over strengths 0.6, 0.8, 1, or over steps 50, 100, 200, from
-  the base on), where both have drifted as much as the second arm at its end, or as far as both reach.
+- **at equal drift**: likeness along the front of each arm (over its strengths, from 0.2 or 0.6 to 1, or over 50, 100
+  and 200 steps; straight between points, from the base on), where both have drifted as much as the second arm at its
+  end, or as far as both reach.
 
 Numbers are means over seeds, compared between runs of the same subject and seed; intervals are the {CONFIDENCE:.0%}
 bootstrap over subjects, p the exact sign-flip test over subjects, which with 7 of them cannot go below .016. No p is
@@ -81,13 +82,15 @@ def lines(table: Table, results: Mapping[str, Any], plotted: list[str]) -> Itera
 
 def _summary(found: list[tuple[Claim, Difference]]) -> Iterator[str]:
     for verdict in ("came out", "did not come out", "the reverse came out", "not decided", "not yet measured"):
-        texts = [f"({claim.question}) {claim.text}" for claim, of in found if of.verdict(claim.expected) == verdict]
+        texts = [f"  - ({claim.question}) {claim.text}" for claim, of in found if of.verdict(claim.expected) == verdict]
         if texts:
-            yield f"- **{verdict[0].upper() + verdict[1:]}**: {'; '.join(texts)}."
+            yield from (f"- **{verdict[0].upper() + verdict[1:]}**", *texts)
 
 
 def _claim_row(claim: Claim, of: Difference) -> str:
     verdict, names = of.verdict(claim.expected), f"{claim.a[0]} - {claim.b[0]}"
+    if claim.a[0] == claim.b[0]:
+        names = f"{claim.a[0]}: {_states(claim.a[1])} - {_states(claim.b[1])}"
     worse = of.worse if claim.figure.startswith("likeness") and claim.expected == "+" else []
     if verdict != "not yet measured" and worse:
         verdict += f"; clearly worse: {', '.join(worse)}"
@@ -101,6 +104,11 @@ def _claim_row(claim: Claim, of: Difference) -> str:
         f"| {claim.text} | {figure}, {names} | {interval.mean:+.3f} | {interval.low:+.3f} to {interval.high:+.3f} | "
         f"{of.p:.3f} | {count} | {verdict} |"
     )
+
+
+def _states(states: State | Sequence[State]) -> str:
+    found = [states] if isinstance(states, State) else states
+    return found[0].name if len(found) == 1 else "front"
 
 
 def _crossing(found: list[Difference]) -> str:
@@ -131,8 +139,8 @@ def _arms(table: Table) -> Iterator[str]:
     before = table.values(("images", END), "diversity_before")
     if before:
         yield ""
-        yield f"The base's own diversity is {sum(before.values()) / len(before):.3f}. Arms with fewer subjects than"
-        yield f"{NUM_SUBJECTS} cannot be compared with the others here; the comparisons above pair runs."
+        yield f"The base's own diversity is {sum(before.values()) / len(before):.3f}. Arms with some subjects only"
+        yield "cannot be compared with others here; the comparisons above pair runs."
 
 
 def _subjects(table: Table) -> Iterator[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablations.arms import ARMS, END, STEPWISE, STRENGTHS, State
+from benchmarks.ablations.arms import ARMS, END, STEPWISE, State
 from benchmarks.ablations.statistics import Table
 
 PAPER, INK = "#f7f6f3", "#22211f"
@@ -21,10 +21,10 @@ def write(table: Table, folder: Path) -> list[str]:
     names = []
     figure = Figure(figsize=(11, 4.6), facecolor=PAPER, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    with_strengths = [arm.name for arm in ARMS.values() if set(STRENGTHS) <= set(arm.states)]
-    with_steps = [arm.name for arm in ARMS.values() if set(STEPWISE) <= set(arm.states)]
-    drawn = _fronts(left, table, with_strengths, STRENGTHS, "over strengths 0.6, 0.8, 1")
-    drawn += _fronts(right, table, with_steps, STEPWISE, "over 50, 100, 200 steps")
+    over_strengths = {arm.name: arm.strengths for arm in ARMS.values() if len(arm.strengths) > 1}
+    over_steps = {arm.name: STEPWISE for arm in ARMS.values() if set(STEPWISE) <= set(arm.states)}
+    drawn = _fronts(left, table, over_strengths, "over strengths up to 1")
+    drawn += _fronts(right, table, over_steps, "over 50, 100, 200 steps")
     left.set_ylabel("share of the possible rise in likeness")
     if drawn:
         names.append("likeness_fronts.png")
@@ -40,12 +40,12 @@ def write(table: Table, folder: Path) -> list[str]:
     return names
 
 
-def _fronts(axes: Any, table: Table, arms: Sequence[str], states: Sequence[State], title: str) -> int:
+def _fronts(axes: Any, table: Table, arms: Mapping[str, Sequence[State]], title: str) -> int:
     """Lines of the arms that every subject has; how many."""
-    whole = [arm for arm in arms if all(table.is_whole(arm, state) for state in states)]
+    whole = [arm for arm, states in arms.items() if all(table.is_whole(arm, state) for state in states)]
     for number, arm in enumerate(whole):
         points = []
-        for state in states:
+        for state in arms[arm]:
             share = table.values((arm, state), "share")
             drift = table.values((arm, state), "other_change")
             points.append((sum(drift[name] for name in share) / len(share), sum(share.values()) / len(share)))
