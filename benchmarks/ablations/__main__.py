@@ -25,6 +25,7 @@ from benchmarks.ablations.arms import ARMS, NUM_SEEDS, PHASES, STEPS, Run, Subje
 from benchmarks.ablations.judge import Judge
 from benchmarks.ablations.store import RESULTS, Outcome, Results
 from lora_booth.config.settings import ModelConfig
+from lora_booth.errors import Interrupted
 from lora_booth.models import loading
 from lora_booth.models.bases import sources
 from lora_booth.run.report import Silent
@@ -55,7 +56,10 @@ def main() -> None:
     if arguments.list:
         _tell(wanted, results, arguments.out)
         return
-    _measure(wanted, results, arguments)
+    try:
+        _measure(wanted, results, arguments)
+    except Interrupted as stopped:
+        raise SystemExit(f"{stopped}") from None
 
 
 def _is_wanted(run: Run, arguments: argparse.Namespace) -> bool:

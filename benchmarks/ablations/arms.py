@@ -86,6 +86,8 @@ class Arm:
 
 MODEL = ("prior.mode=model", f"prior.captions={json.dumps(CAPTIONS)}")
 NONE = ("prior.loss_weight=0",)
+FULL_RATE = "optimizer.learning_rate=5e-5"
+"""A twentieth of the adapter's, as DreamBooth's usual 5e-6 is of a LoRA's 1e-4."""
 EVERYTHING = (*STRENGTHS, State(50), State(100), AVERAGED)
 
 PHASES: tuple[tuple[Arm, ...], ...] = (
@@ -109,8 +111,8 @@ PHASES: tuple[tuple[Arm, ...], ...] = (
         Arm("rank-4", ("adapter.rank=4",), (END,)),
         Arm("rank-16", ("adapter.rank=16",), (END,)),
         Arm("rank-64", ("adapter.rank=64",), (END,)),
-        Arm("full", ("optimizer.learning_rate=1e-4",), STEPWISE, trains="denoiser"),
-        Arm("full-none", (*NONE, "optimizer.learning_rate=1e-4"), STEPWISE, trains="denoiser"),
+        Arm("full", (FULL_RATE,), STEPWISE, trains="denoiser"),
+        Arm("full-none", (*NONE, FULL_RATE), STEPWISE, trains="denoiser"),
         Arm("dco", (*NONE, "objective.dco_beta=1000"), WEAKER),
         Arm("model+dco", (*MODEL, "objective.dco_beta=1000")),
     ),

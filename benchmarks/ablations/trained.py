@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from lora_booth.run.report import Report, Silent
 from lora_booth.training import prepare
 from lora_booth.training.batch import Batch, sample_losses
 from lora_booth.training.objective import draw, objective_for
+from lora_booth.training.order import Row
 from lora_booth.verbs import train
 
 
@@ -96,7 +97,7 @@ def whole_denoiser(config: Config) -> dict[int, dict[str, Tensor]]:
     return found
 
 
-def _batch(family: Family, prepared: prepare.Prepared, rows: tuple, seed: int, step: int) -> Batch:
+def _batch(family: Family, prepared: prepare.Prepared, rows: Sequence[Row], seed: int, step: int) -> Batch:
     """All rows of a step, with the randomness that `training.loop` gives them."""
     items = [row.item for row in rows]
     draws, latent_noise = draw(seed, step, [row.position for row in rows], items[0].shape, family.schedule)
