@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.ablations.arms import ARMS, AVERAGED, END, STEPWISE, State
-from benchmarks.ablations.statistics import Difference, Place, Table
-
-Front = tuple[str, Sequence[State]]
+from benchmarks.ablations.statistics import Difference, Front, Place, Table
 
 
 @dataclass(frozen=True)

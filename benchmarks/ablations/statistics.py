@@ -23,6 +23,7 @@ FLAT = 0.05
 """A difference of likeness that counts as none; also what makes a subject clearly worse."""
 
 Place = tuple[str, State]
+Front = tuple[str, Sequence[State]]
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,14 @@ class Table:
 
     def difference(self, a: Place, b: Place, figure: str) -> Difference:
         """The figure at `a` less that at `b`."""
-        seeds = self._common(a, b)
+        seeds = self._common((a[0], (a[1],)), (b[0], (b[1],)))
         ours, theirs = self.values(a, figure, seeds), self.values(b, figure, seeds)
         return Difference({name: ours[name] - theirs[name] for name in ours}, sum(map(len, seeds.values())))
 
-    def at_equal_drift(self, a: tuple[str, Sequence[State]], b: tuple[str, Sequence[State]]) -> Difference:
+    def at_equal_drift(self, a: Front, b: Front) -> Difference:
         """Likeness of the first arm less that of the second where other prompts have changed as much, by interpolation
         along their fronts: at the most that the second changes them, or at the most that both reach."""
-        seeds = self._common((a[0], a[1][-1]), (b[0], b[1][-1]))
+        seeds = self._common(a, b)
         found = {}
         for subject in seeds:
             only = {subject: seeds[subject]}
@@ -125,12 +126,13 @@ class Table:
             points.append((_mean(drift), _mean(likeness)))
         return sorted(points)
 
-    def _common(self, a: Place, b: Place) -> dict[str, set[int]]:
-        """Subject to the seeds that both places have."""
+    def _common(self, a: Front, b: Front) -> dict[str, set[int]]:
+        """Subject to the seeds that have all states of both; an older recipe may have had fewer."""
         have = []
-        for arm, state in (a, b):
+        for arm, states in (a, b):
+            names = {state.name for state in states}
             have.append(
-                {(s, seed) for (name, s, seed), found in self.runs.items() if name == arm and state.name in found}
+                {(s, seed) for (name, s, seed), found in self.runs.items() if name == arm and names <= {*found}}
             )
         common: dict[str, set[int]] = {}
         for subject, seed in sorted(have[0] & have[1]):
