@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.ablations import page, trained
-from benchmarks.ablations.arms import ARMS, NUM_SEEDS, PHASES, STEPS, Run, Subject, schedule, subjects
+from benchmarks.ablations.arms import ARMS, NUM_SEEDS, PHASES, STEPS, Run, State, Subject, schedule, subjects
 from benchmarks.ablations.judge import Judge
 from benchmarks.ablations.store import RESULTS, Outcome, Results
 from lora_booth.config.settings import ModelConfig
@@ -84,7 +84,7 @@ def _measure(wanted: Sequence[Run], results: Results, arguments: argparse.Namesp
         trained.forget(run, out)
         gc.collect()
         minutes = (time.monotonic() - began) / 60
-        last = outcome.figures[run.states[-1].name]
+        last = outcome.figures[State(run.steps).name]
         print(
             f"{number}/{len(wanted)} {run.key}: trained {outcome.train_s:.0f} s, judged {outcome.judge_s:.0f} s; "
             f"likeness {last['likeness']:.3f}, leak {last['leak']:.3f}, others {last['other_change']:.3f}; "
