@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPModel
 
 from lora_booth.cli.demo import MASCOT, demo_config
 from lora_booth.config.settings import ModelConfig, PreviewConfig
@@ -65,9 +67,14 @@ def features(pictures: list[Image.Image]) -> Tensor:
     small = [picture.convert("RGB").resize((SIDE_PX, SIDE_PX)).tobytes() for picture in pictures]
     array = torch.stack([torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in small])
     pixels = array.view(-1, SIDE_PX, SIDE_PX, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
-    vectors = load_evaluator(MODEL).get_image_features(pixel_values=pixels)
+    vectors = _evaluator().get_image_features(pixel_values=pixels)
     vectors = vectors if isinstance(vectors, Tensor) else vectors.pooler_output
     return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+@lru_cache(maxsize=1)
+def _evaluator() -> CLIPModel:
+    return load_evaluator(MODEL)
 
 
 def likeness(pictures: list[Image.Image], unseen: Sequence[Path] | None = None) -> float:
