@@ -98,6 +98,7 @@ def make_config(bases: dict[str, Path], pictures: Path, shared_cache: Path, tmp_
             "optimizer": {"learning_rate": 1e-2},
             "train": {"steps": 4, "save_every_steps": 2},
             "preview": {"images_per_prompt": 0},
+            "evaluate": {"choose": "last"},
             "run": {"folder": tmp_path / name, "cache": shared_cache},
         }
         for section, pairs in sections.items():

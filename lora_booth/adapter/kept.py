@@ -78,7 +78,7 @@ def find(path: Path, step: str | None) -> Kept | None:
     best = run.best()
     number = _step(step or "last", losses, None if best is None else best[0], path)
     strength = best[1] if step == "best" and best is not None else 1.0
-    checkpoint = path / "checkpoints" / f"step-{number:06d}"
+    checkpoint = run.checkpoint_folder(number)
     fault = checkpoints.fault(checkpoint)
     if fault is not None:
         raise ModelError(f"checkpoint {checkpoint} is damaged ({fault}); choose another --step.")
@@ -96,7 +96,7 @@ def at_strength(weights: AdapterWeights, strength: float) -> AdapterWeights:
         return weights
     assert not uses_dora(weights), "DoRA at another strength is no DoRA"
     return {
-        component: {path: replace(low, scale=low.scale * strength) for path, low in layers.items()}
+        component: {path: replace(low, up=low.up * strength) for path, low in layers.items()}
         for component, layers in weights.items()
     }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_booth.cli import adapters, parsing
+from lora_booth.cli import adapters, evaluation, parsing
 from lora_booth.cli.adapters import Json, LeaveOut, Quiet
 from lora_booth.run import systems
 
@@ -278,6 +278,7 @@ for _command in (
     adapters.merge,
     adapters.resize,
     adapters.extract,
+    evaluation.evaluate,
 ):
     app.command()(_command)
 

@@ -22,7 +22,7 @@ _NUMBERS = "0123456789\u00b9\u00b2\u00b3"
 RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {f"{d}{n}" for d in ("com", "lpt") for n in _NUMBERS}
 """Devices of Windows; `con.safetensors` is one too."""
 
-OF_A_RUN = {"before_after", "contact_sheet", "inputs", "summary"}
+OF_A_RUN = {"before_after", "contact_sheet", "inputs", "scores", "summary"}
 """Names that other files of a run folder have, with the endings of an adapter's sidecar and cover."""
 
 

@@ -320,14 +320,14 @@ class EvaluateConfig(Section):
         description="What measures pictures: miniature, efficientnet-lite2, a folder or hub id. Default: what suits "
         "the base, if it is installed; else the last checkpoint is exported.",
     )
-    strengths: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)], ...], Field(strict=False)
-    ] = Field(
-        (1.0, 0.8, 0.6),
-        min_length=1,
-        max_length=20,
-        description="Strengths to compare, the most wanted first. The chosen one is put into the file, whose "
-        "strength 1 it is then.",
+    strengths: Annotated[tuple[Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)], ...], Field(strict=False)] = (
+        Field(
+            (1.0, 0.8, 0.6),
+            min_length=1,
+            max_length=20,
+            description="Strengths to compare, the most wanted first. The chosen one is put into the file, whose "
+            "strength 1 it is then.",
+        )
     )
     max_share: float = Field(
         0.5,

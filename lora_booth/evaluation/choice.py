@@ -23,8 +23,8 @@ BOUND_CONFIDENCE = 0.8
 class Candidate:
     """One checkpoint at one strength, with its metrics: a value for each picture, paired over candidates.
 
-    `likeness` and `leak` are empty where no real picture of the subject is at hand. `drift` is of unrelated prompts,
-    `subject_change` the same of the subject's.
+    `step`: 0 of a file, which has none. `likeness` and `leak` are empty where no real picture of the subject is at
+    hand. `drift` is of unrelated prompts, `subject_change` the same of the subject's.
     """
 
     step: int
@@ -37,7 +37,7 @@ class Candidate:
     @property
     def told(self) -> str:
         """How a message names it."""
-        return f"step {self.step} at strength {self.strength:g}"
+        return f"step {self.step} at strength {self.strength:g}" if self.step else f"strength {self.strength:g}"
 
 
 @dataclass(frozen=True)

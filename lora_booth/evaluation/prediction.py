@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,61 @@ LEVELS = (0.125, 0.375, 0.625, 0.875)
 ROWS = 16
 
 
+@dataclass(frozen=True)
+class Probe:
+    """Noised pictures at which predictions are compared: `noisy` `[R, C, h, w]`, `timesteps` `[R]`, `geometry`
+    `[R, 6]`, and for each row the place of its prompt."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    geometry: Tensor
+    rows: Tensor
+
+
+def probe(
+    family: Family,
+    latents: Tensor,
+    geometry: Tensor,
+    *,
+    seed: int = 0,
+    levels: Sequence[float] = LEVELS,
+    num_rows: int = ROWS,
+) -> Probe:
+    """`num_rows` noised rows of `latents` `[N, C, h, w]`, scaled, with their `geometry` `[N, 6]`; float32, on the CPU.
+
+    The pictures are taken in turn, at `levels` in turn, with noise that depends on `seed` and the row alone, so that
+    checkpoints can be compared.
+    """
+    count = len(latents)
+    assert count and len(geometry) == count, f"{count} latents have {len(geometry)} geometries"
+    chosen = torch.tensor([row % count for row in range(num_rows)])
+    level = [levels[(row % count + row // count) % len(levels)] for row in range(num_rows)]
+    noise = torch.stack(
+        [torch.randn(latents.shape[1:], generator=generator_for("prediction drift", seed, r)) for r in range(num_rows)]
+    )
+    timesteps = family.schedule.timesteps_at(level)
+    noisy = family.schedule.noised(latents.cpu().float()[chosen], noise, timesteps)
+    return Probe(noisy, timesteps, geometry.cpu()[chosen], chosen)
+
+
 @torch.no_grad()
+def predictions(family: Family, at: Probe, conditioning: Conditioning, *, rows_at_once: int = 4) -> Tensor:
+    """What the denoiser predicts at each row, float32 `[R, C, h, w]` on the CPU. `conditioning`: of each picture's
+    prompt. `rows_at_once` changes memory and time."""
+    found = []
+    for start in range(0, len(at.rows), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        noisy, timesteps, geometry = (x[part].to(family.device) for x in (at.noisy, at.timesteps, at.geometry))
+        found.append(family.predict(noisy, timesteps, _rows(conditioning, at.rows[part]), geometry).float().cpu())
+    return torch.cat(found)
+
+
+def relative_change(moved: Tensor, base: Tensor) -> list[float]:
+    """||v - v_base||² / ||v_base||² of each row of two predictions; 0 where they are equal."""
+    change = (moved - base).flatten(1).square().sum(dim=1) / base.flatten(1).square().sum(dim=1)
+    return [float(value) for value in change]
+
+
 def prediction_drift(
     family: Family,
     adapted: Mapping[str, nn.Module],
@@ -37,36 +92,20 @@ def prediction_drift(
 ) -> list[float]:
     """||v - v_base||² / ||v_base||² of `num_rows` rows, v being the prediction with the adapter and v_base without.
 
-    `latents` `[N, C, h, w]`, scaled, of pictures of the base that have nothing to do with the subject, with the
-    `conditioning` of their prompts and their `geometry` `[N, 6]`. They are taken in turn, at `levels` in turn, with
-    noise that depends on `seed` and the row alone, so that checkpoints can be compared. `base_conditioning`: what the
-    text encoders without an adapter make of the prompts, where they carry one. `rows_at_once` changes memory and time.
+    `latents` `[N, C, h, w]`, scaled, are of pictures of the base that have nothing to do with the subject, with the
+    `conditioning` of their prompts and their `geometry` `[N, 6]`; see `probe`. `base_conditioning`: what the text
+    encoders without an adapter make of the prompts, where they carry one.
 
     0 is an adapter that changes nothing; the mean of the rows is the figure. Modules are in evaluation mode while this
     computes, and afterwards as they were. Nothing has gradients.
     """
-    count = len(latents)
-    assert count and len(geometry) == count, f"{count} latents have {len(geometry)} geometries"
-    chosen = [row % count for row in range(num_rows)]
-    level = [levels[(row % count + row // count) % len(levels)] for row in range(num_rows)]
-    noise = torch.stack(
-        [torch.randn(latents.shape[1:], generator=generator_for("prediction drift", seed, r)) for r in range(num_rows)]
-    )
-    values: list[float] = []
+    at = probe(family, latents, geometry, seed=seed, levels=levels, num_rows=num_rows)
+    own = conditioning if base_conditioning is None else base_conditioning
     with _evaluating(adapted):
-        for start in range(0, num_rows, rows_at_once):
-            part = slice(start, min(start + rows_at_once, num_rows))
-            rows = torch.tensor(chosen[part])
-            x0, n = latents.cpu().float()[rows].to(family.device), noise[part].to(family.device)
-            timesteps = family.schedule.timesteps_at(list(level[part])).to(family.device)
-            noisy, places = family.schedule.noised(x0, n, timesteps), geometry.cpu()[rows].to(family.device)
-            moved = family.predict(noisy, timesteps, _rows(conditioning, rows), places).float()
-            own = conditioning if base_conditioning is None else base_conditioning
-            with inject.disabled(adapted):
-                base = family.predict(noisy, timesteps, _rows(own, rows), places).float()
-            change = (moved - base).flatten(1).square().sum(dim=1) / base.flatten(1).square().sum(dim=1)
-            values += [float(value) for value in change]
-    return values
+        moved = predictions(family, at, conditioning, rows_at_once=rows_at_once)
+        with inject.disabled(adapted):
+            base = predictions(family, at, own, rows_at_once=rows_at_once)
+    return relative_change(moved, base)
 
 
 def _rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:

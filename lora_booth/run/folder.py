@@ -135,6 +135,10 @@ class Run:
         """The preview grid drawn when `step` steps were done."""
         return self.folder / "previews" / f"step-{step:06d}.png"
 
+    def checkpoint_folder(self, step: int) -> Path:
+        """Where the checkpoint after `step` steps is, or would be."""
+        return self.folder / "checkpoints" / f"step-{step:06d}"
+
     def summary(self) -> Summary | None:
         """What a finished run wrote at its end, else None. Raises DiskError when it is damaged."""
         if not os.path.lexists(self.summary_path):
@@ -225,7 +229,7 @@ class Run:
         Raises DiskError when it cannot be written, or when the folder vanished or was taken.
         """
         self.require_taken()
-        target = self.folder / "checkpoints" / f"step-{checkpoint.step:06d}"
+        target = self.checkpoint_folder(checkpoint.step)
         try:
             with disk.writing(target):
                 checkpoints.write(target, checkpoint)

@@ -22,6 +22,7 @@ from lora_booth.data.images import Picture
 from lora_booth.data.sheet import contact_sheet
 from lora_booth.data.subject import Pictures, crops_of, plain_prompt, prompt_of, prompts_of
 from lora_booth.errors import lacks_memory
+from lora_booth.evaluation.prompts import Prompts, few
 from lora_booth.models import devices
 from lora_booth.models.bases.sources import is_local
 from lora_booth.models.families.family import Conditioning, Family
@@ -142,7 +143,9 @@ def _prepare(
 ) -> Prepared:
     is_offloaded = config.memory.offload_denoiser
     with denoiser_offloaded(family, is_wanted=is_offloaded):
-        prompts = encode_prompts(config, family, prompts_of(config, pictures), report)
+        texts = prompts_of(config, pictures)
+        texts += asked(config)[1].all if config.evaluate.choose == "best" else ()
+        prompts = encode_prompts(config, family, list(dict.fromkeys(texts)), report)
         if not config.adapter.text_encoder:
             family.release_text_encoders()
     instances = _instances(config, pictures.instances.pictures, is_flipped=False)
@@ -178,6 +181,12 @@ def _prepare(
     )
     validation = items[num_trained:] or items[: len(instances)]
     return Prepared(order, tuple(validation), latents, prompts, drawing_seconds, drawn_together)
+
+
+def asked(config: Filled) -> tuple[str, Prompts]:
+    """What is drawn to choose among checkpoints: the name of the list, and its prompts."""
+    subject = config.subject
+    return few(config.model.base, token=subject.token, class_noun=subject.class_noun)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from lora_booth.run.randomness import generator_for
 from lora_booth.run.report import Report
 from lora_booth.training import optimizers, preview
 from lora_booth.training.batch import Batch, Reference, sample_losses
+from lora_booth.training.drift import Drift
 from lora_booth.training.flat import Flat
 from lora_booth.training.objective import Draws, Objective
 from lora_booth.training.order import VALIDATION_ROWS, Item, validation_levels
@@ -58,6 +59,7 @@ class Session:
     report: Report
     stop: StopRequest
     continue_command: str
+    drift: Drift | None = None
     watchdog: Watchdog = field(default_factory=Watchdog)
 
     @cached_property
@@ -132,7 +134,8 @@ def save(s: Session, done: int) -> None:
     if not math.isfinite(loss):
         raise NumericError(f"the validation loss is not finite after step {done}; {LOWER_RATE}")
     if s.accelerator.is_main_process:
-        state = {"validation_loss": loss, "scaler": s.scaler.state_dict()}
+        drift = _drift(s)
+        state = {"validation_loss": loss, "prediction_drift": drift, "scaler": s.scaler.state_dict()}
         set_training_(s, True)
         checkpoint = Checkpoint(done, inject.state(s.adapted), s.optimizer.state_dict(), state)
         broken = [f"{name} of the adapter" for name, t in checkpoint.adapter.items() if not t.isfinite().all()]
@@ -140,7 +143,8 @@ def save(s: Session, done: int) -> None:
         if broken:
             raise NumericError(f"{broken[0]} is not finite after step {done}; {LOWER_RATE}")
         path = s.run.save(checkpoint, keep_last=s.config.train.keep_last)
-        s.report.event("saved", f"step {done} saved, validation loss {loss:.4f}", step=done, path=str(path))
+        told = "" if drift is None else f", drift {drift:.3f}"
+        s.report.event("saved", f"step {done} saved, validation loss {loss:.4f}{told}", step=done, path=str(path))
     s.accelerator.wait_for_everyone()
 
 
@@ -186,6 +190,13 @@ def validation_loss(s: Session) -> float:
     return sum(losses) / len(losses)
 
 
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
+def _drift(s: Session) -> float | None:
+    """How far the adapter moves what the base predicts for other pictures; None where nobody asks."""
+    return None if s.drift is None else s.drift.of(s.family, s.condition(s.drift.prompts))
+
+
 def draw_preview(s: Session, done: int) -> None:
     """Draw and write the preview grid after `done` steps, if it is its turn and was not drawn yet (main process)."""
     every, path = s.config.preview.every_steps, s.run.preview_path(done)
@@ -205,7 +216,7 @@ def draw_rows(s: Session) -> preview.Rows:
     set_training_(s, False)
     s.family.move_vae(s.accelerator.device)
     with torch.no_grad():
-        rows = preview.draw_rows(s.config, s.family, s.condition, on_step=partial(_stop_drawing, s))
+        rows = preview.draw_rows(s.config, s.family, s.condition, on_step=partial(stop_drawing, s))
     s.family.move_vae("cpu")
     return rows
 
@@ -216,7 +227,7 @@ def _optimizer_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, t) for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point())
 
 
-def _stop_drawing(s: Session) -> None:
+def stop_drawing(s: Session) -> None:
     """Raises Interrupted when a signal asked to stop: pictures are drawn after everything was saved, and drawn again.
 
     Of several processes the others wait for the one that draws; they stop together, at the next step.

@@ -11,15 +11,16 @@ from typing import get_args
 import torch
 from PIL import Image
 
+from lora_booth.adapter import attach
 from lora_booth.adapter.files import storage
-from lora_booth.adapter.weights import AdapterWeights, find_module, misfit, num_parameters
+from lora_booth.adapter.weights import AdapterWeights, num_parameters
 from lora_booth.config import inputs
 from lora_booth.config.resolved import Filled
 from lora_booth.config.settings import ModelConfig, Sampler
 from lora_booth.config.toml import base_named
 from lora_booth.data.buckets import Bucket
 from lora_booth.data.grid import labelled_grid
-from lora_booth.errors import ConfigError, DeviceMemoryError, LoraBoothError, ModelError, lacks_memory
+from lora_booth.errors import ConfigError, DeviceMemoryError, LoraBoothError, lacks_memory
 from lora_booth.models import devices, loading
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.families.family import Family
@@ -77,14 +78,14 @@ def generate(
     DeviceMemoryError, with what to change, when the device has too little memory.
     """
     report = report or Silent()
-    _check(prompts, [*(own for _, own in adapters), *strengths], picture)
+    require_drawable(prompts, [*(own for _, own in adapters), *strengths], picture)
     config = base_named(base)
     place, paths = devices.found(device, "--device"), [path for path, _ in adapters]
     read = storage.read_all(paths, leave_out, report)  # refuses what is damaged, unsafe or foreign
     weights = [storage.trainable(path.name, found) for path, found in zip(paths, read, strict=True)]
     facts = loading.facts(config)
-    picture = replace(picture, size_px=_checked_size(picture.size_px, facts))
-    picture = _within_memory(picture, facts, prompts, weights, place, report)
+    picture = replace(picture, size_px=checked_size(picture.size_px, facts))
+    picture = within_memory(picture, facts, prompts, weights, place, report)
     columns = []
     try:
         family, own_strengths = _loaded(config, picture, adapters, weights, place)
@@ -97,11 +98,11 @@ def generate(
     except Exception as error:
         if not lacks_memory(error):
             raise
-        raise DeviceMemoryError(_memory_advice(picture, len(prompts))) from error
+        raise DeviceMemoryError(memory_advice(picture, len(prompts))) from error
     return _write(folder, prompts, strengths, columns, report)
 
 
-def _check(prompts: Sequence[str], strengths: Sequence[float], picture: PictureSettings) -> None:
+def require_drawable(prompts: Sequence[str], strengths: Sequence[float], picture: PictureSettings) -> None:
     """Raises ConfigError for a setting that nothing can be drawn with."""
     if not prompts:
         raise ConfigError("there is nothing to draw; give a --prompt.")
@@ -120,7 +121,7 @@ def _check(prompts: Sequence[str], strengths: Sequence[float], picture: PictureS
         inputs.require_number(picture.pictures_at_once, "--at-once", 1, 64)
 
 
-def _within_memory(
+def within_memory(
     picture: PictureSettings,
     facts: BaseFacts,
     prompts: Sequence[str],
@@ -171,7 +172,7 @@ def _within_memory(
     )
 
 
-def _memory_advice(picture: PictureSettings, num_prompts: int) -> str:
+def memory_advice(picture: PictureSettings, num_prompts: int) -> str:
     """What to change after the device ran out of memory, what costs least first."""
     at_once = min(picture.pictures_at_once or PICTURES_AT_ONCE, num_prompts)
     advice = ["--at-once 1 (same pictures up to rounding)"] if at_once > 1 else []
@@ -195,19 +196,16 @@ def _loaded(
     fit."""
     dtype, is_offloaded = devices.dtype_for(config.precision, device), bool(picture.is_denoiser_offloaded)
     family = loading.load(config, device=device, dtype=dtype, is_denoiser_offloaded=is_offloaded)
-    weights = [_fitted(family, path, layers) for (path, _), layers in zip(adapters, weights, strict=True)]
+    weights = [attach.fitted(family, path.name, layers) for (path, _), layers in zip(adapters, weights, strict=True)]
     pipeline = family.pipeline(picture.sampler)
-    to_tensors = storage.FORMATS["diffusers"].to_tensors  # diffusers itself knows fewer namings, and drops kohya's DoRA
     own_strengths = {}
     for number, ((_, own), layers) in enumerate(zip(adapters, weights, strict=True)):
-        for kind, part in _alike(layers).items():
-            tensors = to_tensors(part, family.name, torch.float32)
-            pipeline.load_lora_weights(tensors, adapter_name=f"adapter_{number}_{kind}")
-            own_strengths[f"adapter_{number}_{kind}"] = own
+        for name in attach.load_into_(pipeline, f"adapter_{number}", layers, family.name):
+            own_strengths[name] = own
     return family, own_strengths
 
 
-def _checked_size(size_px: tuple[int, int] | None, facts: BaseFacts) -> tuple[int, int]:
+def checked_size(size_px: tuple[int, int] | None, facts: BaseFacts) -> tuple[int, int]:
     """The size to draw at. Raises ConfigError for one that the base cannot draw."""
     width, height = size_px or (facts.native_resolution, facts.native_resolution)
     if min(width, height) <= 0 or width % facts.bucket_step or height % facts.bucket_step:
@@ -217,40 +215,6 @@ def _checked_size(size_px: tuple[int, int] | None, facts: BaseFacts) -> tuple[in
     if max(width, height) > MAX_SIDE_PX:
         raise ConfigError(f"--size {width}x{height} is above {MAX_SIDE_PX} pixels; choose a smaller one.")
     return width, height
-
-
-def _fitted(family: Family, path: Path, weights: AdapterWeights) -> AdapterWeights:
-    """`weights` in the shapes of the base's layers: a 1x1 convolution's may be stored as a linear one's.
-
-    Raises ModelError when the base lacks a layer that the adapter changes, or has it in another size.
-    """
-    modules = {family.architecture.denoiser: family.denoiser, **family.text_encoders()}
-    fitted: AdapterWeights = {}
-    for component, layers in weights.items():
-        for name, low in layers.items():
-            try:
-                shape = tuple(find_module(modules[component], name).get_parameter("weight").shape)
-            except (KeyError, AttributeError, ModelError):
-                shape = ()
-            if not shape or misfit(low, shape):
-                raise ModelError(
-                    f"adapter {path.name} does not fit the base, a {family.name} model: {component} lacks layer {name} "
-                    f"of its size. `lora-booth inspect {path.name}` tells its family; name such a base with --base."
-                )
-            down = low.down.reshape(low.rank, *shape[1:])
-            up = low.up.reshape(shape[0], low.rank, *(1 for _ in shape[2:]))
-            fitted.setdefault(component, {})[name] = replace(low, down=down, up=up)
-    return fitted
-
-
-def _alike(weights: AdapterWeights) -> dict[str, AdapterWeights]:
-    """`weights` in parts that are DoRA throughout or plain throughout: PEFT can load no other."""
-    parts: dict[str, AdapterWeights] = {}
-    for component, layers in weights.items():
-        for path, low_rank in layers.items():
-            kind = "plain" if low_rank.magnitude is None else "dora"
-            parts.setdefault(kind, {}).setdefault(component, {})[path] = low_rank
-    return parts
 
 
 @torch.no_grad()
@@ -283,16 +247,16 @@ def _write(
     for column, strength in zip(columns, strengths, strict=True):
         for number, (prompt, image) in enumerate(zip(prompts, column, strict=True)):
             words = "".join(c if c.isalnum() else "_" for c in prompt)[:60].strip("_")
-            path = _unused(folder / f"{number:02d}_{words}_{strength:g}.png")
+            path = unused(folder / f"{number:02d}_{words}_{strength:g}.png")
             disk.write_png(path, image)
     rows = [(prompt, [column[number] for column in columns]) for number, prompt in enumerate(prompts)]
-    grid = _unused(folder / "grid.png")
+    grid = unused(folder / "grid.png")
     disk.write_png(grid, labelled_grid(rows, columns=[f"strength {strength:g}" for strength in strengths]))
     report.event("pictures", f"{len(prompts) * len(strengths)} pictures and {grid}", path=str(grid))
     return grid
 
 
-def _unused(path: Path) -> Path:
+def unused(path: Path) -> Path:
     """`path`, or the first of path-2, path-3 … that does not exist."""
     candidate, number = path, 1
     while os.path.lexists(candidate):

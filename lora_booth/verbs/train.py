@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from PIL import Image
 from torch import nn
 
-from lora_booth.adapter import delivery, inject, kept
+from lora_booth.adapter import inject
 from lora_booth.adapter.files import storage
 from lora_booth.config.config import Config
 from lora_booth.config.resolved import Filled, Resolved
-from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import (
     ConfigError,
     DeviceMemoryError,
@@ -41,7 +36,8 @@ from lora_booth.run.folder import Run, Summary, require_free_space
 from lora_booth.run.interrupts import stop_requests
 from lora_booth.run.report import Report, Silent
 from lora_booth.run.state import is_begun, is_finished
-from lora_booth.training import compiling, loop, optimizers, prepare, preview, session
+from lora_booth.run.stopwatch import Stopwatch
+from lora_booth.training import choosing, compiling, drift, ending, loop, optimizers, prepare, session
 from lora_booth.training.flat import Flat
 from lora_booth.training.objective import objective_for
 
@@ -49,20 +45,6 @@ PATIENCE = timedelta(hours=12)
 """How long a process waits for another that is alive: the first draws all class images while the others wait."""
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the adapter and two moments, float32."""
-
-
-class Stopwatch:
-    """Seconds of the parts of a run, in the order in which they were done."""
-
-    def __init__(self) -> None:
-        self.seconds_of: dict[str, float] = {}
-        self._began = time.perf_counter()
-
-    def lap(self, part: str, *, without: str | None = None) -> None:
-        """Note what has passed since the last lap as `part`; what `without` took of it was noted already."""
-        now = time.perf_counter()
-        self.seconds_of[part] = now - self._began - self.seconds_of.get(without or "", 0.0)
-        self._began = now
 
 
 def train(
@@ -93,6 +75,7 @@ def train(
             return finished
         cuts = _drawn_sheet(config, inputs, run, accelerator)
         dtype = dtype_for(config.model.precision, device)
+        judge = choosing.judge(config, inputs.pictures, report) if accelerator.is_main_process else None
         family = _load(config, inputs.facts, device, dtype, report)
         listeners: dict[str, Any] = {"report": report, "stop": stop}
         stopwatch.lap("loading")
@@ -101,6 +84,7 @@ def train(
         stopwatch.seconds_of["class images"] = prepared.drawing_seconds
         stopwatch.lap("encoding", without="class images")
         family.move_vae("cpu")
+        watched = drift.of_base(config, family, prepared.prompts, stop) if accelerator.is_main_process else None
         adapted, parameters = _adapt(config, family, inputs)
         require_free_space(run.folder, _checkpoint_bytes(parameters) * (config.train.keep_last + 2))
         trained, optimizer = _optimizer(config, parameters, device, report)
@@ -116,6 +100,7 @@ def train(
             accelerator=accelerator,
             run=run,
             continue_command=continue_command,
+            drift=watched,
             **listeners,
         )
         accelerator.init_trackers("lora_booth")
@@ -124,7 +109,7 @@ def train(
         with compiling.where_it_pays(s, start):
             loop.optimize(s, start)
         stopwatch.lap("steps and previews")
-        return _finish(s, stopwatch)
+        return ending.finish(s, stopwatch, judge)
 
 
 def _resolved(config: Config, inputs: decide.Inputs, report: Report, device: torch.device) -> Resolved:
@@ -296,79 +281,3 @@ def _optimizer(
 
 def _checkpoint_bytes(parameters: Mapping[str, Sequence[nn.Parameter]]) -> int:
     return inject.num_parameters(parameters) * BYTES_PER_PARAMETER
-
-
-def _finish(s: session.Session, stopwatch: Stopwatch) -> Summary:
-    """Export the adapter, draw before and after, and write the summary, which marks the run as finished."""
-    session.set_training_(s, False)
-    if s.accelerator.is_main_process:
-        weights, weight_of = inject.collect(s.adapted), partial(inject.base_weight, s.adapted)
-        forms = delivery.forms(s.config.export.formats, weights, weight_of, s.report)
-        s.run.require_taken()
-        made = delivery.bodies(_delivery(s), forms)
-        delivery.write_files(_delivery(s), forms, Silent(), made)  # before the pictures, which may fail
-    comparison, cover = _draw_before_and_after(s)
-    paths: dict[str, Path] = {}
-    if s.accelerator.is_main_process:
-        s.run.require_taken()
-        paths = delivery.write_files(_delivery(s, cover), forms, s.report, made)
-        if "kohya" in paths and s.config.model.base != "booth-mini":  # no program but this one draws with the miniature
-            delivery.tell_use(paths["kohya"], "kohya", _delivery(s), s.report)
-    stopwatch.lap("files and pictures")
-    steps = s.config.train.steps
-    validation_loss = s.run.validation_losses()[steps]
-    assert validation_loss is not None, "every save measures it"
-    summary = Summary(
-        folder=str(s.run.folder),
-        files={name: str(path) for name, path in paths.items()},
-        before_and_after=None if comparison is None else str(comparison),
-        steps=steps,
-        seconds=sum(stopwatch.seconds_of.values()),
-        peak_gib=devices.peak_gib(s.accelerator.device) or systems.peak_memory_bytes() / 2**30,
-        num_parameters=sum(parameter.numel() for parameter in s.parameters),
-        validation_loss=validation_loss,
-        seconds_of=stopwatch.seconds_of,
-        best_step=s.run.best_step(),
-    )
-    if s.accelerator.is_main_process:
-        s.run.finish(summary)
-    s.accelerator.end_training()
-    return summary
-
-
-def _delivery(s: session.Session, cover: Image.Image | None = None) -> delivery.Delivery:
-    config = s.config
-    return delivery.Delivery(
-        folder=s.run.folder,
-        name=config.name,
-        family=s.family.name,
-        header=storage.metadata(_facts(s)),
-        dtype=config.export.dtype,
-        trigger=storage.trigger_words(config),
-        cover=cover if config.export.cover else None,
-    )
-
-
-def _facts(s: session.Session) -> storage.Facts:
-    order, config = s.prepared.order, s.config
-    buckets: dict[tuple[int, int], int] = {}
-    pictures = order.instances[: len(order.instances) // (2 if config.data.flip else 1)]  # then come the mirrored ones
-    for item in pictures:
-        size = (item.geometry[5], item.geometry[4])
-        buckets[size] = buckets.get(size, 0) + 1
-    return kept.facts_of(config, s.run.stored(), config.train.steps, buckets)
-
-
-def _draw_before_and_after(s: session.Session) -> tuple[Path | None, Image.Image | None]:
-    """The preview prompts without and with the adapter, side by side (main process); the file and the first "with"."""
-    if not s.config.preview.images_per_prompt or not s.accelerator.is_main_process:
-        return None, None
-    path = s.run.folder / "before_after.png"
-    with inject.disabled(s.adapted):
-        before = session.draw_rows(s)
-    after = session.draw_rows(s)
-    rows = preview.before_and_after(before, after)
-    title = f"{s.config.name}: {s.config.train.steps} steps"
-    columns = ("before", "after") * s.config.preview.images_per_prompt
-    s.run.write_picture(path, labelled_grid(rows, title=title, columns=columns))
-    return path, after[0][1][0]

@@ -1,0 +1,62 @@
+"""Adapters put into the pipeline of a loaded base, several beside each other.
+
+What lives here: that an adapter fits the base, and the parts PEFT can load it in. What does not: training's own
+injection (`inject.py`), and files (`files/`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lora_booth.adapter.files import storage
+from lora_booth.adapter.weights import AdapterWeights, find_module, misfit
+from lora_booth.errors import ModelError
+from lora_booth.models.families.family import Family
+
+
+def load_into_(pipeline: Any, name: str, weights: AdapterWeights, family: str) -> list[str]:
+    """Put `weights`, which fit, into a diffusers pipeline beside what it has; returns the names that `set_adapters`
+    takes, each beginning with `name`."""
+    to_tensors = storage.FORMATS["diffusers"].to_tensors  # diffusers itself knows fewer namings, and drops kohya's DoRA
+    names = []
+    for kind, part in _alike(weights).items():
+        pipeline.load_lora_weights(to_tensors(part, family, torch.float32), adapter_name=f"{name}_{kind}")
+        names.append(f"{name}_{kind}")
+    return names
+
+
+def fitted(family: Family, name: str, weights: AdapterWeights) -> AdapterWeights:
+    """`weights` in the shapes of the base's layers: a 1x1 convolution's may be stored as a linear one's.
+
+    Raises ModelError when the base lacks a layer that the adapter changes, or has it in another size.
+    """
+    modules = {family.architecture.denoiser: family.denoiser, **family.text_encoders()}
+    found: AdapterWeights = {}
+    for component, layers in weights.items():
+        for path, low in layers.items():
+            try:
+                shape = tuple(find_module(modules[component], path).get_parameter("weight").shape)
+            except (KeyError, AttributeError, ModelError):
+                shape = ()
+            if not shape or misfit(low, shape):
+                raise ModelError(
+                    f"adapter {name} does not fit the base, a {family.name} model: {component} lacks layer {path} "
+                    f"of its size. `lora-booth inspect {name}` tells its family; name such a base with --base."
+                )
+            down = low.down.reshape(low.rank, *shape[1:])
+            up = low.up.reshape(shape[0], low.rank, *(1 for _ in shape[2:]))
+            found.setdefault(component, {})[path] = replace(low, down=down, up=up)
+    return found
+
+
+def _alike(weights: AdapterWeights) -> dict[str, AdapterWeights]:
+    """`weights` in parts that are DoRA throughout or plain throughout: PEFT can load no other."""
+    parts: dict[str, AdapterWeights] = {}
+    for component, layers in weights.items():
+        for path, low_rank in layers.items():
+            kind = "plain" if low_rank.magnitude is None else "dora"
+            parts.setdefault(kind, {}).setdefault(component, {})[path] = low_rank
+    return parts

@@ -1,0 +1,230 @@
+"""Which checkpoint at which strength a run exports: the kept ones drawn, measured, and compared by the rule.
+
+What lives here: which candidates there are, and how each comes into the denoiser that was trained. What does not: the
+rule (`evaluation/choice.py`), and what is measured of pictures (`evaluation/measure.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lora_booth.adapter import inject
+from lora_booth.config.resolved import Resolved
+from lora_booth.data import images
+from lora_booth.data.subject import Pictures
+from lora_booth.errors import ConfigError
+from lora_booth.evaluation import encoders
+from lora_booth.evaluation.bench import Bench, Setting
+from lora_booth.evaluation.drawing import count
+from lora_booth.evaluation.features import Encoder
+from lora_booth.evaluation.prompts import Prompts
+from lora_booth.evaluation.scores import FILE_NAME, ByEncoder, Scores
+from lora_booth.evaluation.sheet import SHOWN_PROMPTS, sheet
+from lora_booth.models.sampling import Sampling
+from lora_booth.run import checkpoints
+from lora_booth.run.report import Report
+from lora_booth.training import prepare, session
+from lora_booth.training.optimizers import OPTIMIZERS
+from lora_booth.training.session import Session
+
+MAX_SOLVER_STEPS = 12
+"""Denoiser calls for a picture, at most; more hardly change what is measured."""
+PER_PROMPT = 2
+"""Pictures of each prompt of the subject."""
+SHOWN_PICTURES = 8
+"""Of the real ones, on the sheet."""
+BACKWARD = 3
+"""Passes that a row with gradients costs: forward, and backward twice as much."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The candidate that is exported, why in one sentence, and its scores in one line."""
+
+    step: int
+    strength: float
+    reason: str
+    scores: str
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """As a summary has it."""
+        exported = {"exported_step": self.step, "exported_strength": self.strength}
+        return {**exported, "reason": self.reason, "scores": self.scores}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What a run is judged by: an encoder, and the real pictures, unseen ones where there are any, else `is_in_sample`
+    those that are trained on. `real`: name to SHA-256; `features`: `[M, D]`; `shown`: some of them, for the sheet."""
+
+    encoder: Encoder
+    real: Mapping[str, str]
+    features: Tensor
+    shown: Sequence[Image.Image]
+    is_in_sample: bool
+
+
+def judge(config: Resolved, pictures: Pictures, report: Report) -> Judge | None:
+    """Made before training, so that what is wrong with it is told then, and pictures may go meanwhile.
+
+    The encoder is that of [evaluate], or what suits the base and is installed; None where nothing is to be chosen, or
+    nothing is there, which is told. Raises ConfigError or ModelError for one that was named and cannot be used.
+    """
+    encoder = _encoder(config, report)
+    if encoder is None:
+        return None
+    found = (pictures.held_out or pictures.instances).pictures
+    opened = [images.read(one.path, sha256=one.sha256) for one in found]
+    real, shown = {one.path.name: one.sha256 for one in found}, opened[:SHOWN_PICTURES]
+    return Judge(encoder, real, encoder.embed_images(opened), shown, is_in_sample=pictures.held_out is None)
+
+
+def _encoder(config: Resolved, report: Report) -> Encoder | None:
+    if config.evaluate.choose == "last":
+        return None
+    named = config.evaluate.encoder
+    try:
+        (name,) = encoders.default_names(config.model.base) if named is None else (named,)
+    except ConfigError:
+        report.event(
+            "encoder",
+            "likeness will not be measured, since no encoder of photographs is installed (pip install "
+            "lora-booth[likeness]); the last checkpoint will be exported",
+        )
+        return None
+    return encoders.encoder_named(name, torch.device("cpu"))
+
+
+def choose(s: Session, by: Judge) -> Exported | None:
+    """The best of the kept checkpoints and strengths, left in the denoiser; scores.json and scores.png are written.
+
+    None where not even one candidate could
+    be drawn within evaluate.max_share. Raises Interrupted between two steps of the solver, with the last checkpoint
+    safe on the disk.
+    """
+    last = s.config.train.steps
+    list_name, asked = prepare.asked(s.config)
+    sampling = _sampling(s)
+    wanted = _affordable(s, asked, sampling)
+    if not wanted:
+        s.report.event(
+            "pictures", "no checkpoints are compared: their pictures would take more than evaluate.max_share allows"
+        )
+        return None
+    states = _states(s, {step for step, _ in wanted})
+    setting = Setting(
+        family=s.family,
+        condition=s.condition,
+        prompts=asked,
+        negative_prompt=s.config.fill(s.config.preview.negative_prompt),
+        sampling=sampling,
+        seed=s.config.preview.seed,
+        per_prompt=PER_PROMPT,
+        towers=[by.encoder],
+        real=[by.features],
+        report=s.report,
+    )
+    s.family.move_vae(s.accelerator.device)
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with s.injected.disabled():
+                bench = Bench(setting, len(wanted))
+            for step, strength in wanted:
+                _put_(s, states[step], strength)
+                bench.add(step, strength)
+    finally:
+        s.family.move_vae("cpu")
+        _put_(s, states[last], 1.0)
+    (found,) = bench.results(is_in_sample=by.is_in_sample)
+    best = found.candidates[found.best]
+    _put_(s, states[best.step], best.strength)
+    scores = Scores(
+        name=s.config.name,
+        token=s.config.subject.token,
+        class_noun=s.config.subject.class_noun,
+        real=dict(by.real),
+        is_in_sample=by.is_in_sample,
+        drawing=setting.drawing(s.family.fingerprint, f"{list_name}, few", s.config.subject.token),
+        encoders=(found,),
+    )
+    _write(s, bench, by.shown, scores)
+    if not found.is_feasible:
+        s.report.warn(
+            "every candidate forgot too much, or leaks into its class; train fewer steps, or with a stronger prior."
+        )
+    return Exported(best.step, best.strength, found.reason, _line(found))
+
+
+def _affordable(s: Session, asked: Prompts, sampling: Sampling) -> list[tuple[int, float]]:
+    """Steps and strengths, the most wanted first, as many as evaluate.max_share allows beside the base."""
+    config, train = s.config, s.config.train
+    steps = sorted(s.run.validation_losses(), reverse=True)
+    if OPTIMIZERS[config.optimizer.name].has_modes:
+        steps = steps[:1]  # the weights of the others are those that were updated, not those that are exported
+    strengths = (1.0,) if config.adapter.dora else config.evaluate.strengths
+    ranked = [(i + j, j, step, x) for i, step in enumerate(steps) for j, x in enumerate(strengths)]
+    rows = train.images_per_step * (2 if config.has_prior else 1)
+    each = count(asked, PER_PROMPT) * sampling.sampler_steps * (2 if sampling.guidance_scale > 1 else 1)
+    number = int(config.evaluate.max_share * train.steps * rows * BACKWARD / each) - 1
+    return [(step, strength) for _, _, step, strength in sorted(ranked, key=lambda r: r[:2])[: max(0, number)]]
+
+
+def _states(s: Session, steps: set[int]) -> dict[int, Mapping[str, Tensor]]:
+    """The adapter after each of `steps`; the last as it is in the denoiser."""
+    last = s.config.train.steps
+    states: dict[int, Mapping[str, Tensor]] = {last: inject.state(s.adapted)}
+    for step in steps - {last}:
+        states[step] = checkpoints.read(s.run.checkpoint_folder(step)).adapter
+    return states
+
+
+def _put_(s: Session, state: Mapping[str, Tensor], strength: float) -> None:
+    """Put an adapter into the denoiser, its update multiplied by `strength`."""
+    inject.load_state_into_(
+        s.adapted, {name: t * strength if ".lora_B." in name and strength != 1 else t for name, t in state.items()}
+    )
+
+
+def _sampling(s: Session) -> Sampling:
+    preview, side, memory = s.config.preview, s.config.data.resolution, s.config.memory
+    return Sampling(
+        width_px=side,
+        height_px=side,
+        sampler=preview.sampler,
+        sampler_steps=min(preview.sampler_steps, MAX_SOLVER_STEPS),
+        guidance_scale=preview.guidance_scale,
+        batch_size=memory.pictures_at_once,
+        is_tiled=memory.tiled_decoding,
+        is_denoiser_offloaded=memory.offload_denoiser,
+        on_step=partial(session.stop_drawing, s),
+    )
+
+
+def _write(s: Session, bench: Bench, real: Sequence[Image.Image], found: Scores) -> None:
+    first = found.encoders[0]
+    shown = [(scored, pictures) for scored, (_, _, pictures) in zip(first.candidates, bench.shown, strict=True)]
+    title = f"{found.name}, measured by {first.record.name}"
+    prompts_shown = bench.setting.prompts.subject[:SHOWN_PROMPTS]
+    s.run.require_taken()
+    found.write(s.run.folder / FILE_NAME)
+    s.run.write_picture(s.run.folder / "scores.png", sheet(title, prompts_shown, real, bench.base_shown, shown, first))
+
+
+def _line(found: ByEncoder) -> str:
+    """Likeness and what was forgotten of the best, beside the base."""
+    best, parts = found.candidates[found.best].metrics, []
+    if "subject_fidelity" in best:
+        others = [f"the base {found.base['subject_fidelity'].mean:.2f}"]
+        others += [] if found.ceiling is None else [f"your pictures to each other {found.ceiling.mean:.2f}"]
+        parts.append(f"likeness {best['subject_fidelity'].mean:.2f} ({', '.join(others)})")
+    parts += [f"leak into the class {best['leak'].mean:+.2f}"] if "leak" in best else []
+    parts.append(f"other prompts changed by {best['drift'].mean:.2f}, yours by {best['subject_change'].mean:.2f}")
+    return f"{', '.join(parts)}; by {found.record.name}"
