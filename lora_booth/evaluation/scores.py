@@ -45,7 +45,7 @@ class Scored:
     @property
     def told(self) -> str:
         """How a table names it; a file, which has no steps, by its strength alone."""
-        return f"step {self.step} × {self.strength:g}" if self.step else f"strength {self.strength:g}"
+        return f"step {self.step} at {self.strength:g}" if self.step else f"strength {self.strength:g}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lora_booth.adapter import inject
-from lora_booth.config.resolved import Resolved
+from lora_booth.config.resolved import Filled, Resolved
 from lora_booth.data import images
 from lora_booth.data.subject import Pictures
 from lora_booth.errors import ConfigError
@@ -24,7 +24,6 @@ from lora_booth.evaluation import encoders
 from lora_booth.evaluation.bench import Bench, Setting
 from lora_booth.evaluation.drawing import count
 from lora_booth.evaluation.features import Encoder
-from lora_booth.evaluation.prompts import Prompts
 from lora_booth.evaluation.scores import FILE_NAME, ByEncoder, Scores
 from lora_booth.evaluation.sheet import SHOWN_PROMPTS, sheet
 from lora_booth.models.sampling import Sampling
@@ -113,7 +112,8 @@ def choose(s: Session, by: Judge) -> Exported | None:
     last = s.config.train.steps
     list_name, asked = prepare.asked(s.config)
     sampling = _sampling(s)
-    wanted = _affordable(s, asked, sampling)
+    steps = sorted(s.run.validation_losses(), reverse=True)
+    wanted = candidates(s.config, steps)
     if not wanted:
         s.report.event(
             "pictures", "no checkpoints are compared: their pictures would take more than evaluate.max_share allows"
@@ -163,18 +163,41 @@ def choose(s: Session, by: Judge) -> Exported | None:
     return Exported(best.step, best.strength, found.reason, _line(found))
 
 
-def _affordable(s: Session, asked: Prompts, sampling: Sampling) -> list[tuple[int, float]]:
-    """Steps and strengths, the most wanted first, as many as evaluate.max_share allows beside the base."""
-    config, train = s.config, s.config.train
-    steps = sorted(s.run.validation_losses(), reverse=True)
-    if OPTIMIZERS[config.optimizer.name].has_modes:
+def candidates(config: Filled, steps: Sequence[int]) -> list[tuple[int, float]]:
+    """Step and strength of each candidate, the most wanted first: as many as evaluate.max_share allows beside the base.
+
+    `steps`: those kept, the last one first.
+    """
+    train = config.train
+    if config.optimizer.name != "auto" and OPTIMIZERS[config.optimizer.name].has_modes:
         steps = steps[:1]  # the weights of the others are those that were updated, not those that are exported
     strengths = (1.0,) if config.adapter.dora else config.evaluate.strengths
     ranked = [(i + j, j, step, x) for i, step in enumerate(steps) for j, x in enumerate(strengths)]
     rows = train.images_per_step * (2 if config.has_prior else 1)
-    each = count(asked, PER_PROMPT) * sampling.sampler_steps * (2 if sampling.guidance_scale > 1 else 1)
+    guided = 2 if config.preview.guidance_scale > 1 else 1
+    each = num_pictures(config) * solver_steps(config) * guided
     number = int(config.evaluate.max_share * train.steps * rows * BACKWARD / each) - 1
     return [(step, strength) for _, _, step, strength in sorted(ranked, key=lambda r: r[:2])[: max(0, number)]]
+
+
+def num_pictures(config: Filled) -> int:
+    """Of one candidate, or the base."""
+    return count(prepare.asked(config)[1], PER_PROMPT)
+
+
+def solver_steps(config: Filled) -> int:
+    """Denoiser calls for one of them."""
+    return min(config.preview.sampler_steps, MAX_SOLVER_STEPS)
+
+
+def is_wanted(config: Filled) -> bool:
+    """Whether a run chooses: [evaluate] says so, and something to measure pictures with is there."""
+    try:
+        return config.evaluate.choose == "best" and bool(
+            config.evaluate.encoder or encoders.default_names(config.model.base)
+        )
+    except ConfigError:
+        return False
 
 
 def _states(s: Session, steps: set[int]) -> dict[int, Mapping[str, Tensor]]:
@@ -199,7 +222,7 @@ def _sampling(s: Session) -> Sampling:
         width_px=side,
         height_px=side,
         sampler=preview.sampler,
-        sampler_steps=min(preview.sampler_steps, MAX_SOLVER_STEPS),
+        sampler_steps=solver_steps(s.config),
         guidance_scale=preview.guidance_scale,
         batch_size=memory.pictures_at_once,
         is_tiled=memory.tiled_decoding,

@@ -32,7 +32,7 @@ from lora_booth.run import disk
 from lora_booth.run.interrupts import stop_requests
 from lora_booth.run.report import Report, Silent
 from lora_booth.verbs import generate
-from lora_booth.verbs.evaluated import Asked, Target, strengths_of, target_of
+from lora_booth.verbs.evaluated import Asked, Target, require_writable, strengths_of, target_of
 from lora_booth.verbs.generate import PictureSettings
 
 STRENGTHS = (0.6, 0.8, 1.0)
@@ -72,6 +72,7 @@ def evaluate(path: Path, asked: Asked = NOTHING, ways: Ways | None = None, repor
     inputs.require_number(ways.per_prompt, "--pictures", 1, MAX_PER_PROMPT)
     generate.require_drawable(["a prompt"], strengths, replace(PictureSettings(), **ways.wishes))
     target = target_of(path, asked, ways.wishes, report)
+    require_writable(target.folder)
     list_name, prompts = _prompts(target, ways)
     others = None if ways.compare is None else scores.read(_scores_file(ways.compare))
     place = devices.found(ways.device, "--device")

@@ -15,7 +15,7 @@ from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config import inputs, toml
 from lora_booth.config.config import Config
 from lora_booth.config.settings import BASE_ALIASES, ModelConfig
-from lora_booth.errors import ConfigError
+from lora_booth.errors import ConfigError, DiskError
 from lora_booth.models.bases.sources import EMBEDDED, is_hub_id
 from lora_booth.run.folder import Run
 from lora_booth.run.report import Report
@@ -170,6 +170,14 @@ def _told(header: Mapping[str, str]) -> dict[str, str]:
 def _known_base(base: str | None) -> str | None:
     """`base` if it means the same everywhere: of a folder a header keeps only the last part of its name."""
     return base if base is not None and (base in BASE_ALIASES or is_hub_id(base)) else None
+
+
+def require_writable(folder: Path) -> None:
+    """Raises DiskError where `folder`, or what it would be made in, is no folder that may be written to."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(place) or not os.access(place, os.W_OK):
+        why = "may not be written to" if os.path.isdir(place) else "is a file"
+        raise DiskError(f"scores cannot be written into {folder}: {place} {why}; choose another --out.")
 
 
 def strengths_of(strengths: Sequence[float]) -> tuple[float, ...]:

@@ -116,5 +116,5 @@ def test_scores_of_different_encoders_pictures_or_prompts_are_not_compared() -> 
 def test_the_table_is_aligned_and_marks_the_best() -> None:
     lines = scores.table(found().encoders[0])
     assert lines[0].split() == ["leak", "diversity", "drift"]
-    assert lines[2].startswith("step 100 × 0.8 *") and "0.500 ±0.100" in lines[2]
+    assert lines[2].startswith("step 100 at 0.8 *") and "0.500 ±0.100" in lines[2]
     assert len({len(line) for line in lines}) == 1

@@ -20,6 +20,7 @@ from lora_booth.models.cards import Card, named
 from lora_booth.planning import decide, duration, memory
 from lora_booth.planning.memory import Modules
 from lora_booth.planning.tracing import LiveBytes, Operation, Work, fused_attention
+from lora_booth.run.folder import Run
 from lora_booth.run.report import Silent
 from lora_booth.training.batch import sample_losses
 from lora_booth.training.objective import objective_for
@@ -191,6 +192,39 @@ def test_what_the_base_predicts_for_comparison_is_counted_as_often_as_it_is_run(
     assert with_gradients.flops == pytest.approx(
         2 * modules.step_work(filled.with_values({"prior": {"mode": "none"}}), None).flops
     )
+
+
+def test_choosing_a_checkpoint_takes_the_passes_that_are_predicted(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(
+        prior={"mode": "none"},
+        evaluate={"choose": "best", "encoder": "miniature", "max_share": 100.0, "strengths": [1.0, 0.5]},
+        preview={"sampler": "ddim", "sampler_steps": 3},
+        train={"keep_last": 1},
+    )
+    rows = {True: 0, False: 0}
+    load = loading.load
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        family = load(*args, **kwargs)
+
+        def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            rows[torch.is_grad_enabled()] += len(inputs[0])
+
+        family.denoiser.register_forward_pre_hook(count)
+        return family
+
+    inputs = decide.look(config, Silent())
+    filled = decide.filled(config, inputs)
+    modules = Modules.of(config, loading.facts(config.model))
+    predicted = duration.predict(modules, filled, inputs.pictures)
+    monkeypatch.setattr(loading, "load", counted)
+    monkeypatch.setattr(Run, "best_step", lambda self: 2)  # another than the last
+    train.train(config, report=Silent(), continue_command="")
+    row = modules.draw_work(filled, modules.square(filled), 1, is_guided=False).flops
+    assert rows[False] == round(sum(work.flops for work in predicted.other[1:5]) / row)
+    assert rows[False] > 5 * 16 * 3, "the base and four candidates"
 
 
 def without_adapter(modules: Modules, config: Filled) -> float:

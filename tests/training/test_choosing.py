@@ -19,8 +19,7 @@ from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import delta
 from lora_booth.errors import ConfigError, Interrupted, LoraBoothError
 from lora_booth.evaluation import scores
-from lora_booth.run.folder import Run
-from lora_booth.training import choosing, prepare
+from lora_booth.training import choosing
 from lora_booth.verbs import export, train
 from tests.conftest import MakeConfig
 from tests.support.runs import At, Recorder, assert_equal, session_of
@@ -36,8 +35,7 @@ def best(make_config: MakeConfig, name: str = "run", **sections: Any) -> Any:
 
 def wanted(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], **sections: Any) -> Any:
     s = session_of(best(make_config, **sections), monkeypatch)
-    monkeypatch.setattr(Run, "validation_losses", lambda self: dict.fromkeys(steps, 1.0))
-    return choosing._affordable(s, prepare.asked(s.config)[1], choosing._sampling(s))
+    return choosing.candidates(s.config, sorted(steps, reverse=True))
 
 
 class TestCandidates:
@@ -84,7 +82,7 @@ def test_the_chosen_one_is_exported_with_its_strength_in_the_tensors(
 ) -> None:
     preview = {**DRAWN, "images_per_prompt": 1, "prompts": ["a {token} {class}"]}
     config, report = best(make_config, preview=preview), Recorder()
-    monkeypatch.setattr(choosing, "_affordable", lambda *_: [(4, 1.0), (2, 0.6)])
+    monkeypatch.setattr(choosing, "candidates", lambda *_: [(4, 1.0), (2, 0.6)])
     honest = choosing.Bench.results
     second = lambda self, **words: tuple(  # noqa: E731
         type(found)(**{**vars(found), "best": 1, "reason": "because"}) for found in honest(self, **words)

@@ -18,7 +18,7 @@ from lora_booth.adapter import inject
 from lora_booth.adapter.files import storage
 from lora_booth.config.config import Config
 from lora_booth.config.settings import AdapterConfig, ModelConfig
-from lora_booth.errors import ConfigError, DataError, Interrupted, LoraBoothError, ModelError
+from lora_booth.errors import ConfigError, DataError, DiskError, Interrupted, LoraBoothError, ModelError
 from lora_booth.evaluation import scores
 from lora_booth.models import loading
 from lora_booth.models.bases.sources import EMBEDDED
@@ -200,6 +200,7 @@ BAD: dict[str, tuple[Case, type[LoraBoothError]]] = {
     "--device": (lambda run, tmp: (run, Asked(), Ways(device="quantum")), ConfigError),
     "prompts.txt": (lambda run, tmp: (run, Asked(), Ways(prompt_file=tmp / "prompts.txt")), ConfigError),
     "does not tell --base and --token": (lambda run, tmp: (_file(tmp), Asked(class_noun="dog"), Ways()), ConfigError),
+    "is a file; choose another --out": (lambda run, tmp: (run, Asked(out=_file(tmp)), Ways()), DiskError),
     "chooses a checkpoint": (lambda run, tmp: (_file(tmp), Asked(step="2"), Ways()), ConfigError),
 }  # fmt: skip
 
