@@ -53,6 +53,7 @@ Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, bool) else value)]
 """From 0 to 1; false and true are its ends."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Strength = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Sampler = Literal["dpm++", "ddim", "euler", "base"]
 
@@ -150,10 +151,7 @@ class PriorConfig(Section):
         "of its rows. Slot: {class}. None: 64 everyday ones that ship with lora_booth.",
     )
     norm_weight: float = Field(
-        0.0,
-        ge=0,
-        le=1e6,
-        description="Weight of the update's squared Frobenius norm, summed over layers, on top of any mode. 0: off.",
+        0.0, ge=0, le=1e6, description="Weight of the update's squared Frobenius norm, in any mode. 0: off."
     )
     num_images: int = Field(
         200, ge=0, le=100_000, description="Class images to draw. 200: enough in the reference recipes; more is fine."
@@ -317,24 +315,15 @@ class EvaluateConfig(Section):
     encoder: str | None = Field(
         None,
         min_length=1,
-        description="What measures pictures: miniature, efficientnet-lite2, a folder or hub id. Default: what suits "
-        "the base, if it is installed; else the last checkpoint is exported.",
+        description="miniature, efficientnet-lite2, a folder or hub id: measures pictures. Default: what suits the "
+        "base, if it is installed; else the last checkpoint is exported.",
     )
-    strengths: Annotated[tuple[Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)], ...], Field(strict=False)] = (
-        Field(
-            (1.0, 0.8, 0.6),
-            min_length=1,
-            max_length=20,
-            description="Strengths to compare, the most wanted first. The chosen one is put into the file, whose "
-            "strength 1 it is then.",
-        )
+    strengths: Annotated[tuple[Strength, ...], Field(strict=False, min_length=1, max_length=20)] = Field(
+        (1.0, 0.8, 0.6),
+        description="Strengths to compare, the most wanted first. The chosen one is put into the file, as its 1.",
     )
     max_share: float = Field(
-        0.5,
-        gt=0,
-        le=100,
-        description="Passes of the denoiser that these pictures may take, as a share of those of training. As many "
-        "checkpoints and strengths are compared as that allows, the last one first.",
+        0.5, gt=0, le=100, description="The most passes that these pictures may take, as a share of those of training."
     )
 
 

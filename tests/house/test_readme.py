@@ -43,7 +43,7 @@ def test_a_command_of_the_readme_is_understood(command: str) -> None:
     verb = group.commands[words[0]]  # type: ignore[attr-defined]
     context = verb.make_context(words[0], words[1:])
     if words[0] in ("train", "plan"):
-        names = ("settings", "subject", "class_noun", "token", "base", "vram", "out")
+        names = ("settings", "subject", "class_noun", "token", "base", "prior", "vram", "out")
         config = app._config(*(context.params[name] for name in names))
         assert config.subject.class_noun == "dog"
 

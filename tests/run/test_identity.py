@@ -132,6 +132,7 @@ OTHER: dict[str, Any] = {
     "subject.held_out": None,
     "prior.folder": None,
     "prior.prompts": ("a drawing of a {class}",),
+    "prior.captions": ("a cat",),
     "prior.sampler": "ddim",
     "adapter.targets": "attention",
     "adapter.alpha": 3.0,
@@ -152,7 +153,7 @@ OTHER: dict[str, Any] = {
     "data.bucket_step": 8,
 }
 """A valid other value, where adding one, or taking the opposite, is none."""
-ELSEWHERE = {"model.base", "model.revision", "objective.zero_terminal_snr", "objective.huber_delta"}
+ELSEWHERE = {"model.base", "model.revision", "objective.zero_terminal_snr", "objective.huber_delta", "prior.mode"}
 """Refused before the run is looked at, or tested with what they need."""
 
 
@@ -162,6 +163,15 @@ def other(value: Any) -> Any:
     if isinstance(value, str):
         return value + "x"
     return value + 1 if isinstance(value, int) else value / 2 if value else 0.5
+
+
+@pytest.mark.parametrize("mode", ["images", "none"])
+def test_a_run_is_not_continued_with_another_prior(mode: str, make_config: MakeConfig) -> None:
+    model = {"mode": "model", "captions": ("a cat",)}
+    with pytest.raises(Interrupted):
+        train.train(make_config(prior=model), report=At(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(ConfigError, match="prior.mode: model -> " + mode):
+        train.train(make_config(prior={**model, "mode": mode}))
 
 
 def test_a_run_is_not_continued_with_another_value_of_any_setting_that_counts(again: Path) -> None:
