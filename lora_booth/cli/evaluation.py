@@ -90,7 +90,7 @@ def evaluate(
     asked = Asked(base, subject, class_noun, token, step, out)
     wishes: dict[str, object] = {"seed": seed, "sampler": sampler, "sampler_steps": steps, "guidance_scale": guidance}
     wishes |= {"budget_gib": vram, "pictures_at_once": at_once, "size_px": parsing.parse_size(size)}
-    ways = verb.Ways(
+    method = verb.Method(
         encoder_names=encoder or (),
         prompt_file=prompts,
         is_living=living,
@@ -102,8 +102,8 @@ def evaluate(
     )
     with listening(as_json=as_json, quiet=quiet) as report:
         if dreambench is not None:
-            verb_of_sets.walk(dreambench, target, asked, ways, report)
+            verb_of_sets.walk(dreambench, target, asked, method, report)
         elif target is None:
             raise ConfigError("there is nothing to judge; name a run folder or an adapter file, or --dreambench DIR.")
         else:
-            verb.evaluate(target, asked, ways, report)
+            verb.evaluate(target, asked, method, report)

@@ -6,14 +6,12 @@ prior), for two passes of 16 rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_booth.adapter import inject
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.run.randomness import generator_for
 
@@ -77,49 +75,5 @@ def relative_change(moved: Tensor, base: Tensor) -> list[float]:
     return [float(value) for value in change]
 
 
-def prediction_drift(
-    family: Family,
-    adapted: Mapping[str, nn.Module],
-    latents: Tensor,
-    conditioning: Conditioning,
-    geometry: Tensor,
-    *,
-    seed: int = 0,
-    levels: Sequence[float] = LEVELS,
-    num_rows: int = ROWS,
-    rows_at_once: int = 4,
-    base_conditioning: Conditioning | None = None,
-) -> list[float]:
-    """||v - v_base||² / ||v_base||² of `num_rows` rows, v being the prediction with the adapter and v_base without.
-
-    `latents` `[N, C, h, w]`, scaled, are of pictures of the base that have nothing to do with the subject, with the
-    `conditioning` of their prompts and their `geometry` `[N, 6]`; see `probe`. `base_conditioning`: what the text
-    encoders without an adapter make of the prompts, where they carry one.
-
-    0 is an adapter that changes nothing; the mean of the rows is the figure. Modules are in evaluation mode while this
-    computes, and afterwards as they were. Nothing has gradients.
-    """
-    at = probe(family, latents, geometry, seed=seed, levels=levels, num_rows=num_rows)
-    own = conditioning if base_conditioning is None else base_conditioning
-    with _evaluating(adapted):
-        moved = predictions(family, at, conditioning, rows_at_once=rows_at_once)
-        with inject.disabled(adapted):
-            base = predictions(family, at, own, rows_at_once=rows_at_once)
-    return relative_change(moved, base)
-
-
 def _rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
     return {name: tensor[rows.to(tensor.device)] for name, tensor in conditioning.items()}
-
-
-@contextmanager
-def _evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, all `modules` and their parts are in evaluation mode."""
-    was = [(part, part.training) for module in modules.values() for part in module.modules()]
-    for module in modules.values():
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, is_training in was:
-            part.training = is_training

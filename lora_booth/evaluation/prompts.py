@@ -44,10 +44,10 @@ def filled(templates: Sequence[str], unrelated: Sequence[str], *, token: str, cl
     words = set(_words(class_noun))
     apart = tuple(prompt for prompt in unrelated if not words & set(_words(prompt)))
     subject = [template.replace("{token}", token).replace("{class}", class_noun) for template in templates]
-    return Prompts(tuple(subject), tuple(without_token(t, class_noun) for t in templates), apart)
+    return Prompts(tuple(subject), tuple(class_prompt(t, class_noun) for t in templates), apart)
 
 
-def without_token(template: str, class_noun: str) -> str:
+def class_prompt(template: str, class_noun: str) -> str:
     """ "a {token} {class} in the snow" as "an owl in the snow": what any subject of the class would be asked for."""
     text = re.sub(r"\{token\}\s*", "", template).replace("{class}", class_noun)
     text = re.sub(r"\ba(?= [aeiou])", "an", text)

@@ -27,7 +27,7 @@ from lora_booth.evaluation.scores import Scores
 from lora_booth.models import devices
 from lora_booth.run.interrupts import stop_requests
 from lora_booth.run.report import Report
-from lora_booth.verbs.evaluate import MAX_MEGAPIXELS, STOPPED, Ways, evaluate
+from lora_booth.verbs.evaluate import MAX_MEGAPIXELS, STOPPED, Method, evaluate
 from lora_booth.verbs.evaluated import Asked
 
 FILE_NAME = "prompts_and_classes.txt"
@@ -37,7 +37,7 @@ SUMMED = ("subject_fidelity", "share", "prompt_fidelity", "preservation", "leak"
 
 
 @dataclass(frozen=True)
-class Bench:
+class RealSet:
     """The data set: subject to its class noun and to its folder, and the prompts with slots, by kind."""
 
     classes: Mapping[str, str]
@@ -50,19 +50,19 @@ class Bench:
         return self.living if self.classes[subject] in LIVING else self.objects
 
 
-def walk(folder: Path, runs: Path | None, asked: Asked, ways: Ways, report: Report) -> None:
+def walk(folder: Path, runs: Path | None, asked: Asked, method: Method, report: Report) -> None:
     """Judge the photographs in `folder` among themselves, or each run in `runs` that is named like a subject.
 
     Raises ConfigError, DataError or ModelError.
     """
-    bench = read(folder)
+    real_set = read(folder)
     if runs is None:
-        _photographs(bench, ways, report)
+        _photographs(real_set, method, report)
     else:
-        _runs(bench, runs, asked, ways, report)
+        _runs(real_set, runs, asked, method, report)
 
 
-def read(folder: Path) -> Bench:
+def read(folder: Path) -> RealSet:
     """The data set in `folder`. Raises DataError where it lacks lists of classes and prompts, or all subjects."""
     root = folder / "dataset" if os.path.lexists(folder / "dataset" / FILE_NAME) else folder
     remedy = "give --dreambench the folder of github.com/google/dreambooth that holds this file"
@@ -78,7 +78,7 @@ def read(folder: Path) -> Bench:
     folders = {subject: root / subject for subject in classes if os.path.isdir(root / subject)}
     if not folders:
         raise DataError(f"{inputs.shown_path(root)} has no folder of any of the {len(classes)} subjects; {remedy}.")
-    return Bench(classes, folders, *lists)
+    return RealSet(classes, folders, *lists)
 
 
 def _templates(text: str) -> list[str]:
@@ -87,11 +87,11 @@ def _templates(text: str) -> list[str]:
     return [line.replace("{0}", "{token}").replace("{1}", "{class}") for line in found]
 
 
-def _photographs(bench: Bench, ways: Ways, report: Report) -> None:
+def _photographs(real_set: RealSet, method: Method, report: Report) -> None:
     """Likeness of the real photographs: what an adapter could reach at most, and what the encoder can tell apart."""
-    device = devices.found(ways.device, "--device")
-    names = ways.encoder_names or encoders.default_names(None)
-    paths = [(subject, path) for subject, folder in bench.folders.items() for path in _listed(folder)]
+    device = devices.found(method.device, "--device")
+    names = method.encoder_names or encoders.default_names(None)
+    paths = [(subject, path) for subject, folder in real_set.folders.items() for path in _listed(folder)]
     for tower in [encoders.encoder_named(name, device) for name in names]:
         with stop_requests() as stop:
             rows: list[Tensor] = []
@@ -99,7 +99,7 @@ def _photographs(bench: Bench, ways: Ways, report: Report) -> None:
                 stop.check(STOPPED)
                 rows.append(tower.embed_images([images.read(path)]))
                 report.progress("photographs", done, len(paths))
-        _tell_photographs(bench, tower, torch.cat(rows), [subject for subject, _ in paths], report)
+        _tell_photographs(real_set, tower, torch.cat(rows), [subject for subject, _ in paths], report)
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -107,7 +107,7 @@ def _listed(folder: Path) -> list[Path]:
     return [picture.path for picture in found.pictures if picture.path.suffix.lower() in ENDINGS]
 
 
-def _tell_photographs(bench: Bench, tower: Encoder, features: Tensor, labels: list[str], report: Report) -> None:
+def _tell_photographs(real_set: RealSet, tower: Encoder, features: Tensor, labels: list[str], report: Report) -> None:
     same, different = metrics.pairs(features, labels)
     report.event(
         "encoder",
@@ -115,41 +115,42 @@ def _tell_photographs(bench: Bench, tower: Encoder, features: Tensor, labels: li
         f"{tower.record.preprocessing_sha256[:8]}:",
         **vars(tower.record),
     )
-    width = max(map(len, bench.folders))
+    width = max(map(len, real_set.folders))
     ceilings = []
-    for subject in bench.folders:
+    for subject in real_set.folders:
         own = features[[row for row, label in enumerate(labels) if label == subject]]
         if len(own) > 1:
             ceilings.append(mean_interval(metrics.ceiling(own)).mean)
             text = f"{subject:<{width}}  {len(own)} photographs, to each other {ceilings[-1]:.3f}"
             report.event("subject", text, subject=subject, ceiling=ceilings[-1])
-    if len(bench.folders) > 1 and same:
+    if len(real_set.folders) > 1 and same:
         nearest, auc = metrics.nearest_is_same(features, labels), metrics.separation(same, different)
         ceiling = mean_interval(ceilings)
         report.event(
             "photographs",
-            f"{len(bench.folders)} subjects, {len(labels)} pictures: ceiling {ceiling.mean:.3f} ({ceiling.low:.3f} to "
-            f"{ceiling.high:.3f}), nearest neighbour of the same subject {nearest:.3f}, AUC {auc:.3f}",
+            f"{len(real_set.folders)} subjects, {len(labels)} pictures: ceiling {ceiling.mean:.3f} "
+            f"({ceiling.low:.3f} to {ceiling.high:.3f}), nearest neighbour of the same subject {nearest:.3f}, "
+            f"AUC {auc:.3f}",
             ceiling=ceiling.mean,
             nearest=nearest,
             auc=auc,
         )
 
 
-def _runs(bench: Bench, runs: Path, asked: Asked, ways: Ways, report: Report) -> None:
+def _runs(real_set: RealSet, runs: Path, asked: Asked, method: Method, report: Report) -> None:
     """Each run on the data set's prompts and photographs, and the means over subjects."""
-    found = {subject: runs / subject for subject in bench.folders if kept.find(runs / subject, None) is not None}
+    found = {subject: runs / subject for subject in real_set.folders if kept.find(runs / subject, None) is not None}
     if not found:
         raise ConfigError(
-            f"{inputs.shown_path(runs)} holds no run that is named like a subject, as {next(iter(bench.folders))}; "
+            f"{inputs.shown_path(runs)} holds no run that is named like a subject, as {next(iter(real_set.folders))}; "
             "train with run.folder = RUNS/<subject>."
         )
     judged: dict[str, Scores] = {}
     for subject, run in found.items():
         report.event("subject", f"{subject}:")
-        own = replace(asked, subject=bench.folders[subject], class_noun=bench.classes[subject])
+        own = replace(asked, subject=real_set.folders[subject], class_noun=real_set.classes[subject])
         own = replace(own, out=None if asked.out is None else asked.out / subject)
-        judged[subject] = evaluate(run, own, replace(ways, templates=bench.templates(subject)), report)
+        judged[subject] = evaluate(run, own, replace(method, templates=real_set.templates(subject)), report)
     for number, each in enumerate(next(iter(judged.values())).encoders):
         best = [one.encoders[number].candidates[one.encoders[number].best] for one in judged.values()]
         parts = []

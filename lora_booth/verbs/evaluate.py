@@ -44,7 +44,7 @@ STOPPED = "stopped; nothing was written. The same command begins again."
 
 
 @dataclass(frozen=True)
-class Ways:
+class Method:
     """How to judge. `encoder_names`: none for the one that suits; the first one chooses. `templates`: prompts with
     slots, None for the shipped list that suits, where `is_living` says which. `wishes`: fields of PictureSettings that
     are not to be as the run had them."""
@@ -60,24 +60,24 @@ class Ways:
     compare: Path | None = None
 
 
-def evaluate(path: Path, asked: Asked = NOTHING, ways: Ways | None = None, report: Report | None = None) -> Scores:
+def evaluate(path: Path, asked: Asked = NOTHING, method: Method | None = None, report: Report | None = None) -> Scores:
     """Draw with the base and with each checkpoint at each strength, measure, and write scores.json and scores.png.
 
     `path`: a run folder, a checkpoint of one, or an adapter file. The base's pictures are drawn once. Scores that are
     there already are replaced. Raises ConfigError, DataError, ModelError, DeviceMemoryError, DiskError, and Interrupted
     where a signal asked to stop.
     """
-    report, ways = report or Silent(), ways or Ways()
-    strengths = strengths_of(ways.strengths)
-    inputs.require_number(ways.per_prompt, "--pictures", 1, MAX_PER_PROMPT)
-    generate.require_drawable(["a prompt"], strengths, replace(PictureSettings(), **ways.wishes))
-    target = target_of(path, asked, ways.wishes, report)
+    report, method = report or Silent(), method or Method()
+    strengths = strengths_of(method.strengths)
+    inputs.require_number(method.per_prompt, "--pictures", 1, MAX_PER_PROMPT)
+    generate.require_drawable(["a prompt"], strengths, replace(PictureSettings(), **method.wishes))
+    target = target_of(path, asked, method.wishes, report)
     require_writable(target.folder)
-    list_name, prompts = _prompts(target, ways)
-    others = None if ways.compare is None else scores.read(_scores_file(ways.compare))
-    place = devices.found(ways.device, "--device")
-    names = tuple(dict.fromkeys(ways.encoder_names)) or encoders.default_names(target.model.base)
-    real = _real(target, report)
+    list_name, prompts = _prompts(target, method)
+    others = None if method.compare is None else scores.read(_scores_file(method.compare))
+    place = devices.found(method.device, "--device")
+    names = tuple(dict.fromkeys(method.encoder_names)) or encoders.default_names(target.model.base)
+    real, is_in_sample = _real(target, report)
     towers = [encoders.encoder_named(name, place) for name in names]
     facts = loading.facts(target.model)
     target = replace(
@@ -97,7 +97,7 @@ def evaluate(path: Path, asked: Asked = NOTHING, ways: Ways | None = None, repor
             negative_prompt=picture.negative_prompt,
             sampling=_sampling(picture, on_step),
             seed=picture.seed,
-            per_prompt=ways.per_prompt,
+            per_prompt=method.per_prompt,
             towers=towers,
             real=[tower.embed_images(opened) if opened else None for tower in towers],
             report=report,
@@ -108,9 +108,9 @@ def evaluate(path: Path, asked: Asked = NOTHING, ways: Ways | None = None, repor
         token=target.token,
         class_noun=target.class_noun,
         real={one.path.name: one.sha256 for one in real},
-        is_in_sample=target.is_in_sample,
+        is_in_sample=is_in_sample,
         drawing=setting.drawing(fingerprint(facts.path), list_name, target.token),
-        encoders=bench.results(is_in_sample=target.is_in_sample),
+        encoders=bench.results(is_in_sample=is_in_sample),
     )
     _write(target, found, opened, bench, report)
     tell(found, report)
@@ -139,30 +139,32 @@ def _encoded(family: Family, is_offloaded: bool, texts: Sequence[str]) -> Condit
         return family.encode_prompts(texts)
 
 
-def _prompts(target: Target, ways: Ways) -> tuple[str, Prompts]:
+def _prompts(target: Target, method: Method) -> tuple[str, Prompts]:
     """The name of the list, and the prompts of this subject."""
-    if ways.prompt_file is not None:
-        name, templates = inputs.shown(ways.prompt_file.name), prompt_lists.read(ways.prompt_file)
-    elif ways.templates is not None:
-        name, templates = "dreambooth", tuple(ways.templates)
+    if method.prompt_file is not None:
+        name, templates = inputs.shown(method.prompt_file.name), prompt_lists.read(method.prompt_file)
+    elif method.templates is not None:
+        name, templates = "dreambooth", tuple(method.templates)
     else:
-        name, templates = prompt_lists.templates_for(target.model.base, target.class_noun, is_living=ways.is_living)
+        name, templates = prompt_lists.templates_for(target.model.base, target.class_noun, is_living=method.is_living)
     unrelated = prompt_lists.unrelated_for(target.model.base)
     return name, prompt_lists.filled(templates, unrelated, token=target.token, class_noun=target.class_noun)
 
 
-def _real(target: Target, report: Report) -> tuple[Picture, ...]:
-    """The real pictures, looked at but not kept. Raises DataError where a folder has none."""
+def _real(target: Target, report: Report) -> tuple[Sequence[Picture], bool]:
+    """The real pictures, looked at but not kept, and whether they were trained on: those that were not, where there are
+    any. Raises DataError where a folder has none."""
     if target.pictures is None:
-        return ()
+        return (), False
     remedy = "Name a folder with pictures of the subject with --subject"
     found = images.find(target.pictures, max_megapixels=MAX_MEGAPIXELS, captions=False, remedy=remedy)
     for fault in found.left_out:
         if fault.path.suffix.lower() != ".txt":  # captions, which are not read here
             report.warn(f"left out: {fault}")
-    kind = "in-sample: trained on, since no others are known" if target.is_in_sample else "not trained on"
-    report.event("real", f"{len(found.pictures)} real pictures, {kind}")
-    return found.pictures
+    unseen = [picture for picture in found.pictures if picture.sha256 not in target.trained]
+    kind = "not trained on" if unseen else "in-sample: trained on, since no others are known"
+    report.event("real", f"{len(unseen or found.pictures)} real pictures, {kind}")
+    return unseen or found.pictures, not unseen
 
 
 def _family(target: Target, facts: Any, picture: PictureSettings, device: torch.device) -> Family:

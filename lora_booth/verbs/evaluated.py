@@ -16,12 +16,12 @@ from lora_booth.config import inputs, toml
 from lora_booth.config.config import Config
 from lora_booth.config.settings import BASE_ALIASES, ModelConfig
 from lora_booth.errors import ConfigError, DiskError
-from lora_booth.models.bases.sources import EMBEDDED, is_hub_id
+from lora_booth.models.bases.sources import is_hub_id
+from lora_booth.run import identity
 from lora_booth.run.folder import Run
 from lora_booth.run.report import Report
 from lora_booth.verbs.generate import PictureSettings
 
-MASCOT = EMBEDDED.parent / "mascot"
 MAX_STEPS = 25
 MINIATURE_STEPS = 10
 """Denoiser calls for a picture, at most: more change what is seen, and hardly what is measured."""
@@ -42,7 +42,8 @@ class Asked:
 @dataclass(frozen=True)
 class Target:
     """What is judged. `checkpoints`: step (0 of a file) to its adapter. `pictures`: folder of the real ones, None where
-    there are none; `is_in_sample`: they were trained on. `folder`: where scores go."""
+    there are none; `trained`: SHA-256 of those that were trained on, as far as that is known. `folder`: where scores
+    go."""
 
     name: str
     model: ModelConfig
@@ -50,7 +51,7 @@ class Target:
     class_noun: str
     checkpoints: Mapping[int, AdapterWeights]
     pictures: Path | None
-    is_in_sample: bool
+    trained: frozenset[str]
     folder: Path
     picture: PictureSettings
     has_zero_terminal_snr: bool = False
@@ -83,7 +84,8 @@ def _of_run(path: Path, asked: Asked, wishes: Mapping[str, Any], report: Report)
     )
     found = [last if step is None else kept.find(path, step) for step in steps]
     checkpoints = {int(one.name.rpartition("-")[2]): one.weights for one in found if one is not None}
-    pictures, is_in_sample = _pictures_of(config, asked, report)
+    stored = identity.read(folder)
+    assert stored is not None, "there is a config.toml"
     is_miniature = (asked.base or config.model.base) == "booth-mini"
     drawn = PictureSettings(
         negative_prompt=config.fill(config.preview.negative_prompt),
@@ -99,29 +101,27 @@ def _of_run(path: Path, asked: Asked, wishes: Mapping[str, Any], report: Report)
         token=asked.token or config.subject.token,
         class_noun=asked.class_noun or config.subject.class_noun,
         checkpoints=checkpoints,
-        pictures=pictures,
-        is_in_sample=is_in_sample,
+        pictures=_pictures_of(config, asked, report),
+        trained=frozenset(stored["inputs"].get("pictures", {}).values()),
         folder=asked.out or folder,
         picture=replace(drawn, **wishes),
         has_zero_terminal_snr=config.objective.zero_terminal_snr,
     )
 
 
-def _pictures_of(config: Config, asked: Asked, report: Report) -> tuple[Path | None, bool]:
-    """The folder of the real pictures of a run, unseen ones where there are any, and whether they were trained on."""
+def _pictures_of(config: Config, asked: Asked, report: Report) -> Path | None:
+    """The folder of the real pictures of a run, unseen ones where there are any."""
     if asked.subject is not None:
-        return asked.subject, False
+        return asked.subject
     subject = config.subject
     if subject.held_out is not None and os.path.isdir(subject.held_out):
-        return subject.held_out, False
+        return subject.held_out
     if os.path.isdir(subject.images):
-        if subject.images.resolve() == (MASCOT / "instance").resolve():
-            return MASCOT / "held_out", False
-        return subject.images, True
+        return subject.images
     report.warn(
         f"the pictures of the run, {subject.images}, are gone, so likeness is not measured; name others with --subject."
     )
-    return None, False
+    return None
 
 
 def _of_file(path: Path, asked: Asked, wishes: Mapping[str, Any], report: Report) -> Target:
@@ -147,7 +147,7 @@ def _of_file(path: Path, asked: Asked, wishes: Mapping[str, Any], report: Report
         noun,
         {0: weights},
         asked.subject,
-        False,
+        frozenset(),
         folder,
         replace(PictureSettings(), **wishes),
     )

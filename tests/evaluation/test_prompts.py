@@ -37,7 +37,7 @@ def test_the_list_follows_the_base_and_the_class_noun_unless_the_user_says() -> 
     ],
 )
 def test_without_the_token_a_prompt_is_that_of_any_of_its_class(template: str, noun: str, expected: str) -> None:
-    assert prompts.without_token(template, noun) == expected
+    assert prompts.class_prompt(template, noun) == expected
 
 
 def test_unrelated_prompts_never_name_the_class() -> None:

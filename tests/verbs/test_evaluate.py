@@ -23,7 +23,7 @@ from lora_booth.evaluation import scores
 from lora_booth.models import loading
 from lora_booth.models.bases.sources import EMBEDDED
 from lora_booth.verbs import dreambench, train
-from lora_booth.verbs.evaluate import Ways, evaluate
+from lora_booth.verbs.evaluate import Method, evaluate
 from lora_booth.verbs.evaluated import Asked
 from tests.cli.test_app import in_process
 from tests.evaluation.towers import tiny_clip
@@ -100,13 +100,16 @@ def test_a_run_is_measured_at_every_kept_step_and_strength_from_the_command_line
 def test_a_checkpoint_alone_and_held_out_pictures_are_taken(
     run: Path, clip: str, prompt_file: Path, tmp_path: Path
 ) -> None:
-    tiny_pictures(tmp_path / "unseen", 3)
+    tiny_pictures(tmp_path / "unseen", 3, sizes=[(50, 50)])
+    trained = tiny_pictures(tmp_path / "trained", 1)[0]  # as the run's own, byte for byte
+    shutil.copy(trained, tmp_path / "unseen" / "trained_on.png")
     found = evaluate(
         run / "checkpoints" / "step-000002",
         Asked(subject=tmp_path / "unseen", out=tmp_path / "out"),
-        Ways(encoder_names=[clip], prompt_file=prompt_file, strengths=[1.0], per_prompt=1),
+        Method(encoder_names=[clip], prompt_file=prompt_file, strengths=[1.0], per_prompt=1),
     )
     assert [c.step for c in found.encoders[0].candidates] == [2] and not found.is_in_sample
+    assert len(found.real) == 3 and "trained_on.png" not in found.real
     assert "diversity" not in found.encoders[0].candidates[0].metrics
 
 
@@ -126,10 +129,10 @@ def test_a_broken_adapter_of_the_miniature_loses_likeness_and_prompts_and_drifts
     found = {}
     for std, file in files.items():
         asked = Asked(base="booth-mini", token="emo", class_noun="dog", subject=MASCOT / "held_out")
-        ways = Ways(
+        method = Method(
             strengths=[1.0], per_prompt=1, wishes={"sampler": "dpm++", "sampler_steps": 6, "guidance_scale": 3.0}
         )
-        result = evaluate(file, asked, ways, report)
+        result = evaluate(file, asked, method, report)
         found[std] = {name: value.mean for name, value in result.encoders[0].candidates[0].metrics.items()}
     whole, broken = found[0.001], found[0.25]
     assert broken["prompt_fidelity"] < whole["prompt_fidelity"] - 0.05
@@ -141,7 +144,7 @@ def test_a_broken_adapter_of_the_miniature_loses_likeness_and_prompts_and_drifts
 def test_photographs_are_judged_among_themselves(tmp_path: Path, clip: str) -> None:
     bench = made_bench(tmp_path / "bench")
     report = Recorder()
-    dreambench.walk(bench, None, Asked(), Ways(encoder_names=[clip]), report)
+    dreambench.walk(bench, None, Asked(), Method(encoder_names=[clip]), report)
     told = " ".join(text for _, text in report.events)
     assert "2 subjects, 6 pictures" in told and "nearest neighbour" in told and "AUC" in told
 
@@ -162,8 +165,8 @@ def made_bench(folder: Path) -> Path:
 def test_runs_named_like_subjects_are_judged_on_their_prompts(run: Path, tmp_path: Path, clip: str) -> None:
     bench, runs, report = made_bench(tmp_path / "bench"), tmp_path / "runs", Recorder()
     shutil.copytree(run, runs / "dog6")
-    ways = Ways(encoder_names=[clip], strengths=[1.0], per_prompt=1)
-    dreambench.walk(bench, runs, Asked(step="last"), ways, report)
+    method = Method(encoder_names=[clip], strengths=[1.0], per_prompt=1)
+    dreambench.walk(bench, runs, Asked(step="last"), method, report)
     found = scores.read(runs / "dog6" / "scores.json")
     assert found.class_noun == "dog" and found.drawing["templates"] == ["a {token} dog in a hat"]
     assert any(kind == "summary" and "1 subjects" in text for kind, text in report.events)
@@ -178,30 +181,30 @@ def test_a_folder_that_is_no_data_set_is_refused(content: str | None, said: str,
     if content is not None:
         (tmp_path / "prompts_and_classes.txt").write_text(content)
     with pytest.raises(DataError, match=said):
-        dreambench.walk(tmp_path, None, Asked(), Ways(), Recorder())
+        dreambench.walk(tmp_path, None, Asked(), Method(), Recorder())
 
 
-Case = Callable[[Path, Path], tuple[Path, Asked, Ways]]
+Case = Callable[[Path, Path], tuple[Path, Asked, Method]]
 BAD: dict[str, tuple[Case, type[LoraBoothError]]] = {
-    "cannot be read: it is missing": (lambda run, tmp: (tmp / "nowhere", Asked(), Ways()), ModelError),
-    "is no run folder": (lambda run, tmp: (tmp, Asked(), Ways()), ConfigError),
-    "keeps the steps 2, 4": (lambda run, tmp: (run, Asked(step="7"), Ways()), ConfigError),
-    "no folder": (lambda run, tmp: (run, Asked(subject=tmp / "none"), Ways()), DataError),
-    "no usable picture": (lambda run, tmp: (run, Asked(subject=_words(tmp)), Ways()), DataError),
-    "names none but 0": (lambda run, tmp: (run, Asked(), Ways(strengths=[0.0])), ConfigError),
-    "a strength is nan": (lambda run, tmp: (run, Asked(), Ways(strengths=[float("nan")])), ConfigError),
-    "--pictures is 0": (lambda run, tmp: (run, Asked(), Ways(per_prompt=0)), ConfigError),
-    "--sampler": (lambda run, tmp: (run, Asked(), Ways(wishes={"sampler": "magic"})), ConfigError),
-    "--steps is 0": (lambda run, tmp: (run, Asked(), Ways(wishes={"sampler_steps": 0})), ConfigError),
-    "is no folder here and no hub id": (lambda run, tmp: (run, Asked(), Ways(encoder_names=["x"])), ModelError),
-    "no config.json": (lambda run, tmp: (run, Asked(), Ways(encoder_names=[str(tmp)])), ModelError),
-    "not a multiple": (lambda run, tmp: (run, Asked(), Ways(wishes={"size_px": (33, 32)})), ConfigError),
-    "scores.json cannot be read": (lambda run, tmp: (run, Asked(), Ways(compare=tmp)), DataError),
-    "--device": (lambda run, tmp: (run, Asked(), Ways(device="quantum")), ConfigError),
-    "prompts.txt": (lambda run, tmp: (run, Asked(), Ways(prompt_file=tmp / "prompts.txt")), ConfigError),
-    "does not tell --base and --token": (lambda run, tmp: (_file(tmp), Asked(class_noun="dog"), Ways()), ConfigError),
-    "is a file; choose another --out": (lambda run, tmp: (run, Asked(out=_file(tmp)), Ways()), DiskError),
-    "chooses a checkpoint": (lambda run, tmp: (_file(tmp), Asked(step="2"), Ways()), ConfigError),
+    "cannot be read: it is missing": (lambda run, tmp: (tmp / "nowhere", Asked(), Method()), ModelError),
+    "is no run folder": (lambda run, tmp: (tmp, Asked(), Method()), ConfigError),
+    "keeps the steps 2, 4": (lambda run, tmp: (run, Asked(step="7"), Method()), ConfigError),
+    "no folder": (lambda run, tmp: (run, Asked(subject=tmp / "none"), Method()), DataError),
+    "no usable picture": (lambda run, tmp: (run, Asked(subject=_words(tmp)), Method()), DataError),
+    "names none but 0": (lambda run, tmp: (run, Asked(), Method(strengths=[0.0])), ConfigError),
+    "a strength is nan": (lambda run, tmp: (run, Asked(), Method(strengths=[float("nan")])), ConfigError),
+    "--pictures is 0": (lambda run, tmp: (run, Asked(), Method(per_prompt=0)), ConfigError),
+    "--sampler": (lambda run, tmp: (run, Asked(), Method(wishes={"sampler": "magic"})), ConfigError),
+    "--steps is 0": (lambda run, tmp: (run, Asked(), Method(wishes={"sampler_steps": 0})), ConfigError),
+    "is no folder here and no hub id": (lambda run, tmp: (run, Asked(), Method(encoder_names=["x"])), ModelError),
+    "no config.json": (lambda run, tmp: (run, Asked(), Method(encoder_names=[str(tmp)])), ModelError),
+    "not a multiple": (lambda run, tmp: (run, Asked(), Method(wishes={"size_px": (33, 32)})), ConfigError),
+    "scores.json cannot be read": (lambda run, tmp: (run, Asked(), Method(compare=tmp)), DataError),
+    "--device": (lambda run, tmp: (run, Asked(), Method(device="quantum")), ConfigError),
+    "prompts.txt": (lambda run, tmp: (run, Asked(), Method(prompt_file=tmp / "prompts.txt")), ConfigError),
+    "does not tell --base and --token": (lambda run, tmp: (_file(tmp), Asked(class_noun="dog"), Method()), ConfigError),
+    "is a file; choose another --out": (lambda run, tmp: (run, Asked(out=_file(tmp)), Method()), DiskError),
+    "chooses a checkpoint": (lambda run, tmp: (_file(tmp), Asked(step="2"), Method()), ConfigError),
 }  # fmt: skip
 
 
@@ -224,9 +227,9 @@ def test_bad_input_is_told_before_a_picture_is_drawn(
 
     monkeypatch.setattr(loading, "load", refuse)
     case, error = BAD[said]
-    path, asked, ways = case(run, tmp_path)
+    path, asked, method = case(run, tmp_path)
     with pytest.raises(error, match=said):
-        evaluate(path, asked, ways)
+        evaluate(path, asked, method)
 
 
 def test_an_adapter_of_another_base_is_refused_before_a_picture_is_drawn(
@@ -235,7 +238,7 @@ def test_an_adapter_of_another_base_is_refused_before_a_picture_is_drawn(
     report = Recorder()
     asked = Asked(base=str(bases["sdxl"]), token="sks", class_noun="dog")
     with pytest.raises(ModelError, match="does not fit the base"):
-        evaluate(_file(tmp_path), asked, Ways(encoder_names=[clip], wishes=FAST), report)
+        evaluate(_file(tmp_path), asked, Method(encoder_names=[clip], wishes=FAST), report)
     assert "pictures" not in report.tasks and not (tmp_path / "a_scores").exists()
 
 
@@ -244,8 +247,8 @@ def test_without_pictures_of_the_subject_drift_is_measured_alone(
 ) -> None:
     report = Recorder()
     asked = Asked(base=str(bases["sd1"]), token="sks", class_noun="dog")
-    ways = Ways(encoder_names=[clip], prompt_file=prompt_file, strengths=[1.0], wishes=FAST)
-    found = evaluate(_file(tmp_path), asked, ways, report)
+    method = Method(encoder_names=[clip], prompt_file=prompt_file, strengths=[1.0], wishes=FAST)
+    found = evaluate(_file(tmp_path), asked, method, report)
     metrics = found.encoders[0].candidates[0].metrics
     assert "subject_fidelity" not in metrics and metrics["drift"].mean >= 0 and found.real == {}
     assert any("without --subject" in warning for warning in report.warnings)
@@ -262,20 +265,20 @@ class Signals(Recorder):
 def test_a_signal_in_the_middle_stops_and_leaves_nothing_and_the_same_again_finishes(
     run: Path, clip: str, prompt_file: Path, tmp_path: Path
 ) -> None:
-    asked, ways = Asked(out=tmp_path / "out"), Ways(encoder_names=[clip], prompt_file=prompt_file, strengths=[1.0])
+    asked, method = Asked(out=tmp_path / "out"), Method(encoder_names=[clip], prompt_file=prompt_file, strengths=[1.0])
     with pytest.raises(Interrupted, match="nothing was written"):
-        evaluate(run, asked, ways, Signals())
+        evaluate(run, asked, method, Signals())
     assert not (tmp_path / "out").exists()
-    evaluate(run, asked, ways)
+    evaluate(run, asked, method)
     assert scores.read(tmp_path / "out" / "scores.json").name == "sks_dog"
 
 
 def test_scores_of_another_encoder_are_not_compared(run: Path, clip: str, prompt_file: Path, tmp_path: Path) -> None:
-    ways = {"prompt_file": prompt_file, "strengths": [1.0], "per_prompt": 1}
-    evaluate(run, Asked(out=tmp_path / "a", step="last"), Ways(encoder_names=[clip], **ways))  # type: ignore[arg-type]
+    method = {"prompt_file": prompt_file, "strengths": [1.0], "per_prompt": 1}
+    evaluate(run, Asked(out=tmp_path / "a", step="last"), Method(encoder_names=[clip], **method))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="different encoders"):
         evaluate(
             run,
             Asked(out=tmp_path / "b", step="last"),
-            Ways(encoder_names=["miniature"], compare=tmp_path / "a", **ways),  # type: ignore[arg-type]
+            Method(encoder_names=["miniature"], compare=tmp_path / "a", **method),  # type: ignore[arg-type]
         )
