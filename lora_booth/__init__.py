@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lora_booth.config.config import Config
     from lora_booth.config.toml import load as load_config
     from lora_booth.errors import LoraBoothError
-    from lora_booth.run.folder import Summary
+    from lora_booth.run.summary import Summary
     from lora_booth.run.versions import VERSION as __version__
     from lora_booth.verbs.generate import generate
     from lora_booth.verbs.train import train

@@ -17,7 +17,7 @@ from lora_booth.run import systems
 
 if TYPE_CHECKING:
     from lora_booth.config.config import Config
-    from lora_booth.run.folder import Summary
+    from lora_booth.run.summary import Summary
 
 EXIT_CODES = """Exit codes: 0 done, 1 a fault of lora_booth, of which it writes a report, 2 wrong command or config,
 3 pictures, 4 model or adapter file, 5 memory, 6 disk, 7 NaN or infinity, 8 another process of the run is lost,

@@ -1,4 +1,4 @@
-"""The short generic captions that ship: what the model's own prior holds fast besides the class."""
+"""The short captions that ship: what the model's own prior holds fast besides the class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Candidates one after the other: drawn with the same prompts and noise, measured, and the best of them found.
+"""Candidates one after the other: drawn from the same noise, measured, and the best found.
 
 What lives here: the order of it. What does not: how a candidate is put into the denoiser, which is the caller's.
 """

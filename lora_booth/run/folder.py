@@ -26,7 +26,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -39,6 +39,7 @@ from lora_booth.errors import ConfigError, DiskError
 from lora_booth.run import checkpoints, disk, identity
 from lora_booth.run.checkpoints import Checkpoint
 from lora_booth.run.identity import Inputs
+from lora_booth.run.summary import Summary
 
 OWNER_FILE = ".owner.json"
 OWN_BEFORE_CONFIG = re.compile(r"\.lock|(\.owner|inputs)\.json|\.(\.owner\.json|inputs\.json|config\.toml)\..+\.tmp")
@@ -46,39 +47,6 @@ OWN_BEFORE_CONFIG = re.compile(r"\.lock|(\.owner|inputs)\.json|\.(\.owner\.json|
 MAX_METRICS_BYTES = 2**30
 """Of metrics.jsonl; two million steps write less."""
 CHECKPOINT_NAME = re.compile("step-[0-9]{1,18}")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run made. `peak_gib`: most device memory of tensors; on a CPU, most memory of the process.
-
-    `seconds`, and `seconds_of` its parts, are those of the process that finished it.
-    """
-
-    folder: str
-    files: dict[str, str]
-    before_and_after: str | None
-    steps: int
-    seconds: float
-    peak_gib: float
-    num_parameters: int
-    validation_loss: float
-    seconds_of: dict[str, float] = field(default_factory=dict)
-    best_step: int | None = None
-    """Of the kept checkpoints the one with the lowest validation loss."""
-    exported_step: int | None = None
-    exported_strength: float = 1.0
-    """Of the checkpoint that was exported, by the choice of [evaluate]; None where none was made: the last, at 1."""
-    reason: str = ""
-    """Why that one, in one sentence."""
-    scores: str = ""
-    """Its likeness and what it forgot, in one line."""
-
-    def moved(self, place: Callable[[str], str], folder: str) -> Summary:
-        """The same in `folder`, each path as `place` has it."""
-        shown = None if self.before_and_after is None else place(self.before_and_after)
-        files = {name: place(path) for name, path in self.files.items()}
-        return replace(self, folder=folder, files=files, before_and_after=shown)
 
 
 class Run:

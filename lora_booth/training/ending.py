@@ -13,9 +13,9 @@ from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.data.grid import labelled_grid
 from lora_booth.models import devices
 from lora_booth.run import systems
-from lora_booth.run.folder import Summary
 from lora_booth.run.report import Silent
 from lora_booth.run.stopwatch import Stopwatch
+from lora_booth.run.summary import Summary
 from lora_booth.training import choosing, preview, session
 from lora_booth.training.choosing import Exported, Judge
 from lora_booth.training.session import Session

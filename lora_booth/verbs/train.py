@@ -32,11 +32,12 @@ from lora_booth.models.families.family import Family
 from lora_booth.models.families.noise import Diffusion
 from lora_booth.planning import decide
 from lora_booth.run import identity, systems
-from lora_booth.run.folder import Run, Summary, require_free_space
+from lora_booth.run.folder import Run, require_free_space
 from lora_booth.run.interrupts import stop_requests
 from lora_booth.run.report import Report, Silent
 from lora_booth.run.state import is_begun, is_finished
 from lora_booth.run.stopwatch import Stopwatch
+from lora_booth.run.summary import Summary
 from lora_booth.training import choosing, compiling, drift, ending, loop, optimizers, prepare, session
 from lora_booth.training.flat import Flat
 from lora_booth.training.objective import objective_for
@@ -65,13 +66,11 @@ def train(
     device = accelerator.device
     devices.require(config, device)
     wished = devices.without_moving(config, device)
-    finished = _finished_before(wished, inputs, accelerator, report)
-    if finished is not None:
+    if (finished := _finished_before(wished, inputs, accelerator, report)) is not None:
         return finished
     config = _resolved(wished, inputs, report, device)
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
-        finished = _told_finished(run, report)  # by another process, while this one looked at its inputs
-        if finished is not None:
+        if (finished := _told_finished(run, report)) is not None:  # by another process, while this one looked around
             return finished
         cuts = _drawn_sheet(config, inputs, run, accelerator)
         dtype = dtype_for(config.model.precision, device)
@@ -79,12 +78,11 @@ def train(
         family = _load(config, inputs.facts, device, dtype, report)
         listeners: dict[str, Any] = {"report": report, "stop": stop}
         stopwatch.lap("loading")
-        prepared = _prepared(config, family, inputs, run, accelerator, cuts=cuts, **listeners)
+        prepared, watched = _prepared(config, family, inputs, run, accelerator, cuts=cuts, **listeners)
         del cuts  # nothing needs pictures any more
         stopwatch.seconds_of["class images"] = prepared.drawing_seconds
         stopwatch.lap("encoding", without="class images")
         family.move_vae("cpu")
-        watched = drift.of_base(config, family, prepared.prompts, stop) if accelerator.is_main_process else None
         adapted, parameters = _adapt(config, family, inputs)
         require_free_space(run.folder, _checkpoint_bytes(parameters) * (config.train.keep_last + 2))
         trained, optimizer = _optimizer(config, parameters, device, report)
@@ -223,14 +221,17 @@ def _drawn_sheet(config: Resolved, inputs: decide.Inputs, run: Run, accelerator:
 
 def _prepared(
     config: Resolved, family: Family, inputs: decide.Inputs, run: Run, accelerator: Accelerator, **listeners: Any
-) -> prepare.Prepared:
-    """What is computed once: the main process fills the caches, the others find them full."""
+) -> tuple[prepare.Prepared, drift.Drift | None]:
+    """What is computed once: the main process fills the caches, the others find them full; and, of the main process,
+    what drift is measured against."""
+    watched = None
     with accelerator.main_process_first():
         together = run.stored()["pinned"].get("class_images_together")
         prepared = prepare.prepare(config, family, inputs.pictures, together=together, **listeners)
         if accelerator.is_main_process:
             run.pin("class_images_together", prepared.drawn_together)
-    return prepared
+            watched = drift.of_base(config, family, prepared.prompts, listeners["stop"])
+    return prepared, watched
 
 
 def _adapt(

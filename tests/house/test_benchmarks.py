@@ -92,7 +92,7 @@ def test_the_parts_of_a_job_add_up_to_its_time(base: Path, tmp_path: Path) -> No
     words += ["data.resolution=32", "data.bucket_step=16", "prior.num_images=2", "prior.sampler_steps=1"]
     words += ["train.steps=2", "preview.images_per_prompt=0", f"run.cache={tmp_path / 'cache'}"]
     parts = time_to_adapter.measure(words, tmp_path, "run")
-    names = ["start-up", "loading", "class images", "encoding", "steps and previews", "files and pictures"]
+    names = ["start-up", "loading", "class images", "encoding", "steps and previews", "choosing", "files and pictures"]
     assert list(parts) == names
     assert all(seconds >= 0 for seconds in parts.values())
     assert parts["class images"] > 0

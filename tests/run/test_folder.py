@@ -23,7 +23,8 @@ from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, DiskError
 from lora_booth.run import checkpoints, disk
 from lora_booth.run.checkpoints import Checkpoint
-from lora_booth.run.folder import Run, Summary, _locked, require_free_space
+from lora_booth.run.folder import Run, _locked, require_free_space
+from lora_booth.run.summary import Summary
 
 INPUTS = {"base": {"files": "abc"}, "pictures": {"a.jpg": "1", "b.jpg": "2"}}
 
