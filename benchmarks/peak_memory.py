@@ -61,6 +61,7 @@ def on_card(config: str, budget_gib: float, out: Path) -> Row:
         "model.precision": "bf16",
         "subject.images": pictures,
         "subject.class_noun": "dog",
+        "prior.mode": "images",
         "prior.num_images": 8,
         "prior.sampler_steps": 2,
         "train.steps": 3,

@@ -125,6 +125,7 @@ def our_words(job: Job, steps: int, out: Path, *, is_compiled: bool = False) -> 
         "subject.captions": "off",
         "model.base": job.base,
         "model.precision": job.precision,
+        "prior.mode": "images",
         "prior.folder": job.classes,
         "prior.prompts": '["a {class}"]',
         "data.resolution": job.resolution,

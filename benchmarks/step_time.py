@@ -73,6 +73,7 @@ def measure(lever: str, base: str, card: Card, arguments: argparse.Namespace) ->
         "model.precision": arguments.precision,
         "subject.images": arguments.out / "pictures",
         "subject.class_noun": "dog",
+        "prior.mode": "images",
         "prior.folder": arguments.out / "class",
         "data.resolution": arguments.resolution,
         "adapter.rank": 16,

@@ -93,7 +93,7 @@ def make_config(bases: dict[str, Path], pictures: Path, shared_cache: Path, tmp_
             "model": {"base": str(bases[family])},
             "subject": {"images": pictures, "class_noun": "dog"},
             "data": {"resolution": 32, "bucket_step": 16},
-            "prior": {"num_images": 3, "sampler_steps": 2, "sampler": "ddim"},
+            "prior": {"mode": "images", "num_images": 3, "sampler_steps": 2, "sampler": "ddim"},
             "adapter": {"rank": 2},
             "optimizer": {"learning_rate": 1e-2},
             "train": {"steps": 4, "save_every_steps": 2},

@@ -133,10 +133,10 @@ class PriorConfig(Section):
     """[prior] — prior preservation: what keeps the base from forgetting the class, and everything else."""
 
     mode: Literal["images", "model", "weights", "none"] = Field(
-        "images",
-        description="What the base is held to. images: class images that it draws before training, or your own "
-        "(DreamBooth paper, section 3.2). model: its own predictions on your pictures, noised, under prompts without "
-        "the token; needs no class images. weights: the size of the update alone (prior.norm_weight). none: nothing.",
+        "model",
+        description="What the base is held to. model: its own predictions at your pictures, noised, under prompts "
+        "without the token. images: class images that it draws before training, or your own (DreamBooth paper, section "
+        "3.2). weights: the size of the update alone (prior.norm_weight). none: nothing.",
     )
     loss_weight: float = Field(
         1.0,

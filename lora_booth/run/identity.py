@@ -22,7 +22,7 @@ from lora_booth.errors import ConfigError, DiskError
 
 Inputs = Mapping[str, Mapping[str, str]]
 """Group to name to digest."""
-SCHEMA = 2
+SCHEMA = 3
 """Of inputs.json."""
 OPEN = "auto"
 """A choice that depends on the device. Of a finished run it stays open, since nothing is computed any more."""

@@ -69,12 +69,14 @@ def short(bases: dict[str, Path], pictures: Path, shared_cache: Path) -> list[st
     settings = {
         "data.resolution": 32,
         "data.bucket_step": 16,
+        "prior.mode": "images",
         "prior.num_images": 2,
         "prior.sampler_steps": 2,
         "train.steps": 3,
         "train.save_every_steps": 1,
         "preview.images_per_prompt": 1,
         "preview.sampler_steps": 2,
+        "evaluate.choose": "last",
         "run.cache": shared_cache,
     }
     words = ["--subject", pictures, "--class-noun", "dog", "--base", bases["sd1"]]

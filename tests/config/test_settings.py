@@ -35,7 +35,7 @@ def test_three_settings_are_enough() -> None:
 def test_all_faults_are_listed_at_once_with_key_value_and_remedy(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text(
-        '[model]\nbase = "sd15"\n[subject]\nimges = "x"\nclass_noun = 3\n[prior]\nnum_images = 0\n'
+        '[model]\nbase = "sd15"\n[subject]\nimges = "x"\nclass_noun = 3\n[prior]\nmode = "images"\nnum_images = 0\n'
         '[optimizer]\nname = "adamw8"\nlearning_rate = "fast"\n[trian]\nsteps = 3\n'
     )
     with pytest.raises(ConfigError) as caught:
@@ -69,7 +69,6 @@ def test_a_missing_section_names_its_required_keys() -> None:
         ("subject.prompt=a photo of {tokn} {class}", "has the slot {tokn}; the slots are {class}, {token}"),
         ("subject.prompt=a photo of {token}", "lacks the slot {class}"),
         ("subject.prompt=a {class} {", "has a broken slot"),
-        ('prior.prompts=[""]', "prior.prompts has an empty prompt"),
         ("prior.mode=class", 'prior.mode is "class"; use "images", "model", "weights" or "none".'),
         ("prior.mode=weights", 'prior.norm_weight is 0 but prior.mode is "weights"'),
         ("objective.huber_delta=0.5", 'objective.loss is "mse"'),
@@ -90,6 +89,7 @@ def test_a_contradiction_or_wrong_value_is_one_clear_line(override: str, expecte
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
+        (["prior.mode=images", 'prior.prompts=[""]'], "prior.prompts has an empty prompt"),
         (["prior.mode=model", "prior.folder=dogs"], 'prior.folder is set but prior.mode is "model"'),
         (["prior.mode=none", "prior.folder=dogs"], 'prior.folder is set but prior.mode is "none"'),
         (["prior.mode=none", "prior.norm_weight=1e-3"], 'set prior.mode = "weights".'),
@@ -105,7 +105,7 @@ def test_a_contradiction_within_the_prior_is_one_clear_line(overrides: list[str]
 
 
 def test_captions_of_another_mode_do_no_harm() -> None:
-    toml.load(None, [*GOOD, 'prior.captions=["a sks cat"]'])
+    toml.load(None, [*GOOD, "prior.mode=images", 'prior.captions=["a sks cat"]'])
 
 
 def test_offloading_the_inputs_of_blocks_that_recompute_nothing_is_refused() -> None:

@@ -89,8 +89,13 @@ def test_the_parts_of_a_job_add_up_to_its_time(base: Path, tmp_path: Path) -> No
     (tmp_path / "pictures").mkdir()
     tiny.tiny_pictures(tmp_path / "pictures", 3)
     words = [f"model.base={base}", f"subject.images={tmp_path / 'pictures'}", "subject.class_noun=dog"]
-    words += ["data.resolution=32", "data.bucket_step=16", "prior.num_images=2", "prior.sampler_steps=1"]
-    words += ["train.steps=2", "preview.images_per_prompt=0", f"run.cache={tmp_path / 'cache'}"]
+    words += ["data.resolution=32", "data.bucket_step=16", "prior.mode=images", "prior.num_images=2"]
+    words += [
+        "prior.sampler_steps=1",
+        "train.steps=2",
+        "preview.images_per_prompt=0",
+        f"run.cache={tmp_path / 'cache'}",
+    ]
     parts = time_to_adapter.measure(words, tmp_path, "run")
     names = ["start-up", "loading", "class images", "encoding", "steps and previews", "choosing", "files and pictures"]
     assert list(parts) == names

@@ -166,6 +166,7 @@ def _train(folder: Path) -> list[str]:
         "subject.images": MASCOT / "instance",
         "run.folder": folder,
         "run.cache": folder.parent / "cache",
+        "prior.mode": "images",
         "prior.num_images": 4,
         "prior.sampler_steps": 4,
         "train.steps": 20,

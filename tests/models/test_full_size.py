@@ -28,7 +28,7 @@ def test_the_main_job_runs_end_to_end_on_a_full_size_base(
             "model": {"base": str(base), "precision": "bf16"},
             "subject": {"images": tmp_path / "pictures", "class_noun": "dog"},
             "data": {"resolution": 128},
-            "prior": {"num_images": 1, "sampler_steps": 1, "sampler": "ddim"},
+            "prior": {"mode": "images", "num_images": 1, "sampler_steps": 1, "sampler": "ddim"},
             "train": {"steps": 2},
             "preview": {
                 "prompts": ["a photo of {class}"],

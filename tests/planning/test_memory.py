@@ -45,7 +45,11 @@ def full_size(family: str) -> BaseFacts:
 
 def config_of(**sections: dict[str, Any]) -> Filled:
     values = {"model": {"base": "x"}, "subject": {"images": "x", "class_noun": "dog"}, **sections}
-    chosen = {"data": {"resolution": 512, "bucket_step": 64}, "optimizer": {"warmup_steps": 0}}
+    chosen = {
+        "prior": {"mode": "images"},
+        "data": {"resolution": 512, "bucket_step": 64},
+        "optimizer": {"warmup_steps": 0},
+    }
     chosen["train"] = {"steps": 400, "save_every_steps": 80}
     return Filled.model_validate(values | {name: pairs | values.get(name, {}) for name, pairs in chosen.items()})
 

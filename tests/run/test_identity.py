@@ -55,7 +55,7 @@ def config_of(root: Path, run: str = "run", steps: int = 4, continued: bool = Tr
             "model": {"base": str(root / "base")},
             "subject": {"images": root / "pictures", "class_noun": "dog", "held_out": root / "held_out"},
             "data": {"resolution": 32, "bucket_step": 16},
-            "prior": {"folder": root / "classes"},
+            "prior": {"mode": "images", "folder": root / "classes"},
             "adapter": adapter | ({"continue_from": root / "start.safetensors"} if continued else {}),
             "optimizer": {"learning_rate": 1e-2},
             "train": {"steps": steps, "save_every_steps": 2},
@@ -170,7 +170,7 @@ def test_a_run_is_not_continued_with_another_prior(mode: str, make_config: MakeC
     model = {"mode": "model", "captions": ("a cat",)}
     with pytest.raises(Interrupted):
         train.train(make_config(prior=model), report=At(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    with pytest.raises(ConfigError, match="prior.mode: model -> " + mode):
+    with pytest.raises(ConfigError, match=f'prior.mode: "model" -> "{mode}"'):
         train.train(make_config(prior={**model, "mode": mode}))
 
 

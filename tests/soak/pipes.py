@@ -19,6 +19,7 @@ SETTINGS = {
     "subject.class_noun": "dog",
     "data.resolution": 32,
     "data.bucket_step": 16,
+    "prior.mode": "images",
     "prior.num_images": 1,
     "prior.sampler_steps": 1,
     "prior.sampler": "ddim",
