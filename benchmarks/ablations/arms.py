@@ -84,15 +84,16 @@ class Arm:
         return AVERAGE_EVERY if any(state.is_averaged for state in self.states) else 50
 
 
+IMAGES = ("prior.mode=images",)
 MODEL = ("prior.mode=model", f"prior.captions={json.dumps(CAPTIONS)}")
-NONE = ("prior.loss_weight=0",)
+NONE = ("prior.mode=none",)
 FULL_RATE = "optimizer.learning_rate=5e-5"
 """A twentieth of the adapter's, as DreamBooth's usual 5e-6 is of a LoRA's 1e-4."""
 EVERYTHING = (*STRENGTHS, State(50), State(100), AVERAGED)
 
 PHASES: tuple[tuple[Arm, ...], ...] = (
     (
-        Arm("images", (), EVERYTHING),
+        Arm("images", IMAGES, EVERYTHING),
         Arm("model", MODEL, EVERYTHING),
         Arm("none", NONE, (*WEAKER, State(50), State(100))),
     ),
@@ -102,16 +103,16 @@ PHASES: tuple[tuple[Arm, ...], ...] = (
         Arm("model+weights", (*MODEL, "prior.norm_weight=3e-4")),
     ),
     (
-        Arm("noun-wrong", (), (END,), noun="wrong"),
-        Arm("noun-none", (), (END,), noun="none"),
-        Arm("images-0.25", ("prior.loss_weight=0.25",), STEPWISE),
-        Arm("images-4", ("prior.loss_weight=4",), STEPWISE),
+        Arm("noun-wrong", IMAGES, (END,), noun="wrong"),
+        Arm("noun-none", IMAGES, (END,), noun="none"),
+        Arm("images-0.25", (*IMAGES, "prior.loss_weight=0.25"), STEPWISE),
+        Arm("images-4", (*IMAGES, "prior.loss_weight=4"), STEPWISE),
         Arm("model-0.25", (*MODEL, "prior.loss_weight=0.25"), STEPWISE),
         Arm("model-4", (*MODEL, "prior.loss_weight=4"), STEPWISE),
-        Arm("rank-4", ("adapter.rank=4",), (END,)),
-        Arm("rank-16", ("adapter.rank=16",), (END,)),
-        Arm("rank-64", ("adapter.rank=64",), (END,)),
-        Arm("full", (FULL_RATE,), STEPWISE, trains="denoiser"),
+        Arm("rank-4", (*IMAGES, "adapter.rank=4"), (END,)),
+        Arm("rank-16", (*IMAGES, "adapter.rank=16"), (END,)),
+        Arm("rank-64", (*IMAGES, "adapter.rank=64"), (END,)),
+        Arm("full", (*IMAGES, FULL_RATE), STEPWISE, trains="denoiser"),
         Arm("full-none", (*NONE, FULL_RATE), STEPWISE, trains="denoiser"),
         Arm("dco", (*NONE, "objective.dco_beta=1000"), WEAKER),
         Arm("model+dco", (*MODEL, "objective.dco_beta=1000")),
@@ -192,6 +193,7 @@ class Run:
             "train.keep_last=100",
             f"optimizer.warmup_steps={10 * self.steps // STEPS}",  # the same for every number of steps
             "preview.images_per_prompt=0",
+            "evaluate.choose=last",
             f"subject.images={_captioned(self, out)}",
             f"subject.class_noun={self.subject.class_noun}",
             f"run.folder={out / 'runs' / self._folder}",
@@ -201,26 +203,28 @@ class Run:
 
     def digest(self, out: Path, base: str) -> str:
         """Of all that the figures depend on but versions: recipe, pictures, the `base`'s weights, what is judged."""
-        values = self.config(out).model_dump(mode="json", exclude_defaults=True, exclude={"run", "preview", "export"})
+        config, without = self.config(out), {"run", "preview", "export", "evaluate"}
+        values = config.model_dump(mode="json", exclude_defaults=True, exclude=without)
         del values["subject"]["images"]
-        values["prior"] = _prior_in_use(values.get("prior", {}))
+        values["prior"] = _prior_in_use(values.get("prior", {}), config.prior.mode)
         for key in ("save_every_steps", "keep_last"):
             del values["train"][key]
         judged = [PROTOCOL, [state.name for state in self.states], self.subject.others, self.noun, self.arm.trains]
         return digest_of([values, judged, self.subject.digest, base])
 
 
-def _prior_in_use(prior: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of [prior] that its mode reads, so that the preset may gain others without a new measurement."""
+def _prior_in_use(prior: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    """The settings of [prior] that its mode reads, so that the preset and the default may change without a new
+    measurement."""
     norm = {"norm_weight": prior.get("norm_weight", 0.0)}
-    mode = "none" if prior.get("loss_weight") == 0 else prior.get("mode", "images")
     if mode in ("none", "weights"):
         return norm
     left_out = {
         "images": ("captions",),
         "model": ("num_images", "prompts", "sampler", "sampler_steps", "guidance_scale"),
     }
-    return {key: value for key, value in prior.items() if key not in left_out[mode]} | norm
+    used = {key: value for key, value in prior.items() if key not in ("mode", *left_out[mode])} | norm
+    return used if mode == "images" else used | {"mode": mode}
 
 
 def digest_of(value: object) -> str:

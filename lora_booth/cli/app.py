@@ -110,7 +110,7 @@ def demo(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the embedded subject on the embedded miniature base: about two minutes on two CPU cores, no network."""
+    """Train the embedded subject on the embedded miniature base: two to three minutes on two CPU cores, no network."""
     from lora_booth.cli.demo import demo_config, explain
 
     with _listening(as_json, quiet) as report:

@@ -1,4 +1,4 @@
-"""Which checkpoint at which strength a run exports: the kept ones drawn, measured, and compared by the rule.
+"""Which checkpoint at which strength is exported: the kept ones drawn, measured, compared.
 
 What lives here: which candidates there are, and how each comes into the denoiser that was trained. What does not: the
 rule (`evaluation/choice.py`), and what is measured of pictures (`evaluation/measure.py`).
