@@ -147,7 +147,10 @@ def _toml_value(text: str) -> Any:
 
 def _messages(error: ValidationError) -> list[str]:
     lines: list[str] = []
+    places = [fault["loc"] for fault in error.errors()]
     for fault in error.errors():
+        if fault["type"] == "too_short" and any(place[:-1] == fault["loc"] for place in places):
+            continue  # pydantic counts valid entries alone
         if fault["type"] == "value_error" and fault["loc"] == ():
             lines += str(fault["ctx"]["error"]).splitlines()
         elif fault["type"] == "missing" and len(fault["loc"]) == 1:
@@ -177,6 +180,11 @@ def _message(fault: ErrorDetails) -> str:
         hint = f' Did you mean "{near[0]}"?' if near else ""
         return f"{name} is {_shown(fault['input'])}; use {expected}.{hint}"
     text = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    if kind in ("too_short", "too_long"):
+        bounds = {"too_short": ("at least", "min_length"), "too_long": ("at most", "max_length")}[kind]
+        text = f"should have {bounds[0]} {fault['ctx'][bounds[1]]} items"
+    if kind == "tuple_type":
+        text = "should be a list"
     return f"{name} is {_shown(fault['input'])}, but it {text}. {_description(location)}".rstrip()
 
 

@@ -19,7 +19,7 @@ from lora_booth.adapter import inject
 from lora_booth.config.resolved import Filled, Resolved
 from lora_booth.data import images
 from lora_booth.data.subject import Pictures
-from lora_booth.errors import ConfigError
+from lora_booth.errors import ConfigError, LoraBoothError
 from lora_booth.evaluation import encoders
 from lora_booth.evaluation.bench import Bench, Setting
 from lora_booth.evaluation.drawing import count
@@ -99,7 +99,10 @@ def _encoder(config: Resolved, report: Report) -> Encoder | None:
             "lora-booth[likeness]); the last checkpoint will be exported",
         )
         return None
-    return encoders.encoder_named(name, torch.device("cpu"))
+    try:
+        return encoders.encoder_named(name, torch.device("cpu"))
+    except LoraBoothError as error:  # told by the name that it has here
+        raise type(error)(str(error).replace("--encoder", "evaluate.encoder")) from None
 
 
 def choose(s: Session, by: Judge) -> Exported | None:

@@ -1,4 +1,4 @@
-"""The cheap drift at every save: how far an adapter moves what the base predicts for pictures nobody trains on."""
+"""The cheap drift at every save: how far the adapter moves predictions for other pictures."""
 
 from __future__ import annotations
 
