@@ -82,9 +82,10 @@ class Objective:
     def loss(self, predict: Predict, latents: Tensor, draws: Draws, compared: Comparison | None = None) -> Tensor:
         """Loss of each sample, float32 `[B]`, mean over its elements, times its weight.
 
-        The target of a row that is to keep what the base predicts is that prediction (distillation from the untrained
-        model, as in learning without forgetting, arXiv 1606.09282, at the subject's own latents): its loss is 0 until
-        the adapter changes something, exactly where it goes through the denoiser alone, else up to rounding.
+        Of a row of the model's prior it is the mean of (v(x_t, c) - v_base(x_t, c))², x_t being a noised picture of the
+        subject and c a prompt that does not name it: the base is distilled into itself, as in learning without
+        forgetting (arXiv 1606.09282). It is 0 until the adapter changes something, exactly where the row goes through
+        the denoiser alone, else up to rounding.
         """
         schedule, timesteps = self.schedule, draws.timesteps
         noise = draws.noise + self.noise_offset * draws.offsets

@@ -118,8 +118,26 @@ def test_a_full_size_step_is_what_independent_counts_say(
         assert 1 / work.seconds(named(card)) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> dict[bool, int]:
+    """Rows that have passed through a denoiser that was loaded, with gradients and without."""
+    passed, load = {True: 0, False: 0}, loading.load
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        family = load(*args, **kwargs)
+
+        def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            passed[torch.is_grad_enabled()] += len(inputs[0])
+
+        family.denoiser.register_forward_pre_hook(count)
+        return family
+
+    monkeypatch.setattr(loading, "load", counted)
+    return passed
+
+
 def test_a_run_passes_as_many_rows_through_its_denoiser_as_predicted(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, rows: dict[bool, int]
 ) -> None:
     config = make_config(
         prior={"num_images": 3, "guidance_scale": 5.0},
@@ -127,24 +145,11 @@ def test_a_run_passes_as_many_rows_through_its_denoiser_as_predicted(
         preview={"images_per_prompt": 1, "every_steps": 2, "sampler": "ddim", "sampler_steps": 3, "guidance_scale": 1},
         run={"cache": make_config().run.folder},
     )
-    rows = {True: 0, False: 0}
-    load = loading.load
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        family = load(*args, **kwargs)
-
-        def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            rows[torch.is_grad_enabled()] += len(inputs[0])
-
-        family.denoiser.register_forward_pre_hook(count)
-        return family
-
     report = Silent()
     inputs = decide.look(config, report)
     filled = decide.filled(config, inputs)
     modules = Modules.of(config, loading.facts(config.model))
     predicted = duration.predict(modules, filled, inputs.pictures)
-    monkeypatch.setattr(loading, "load", counted)
     train.train(config, report=report, continue_command="")
 
     row = modules.draw_work(filled, modules.square(filled), 1, is_guided=False).flops
@@ -158,30 +163,17 @@ def test_a_run_passes_as_many_rows_through_its_denoiser_as_predicted(
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_what_the_base_predicts_for_comparison_is_counted_as_often_as_it_is_run(
-    batch_size: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    batch_size: int, make_config: MakeConfig, rows: dict[bool, int]
 ) -> None:
     prior, step = (
         {"mode": "model", "captions": ("a cat",)},
         {"steps": 3, "images_per_step": 2, "batch_size": batch_size},
     )
     config = make_config(prior=prior, train=step, objective={"dco_beta": 1000.0}, data={"max_aspect": 1.0})
-    rows = {True: 0, False: 0}
-    load = loading.load
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        family = load(*args, **kwargs)
-
-        def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            rows[torch.is_grad_enabled()] += len(inputs[0])
-
-        family.denoiser.register_forward_pre_hook(count)
-        return family
-
     inputs = decide.look(config, Silent())
     filled = decide.filled(config, inputs)
     modules = Modules.of(config, loading.facts(config.model))
     predicted = duration.predict(modules, filled, inputs.pictures)
-    monkeypatch.setattr(loading, "load", counted)
     train.train(config, report=Silent(), continue_command="")
 
     row = modules.draw_work(filled, modules.square(filled), 1, is_guided=False).flops
@@ -195,7 +187,7 @@ def test_what_the_base_predicts_for_comparison_is_counted_as_often_as_it_is_run(
 
 
 def test_choosing_a_checkpoint_takes_the_passes_that_are_predicted(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, rows: dict[bool, int]
 ) -> None:
     config = make_config(
         prior={"mode": "none"},
@@ -203,23 +195,10 @@ def test_choosing_a_checkpoint_takes_the_passes_that_are_predicted(
         preview={"sampler": "ddim", "sampler_steps": 3},
         train={"keep_last": 1},
     )
-    rows = {True: 0, False: 0}
-    load = loading.load
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        family = load(*args, **kwargs)
-
-        def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            rows[torch.is_grad_enabled()] += len(inputs[0])
-
-        family.denoiser.register_forward_pre_hook(count)
-        return family
-
     inputs = decide.look(config, Silent())
     filled = decide.filled(config, inputs)
     modules = Modules.of(config, loading.facts(config.model))
     predicted = duration.predict(modules, filled, inputs.pictures)
-    monkeypatch.setattr(loading, "load", counted)
     monkeypatch.setattr(Run, "best_step", lambda self: 2)  # another than the last
     train.train(config, report=Silent(), continue_command="")
     row = modules.draw_work(filled, modules.square(filled), 1, is_guided=False).flops
