@@ -111,19 +111,19 @@ class Injected:
     """The adapted layers of modules, looked up once: a walk through SDXL's modules takes as long as a short step."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._layers = [layer for module in modules.values() for layer in _layers(module).values()]
+        self.layers = [layer for module in modules.values() for layer in _layers(module).values()]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside the block the modules compute the base's output; afterwards each layer is as it was, strength
         included."""
-        were_disabled = [bool(layer.disable_adapters) for layer in self._layers]
-        for layer in self._layers:
+        were_disabled = [bool(layer.disable_adapters) for layer in self.layers]
+        for layer in self.layers:
             _enable_(layer, False)
         try:
             yield
         finally:
-            for layer, was_disabled in zip(self._layers, were_disabled, strict=True):
+            for layer, was_disabled in zip(self.layers, were_disabled, strict=True):
                 _enable_(layer, not was_disabled)
 
     def squared_norm(self) -> Tensor:
@@ -132,7 +132,7 @@ class Injected:
         ||s B A||² = s² sum((A Aᵀ) * (Bᵀ B)), so nothing as large as a weight is made; s is the trained scale.
         """
         norms = []
-        for layer in self._layers:
+        for layer in self.layers:
             down, up, _ = _factors(layer)
             a, b = down.flatten(start_dim=1), up.flatten(start_dim=1)
             norms.append(_trained_scale(layer) ** 2 * ((a @ a.T) * (b.T @ b)).sum())

@@ -148,7 +148,7 @@ def set_adapter_scale_(modules: Mapping[str, nn.Module], scale: float) -> None:
     """
     if not math.isfinite(scale):
         raise ConfigError(f"The strength of an adapter is {scale}; use a finite number, usually 0 to 1.")
-    for layer in inject._all_layers(modules):
+    for layer in inject.Injected(modules).layers:
         layer.set_scale(inject.ADAPTER, scale)
         inject._enable_(layer, scale != 0)
 
