@@ -145,7 +145,7 @@ def within_memory(
             "model": {"base": str(facts.path)},
             "subject": {"images": ".", "class_noun": "picture"},
             "data": {"resolution": facts.native_resolution, "bucket_step": facts.bucket_step},
-            "prior": {"num_images": len(prompts), "guidance_scale": picture.guidance_scale},
+            "prior": {"mode": "images", "num_images": len(prompts), "guidance_scale": picture.guidance_scale},
             "adapter": {"rank": 1, "text_encoder": True},  # which stay on the device
             "train": {"steps": 1, "save_every_steps": 1},
             "optimizer": {"warmup_steps": 0},
