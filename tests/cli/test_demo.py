@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -12,6 +13,7 @@ from PIL import Image
 from benchmarks.likeness import CLASS, IN_CONTEXT, OTHERS, SEEDS, SUBJECT, Drawn, change, draw_both, likeness
 from lora_booth.cli.demo import demo_config
 from lora_booth.config.config import Config
+from lora_booth.evaluation import scores
 from lora_booth.verbs import train
 
 CORNERS = ((2, 2), (61, 2), (2, 61), (61, 61))
@@ -26,7 +28,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, train.Summary
     """
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    half = {"train": {"steps": 100}, "preview": {"images_per_prompt": 1}}
+    half: dict[str, dict[str, Any]] = {"train": {"steps": 100}, "preview": {"images_per_prompt": 1}}
+    half["evaluate"] = {"strengths": (1.0,)}
     config = demo_config(shared / "demo" / "run").with_values(half)
     with FileLock(shared / "demo.lock"):
         return config, train.train(config)
@@ -45,6 +48,16 @@ def test_the_demo_hands_over_both_files_and_a_comparison(run: tuple[Config, trai
     assert all(0 < Path(path).stat().st_size < 5e6 for path in summary.files.values())
     assert summary.before_and_after is not None
     assert Image.open(summary.before_and_after).width > 300, "two columns of pictures and their prompts"
+
+
+def test_the_demo_ends_with_its_scores(run: tuple[Config, train.Summary]) -> None:
+    _, summary = run
+    (found,) = scores.read(Path(summary.folder) / "scores.json").encoders
+    best = found.candidates[found.best]
+    assert (best.step, best.strength) == (summary.exported_step, summary.exported_strength)
+    assert summary.scores.startswith("likeness 0.") and summary.scores.endswith("; by miniature"), summary.scores
+    assert best.metrics["subject_fidelity"].mean > found.base["subject_fidelity"].mean + 0.15
+    assert best.metrics["drift"].mean < 0.1 and found.is_feasible
 
 
 def test_the_subject_is_visibly_closer_to_its_unseen_pictures(drawn: Drawn) -> None:
