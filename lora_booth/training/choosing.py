@@ -115,8 +115,7 @@ def choose(s: Session, by: Judge) -> Exported | None:
     last = s.config.train.steps
     list_name, asked = prepare.asked(s.config)
     sampling = _sampling(s)
-    steps = sorted(s.run.validation_losses(), reverse=True)
-    wanted = candidates(s.config, steps)
+    wanted = candidates(s.config, _kept(s))
     if not wanted:
         s.report.event(
             "pictures", "no checkpoints are compared: their pictures would take more than evaluate.max_share allows"
@@ -164,6 +163,18 @@ def choose(s: Session, by: Judge) -> Exported | None:
             "every candidate forgot too much, or leaks into its class; train fewer steps, or with a stronger prior."
         )
     return Exported(best.step, best.strength, found.reason, _line(found))
+
+
+def _kept(s: Session) -> list[int]:
+    """Steps whose checkpoints are whole, the last one first, which is in the denoiser too."""
+    last, found = s.config.train.steps, []
+    for step in sorted(s.run.validation_losses(), reverse=True):
+        fault = None if step == last else checkpoints.fault(s.run.checkpoint_folder(step))
+        if fault is None:
+            found.append(step)
+        else:
+            s.report.warn(f"checkpoint {s.run.checkpoint_folder(step)} is damaged ({fault}) and not compared.")
+    return found
 
 
 def candidates(config: Filled, steps: Sequence[int]) -> list[tuple[int, float]]:

@@ -162,6 +162,20 @@ def test_pictures_that_go_while_it_trains_are_no_reason_to_fail(
     assert not scores.read(tmp_path / "run" / "scores.json").is_in_sample
 
 
+def test_a_damaged_checkpoint_is_told_and_not_compared(make_config: MakeConfig, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "checkpoints" / "step-000002" / "adapter.safetensors"
+    report = Recorder()
+
+    class Damaging(At):
+        def warn(self, text: str) -> None:
+            report.warn(text)
+
+    train.train(best(make_config), report=Damaging(3, lambda: path.write_bytes(b"nothing")))
+    (found,) = scores.read(tmp_path / "run" / "scores.json").encoders
+    assert {candidate.step for candidate in found.candidates} == {4}
+    assert any("step-000002 is damaged" in text and "not compared" in text for text in report.warnings)
+
+
 @pytest.mark.parametrize("name", ["nowhere/at-all", "no_such_folder"])
 def test_an_encoder_that_cannot_be_used_is_told_before_anything_is_trained(
     name: str, make_config: MakeConfig, tmp_path: Path
