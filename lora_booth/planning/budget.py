@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Bucket
 from lora_booth.models.bases.identify import BaseFacts
-from lora_booth.planning.memory import OUTSIDE_GIB, Modules, Phase, rows_per_pass
+from lora_booth.planning.memory import OUTSIDE_GIB, Modules, Phase, draws, rows_per_pass
 
 MAX_PICTURES_AT_ONCE = 8
 """Guidance doubles them to 16 rows, which keep a card busy (assumed, not measured)."""
@@ -223,7 +223,7 @@ def _with_drawing(
         """Of drawing, as `config` is by now but for these settings of [memory]."""
         changed = config.with_values({"memory": settings})
         phases = [modules.draw_class_images(changed, bucket)] if has_class_images else []
-        phases += [modules.draw(changed, bucket)] if config.preview.images_per_prompt else []
+        phases += [modules.draw(changed, bucket)] if draws(changed) else []
         return max((phase.gib for phase in phases), default=0.0) + OUTSIDE_GIB
 
     reasons = []

@@ -37,6 +37,7 @@ from lora_booth.models.sampling import PICTURES_AT_ONCE
 from lora_booth.planning import optimizer_states
 from lora_booth.planning.tracing import LiveBytes, Work, fused_attention, held_bytes, tensors_of
 from lora_booth.run.number_types import DTYPES
+from lora_booth.training import choosing
 from lora_booth.training.batch import Batch, sample_losses
 from lora_booth.training.class_images import most_together
 from lora_booth.training.objective import Draws, Objective, objective_for
@@ -71,9 +72,16 @@ def class_images_at_once(config: Filled) -> int:
     return min(most_together(config), config.prior.num_images)
 
 
+def draws(config: Filled) -> bool:
+    """Whether a run draws through its adapter: previews, or to choose among checkpoints."""
+    return bool(config.preview.images_per_prompt) or config.evaluate.choose == "best"
+
+
 def previews_at_once(config: Filled) -> int:
-    """Pictures of a preview that are drawn together."""
+    """Pictures that are drawn together through the adapter."""
     pictures = config.preview.images_per_prompt * len(config.preview.prompts)
+    if config.evaluate.choose == "best":
+        pictures = max(pictures, choosing.num_pictures(config))
     return min(config.memory.pictures_at_once or PICTURES_AT_ONCE, pictures)
 
 
@@ -145,7 +153,7 @@ class Modules:
     def phases(self, config: Filled, bucket: Bucket | None) -> tuple[Phase, ...]:
         """All phases of the run, in the order in which it comes to them."""
         phases = [self.prepare(config, bucket), self.step(config, bucket), self.validate(config, bucket)]
-        return (*phases, self.draw(config, bucket)) if config.preview.images_per_prompt else tuple(phases)
+        return (*phases, self.draw(config, bucket)) if draws(config) else tuple(phases)
 
     def prepare(self, config: Filled, bucket: Bucket | None) -> Phase:
         """The fullest moment before there is an adapter: prompts and pictures are encoded, class images drawn."""

@@ -108,9 +108,8 @@ def _encoder(config: Resolved, report: Report) -> Encoder | None:
 def choose(s: Session, by: Judge) -> Exported | None:
     """The best of the kept checkpoints and strengths, left in the denoiser; scores.json and scores.png are written.
 
-    None where not even one candidate could
-    be drawn within evaluate.max_share. Raises Interrupted between two steps of the solver, with the last checkpoint
-    safe on the disk.
+    None where not even one candidate could be drawn within evaluate.max_share. Raises Interrupted between two steps of
+    the solver, with the last checkpoint safe on the disk.
     """
     last = s.config.train.steps
     list_name, asked = prepare.asked(s.config)

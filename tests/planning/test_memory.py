@@ -394,6 +394,17 @@ def test_a_tile_takes_the_memory_of_a_tile() -> None:
     assert decoding == [pytest.approx(3.0, rel=0.05), pytest.approx(1.73, rel=0.05)]
 
 
+def test_pictures_that_choose_a_checkpoint_are_planned_without_previews_too() -> None:
+    shown = {"images_per_prompt": 0}
+    silent = config_of(preview=shown, evaluate={"choose": "last"}, prior={"mode": "none"})
+    choosing = config_of(preview=shown, prior={"mode": "none"})
+    assert [phase.name for phase in memory.Modules.of(silent, full_size("sd1")).phases(silent, None)][-1] == "validate"
+    budget_gib = 3.5
+    found = budget.choose(choosing, full_size("sd1"), budget_gib)
+    assert found.phases[-1].name == "draw" and not found.too_large
+    assert found.changes["memory"]["pictures_at_once"] < budget.MAX_PICTURES_AT_ONCE
+
+
 @pytest.mark.usefixtures("_modules_once")
 def test_levers_in_order_save_what_the_smaller_run_does_not_hold(make_config: MakeConfig) -> None:
     adapter = {"rank": 2, "text_encoder": True}
