@@ -118,7 +118,7 @@ PHASES: tuple[tuple[Arm, ...], ...] = (
         Arm("model+dco", (*MODEL, "objective.dco_beta=1000")),
     ),
 )
-"""In the order of their turn: of a phase all arms and subjects with seed 0 first, then seed 1, then seed 2."""
+"""In the order of their turn: all of them with seed 0 first, then with seed 1, then with seed 2."""
 ARMS = {arm.name: arm for phase in PHASES for arm in phase}
 
 
@@ -244,8 +244,8 @@ def subjects(data: Path) -> list[Subject]:
 
 def schedule(everyone: Sequence[Subject], *, steps: int = STEPS) -> Iterator[Run]:
     """All runs, in the order of their turn: whenever it is stopped, what is done is balanced."""
-    for phase in PHASES:
-        for seed in range(NUM_SEEDS):
+    for seed in range(NUM_SEEDS):
+        for phase in PHASES:
             for subject in everyone:
                 yield from (Run(arm, subject, seed, steps) for arm in phase)
 
