@@ -139,6 +139,19 @@ class Injected:
         return torch.stack(norms).sum()
 
 
+def reads_in(modules: Mapping[str, nn.Module], dtype: torch.dtype) -> torch.dtype | None:
+    """`dtype`, that of the modules' passes, if it has two bytes and all adapted layers read copies of their factors in
+    it; else None, and they read the parameters."""
+    is_ours = all(peft_layers.reads_copies(layer, ADAPTER) for layer in Injected(modules).layers)
+    return dtype if is_ours and dtype in peft_layers.HALVES else None
+
+
+def give_copies_(modules: Mapping[str, nn.Module], copies: Mapping[nn.Parameter, Tensor]) -> None:
+    """Let passes with gradients read the factors of adapted layers from `copies`, by parameter."""
+    for layer in Injected(modules).layers:
+        peft_layers.give_copies_(layer, ADAPTER, copies)
+
+
 def disabled(modules: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
     """`Injected.disabled` of these modules, for once."""
     return Injected(modules).disabled()

@@ -335,6 +335,22 @@ def put(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if _pins(device) else tensor.to(device)
 
 
+def fetch(tensor: Tensor) -> Callable[[], list[float]]:
+    """A function that gives the numbers of `tensor` `[N]`; where memory can be pinned the copy is queued now, and what
+    the device is given after it is not waited for."""
+    if not _pins(tensor.device):
+        return tensor.tolist
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    arrival = _module(tensor.device).Event()
+    arrival.record()
+
+    def numbers() -> list[float]:
+        arrival.synchronize()
+        return [float(value) for value in copy.tolist()]
+
+    return numbers
+
+
 def offloading() -> torch.autograd.graph.saved_tensors_hooks:
     """Inside, what autograd saves waits in main memory until the backward pass asks for it.
 

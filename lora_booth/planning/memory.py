@@ -37,11 +37,13 @@ from lora_booth.models.sampling import PICTURES_AT_ONCE
 from lora_booth.planning import optimizer_states
 from lora_booth.planning.tracing import LiveBytes, Work, fused_attention, held_bytes, tensors_of
 from lora_booth.run.number_types import DTYPES
-from lora_booth.training import choosing
+from lora_booth.training import choosing, optimizers
 from lora_booth.training.batch import Batch, sample_losses
 from lora_booth.training.class_images import most_together
+from lora_booth.training.flat import Flat
 from lora_booth.training.objective import Draws, Objective, objective_for
 from lora_booth.training.order import VALIDATION_QUANTILES
+from lora_booth.training.session import HELD_PROMPTS
 
 GIB = 2**30
 OUTSIDE_GIB = 0.8
@@ -117,7 +119,7 @@ class Modules:
     vae: Vae
     text_encoders: Mapping[str, nn.Module]
     adapted: Mapping[str, nn.Module]
-    parameters: Sequence[nn.Parameter]
+    trained: Sequence[Flat]
     base_bytes: int
     """Of what carries the adapter, without it."""
     text_bytes: int
@@ -137,8 +139,12 @@ class Modules:
         base_bytes, text_bytes = (_stored_bytes(of.values(), config) for of in (adapted, parts.text_encoders))
         used = family.num_used_text_layers if is_text_trained else {}
         groups = inject.inject_(adapted, config.adapter, presets=row.targets, num_used_text_layers=used)
-        parameters = [parameter for group in groups.values() for parameter in group]
-        modules = (family, parts.vae, parts.text_encoders, adapted, parameters)
+        settings: dict[str, Any] = {"device_type": "cuda", "read_in": inject.reads_in(adapted, dtype)}
+        trained = [
+            flat for group in groups.values() for flat in optimizers.flatten(group, config.optimizer, **settings)
+        ]
+        inject.give_copies_(adapted, {part: copy for flat in trained for part, copy in flat.copies.items()})
+        modules = (family, parts.vae, parts.text_encoders, adapted, trained)
         return Modules(*modules, base_bytes, text_bytes, facts.native_resolution, {})
 
     def square(self, config: Filled) -> Bucket:
@@ -217,10 +223,11 @@ class Modules:
         gradients, others, _ = self._trace(config, batch)
         parts = {
             "base": self.base_bytes,
-            "adapter": held_bytes(self.parameters),
+            "adapter": held_bytes(t for flat in self.trained for t in (flat.vector, *flat.copies.values())),
             "gradients": gradients,
             "optimizer": self._optimizer_bytes(config),
-            "inputs": 2 * held_bytes(batch.tensors),  # those of the next micro-step are made meanwhile
+            # Those of the next micro-step are made meanwhile.
+            "inputs": 2 * held_bytes(batch.tensors) + HELD_PROMPTS * self._prompt_bytes(batch),
             "activations": others,
         }
         return Phase("train", parts)
@@ -256,7 +263,7 @@ class Modules:
     def _optimizer_bytes(self, config: Filled) -> int:
         key = ("optimizer", config.optimizer.name)
         if key not in self.traced:
-            shapes = [parameter.shape for parameter in self.parameters]
+            shapes = [part.shape for flat in self.trained for part in flat.parts]
             self.traced[key] = optimizer_states.state_bytes(shapes, config.optimizer, device_type="cuda")
         size: int = self.traced[key]
         return size
@@ -268,14 +275,18 @@ class Modules:
         key = (batch.latents.shape, *saving, follows_another)
         if key not in self.traced:
             self._switch(True, *saving)
-            for parameter in self.parameters:
-                parameter.grad = torch.empty_like(parameter) if follows_another else None
+            for flat in self.trained:
+                flat.vector.grad = torch.empty_like(flat.vector) if follows_another else None
             objective = objective_for(config.objective, self.family.schedule)
-            self.traced[key] = trace_step(self.family, objective, batch, self.parameters, self._tensors())
-            for parameter in self.parameters:
-                parameter.grad = None
+            self.traced[key] = trace_step(self.family, objective, batch, self.trained, self._tensors())
+            for flat in self.trained:
+                flat.vector.grad = None
         counted: StepTrace = self.traced[key]
         return counted
+
+    def _prompt_bytes(self, batch: Batch) -> int:
+        """Bytes of one row of conditioning."""
+        return held_bytes((batch.conditioning or {}).values()) // len(batch.latents)
 
     def _lasting(self, config: Filled, bucket: Bucket | None) -> dict[str, int]:
         parts = self.step(config, bucket).parts
@@ -366,15 +377,22 @@ class StepTrace(NamedTuple):
 
 
 def trace_step(
-    family: Family, objective: Objective, batch: Batch, parameters: Sequence[nn.Parameter], known: Sequence[Tensor]
+    family: Family, objective: Objective, batch: Batch, trained: Sequence[Flat], known: Sequence[Tensor]
 ) -> StepTrace:
     """What one forward and backward holds beyond `known`, and asks of a card.
 
-    Gradients that `parameters` hold already count as gradients. Attention is traced as the fused kernels allocate it.
+    Gradients that `trained` hold already count as gradients, and so does where those of a pass are gathered. Attention
+    is traced as the fused kernels allocate it.
     """
-    held = [p.grad for p in parameters if p.grad is not None]
-    live = LiveBytes(batch.latents.device.type, [*known, *held, *batch.tensors])
+    held = [tensor for flat in trained for tensor in (flat.vector.grad, flat.arrived) if tensor is not None]
+    copies = [copy for flat in trained for copy in flat.copies.values()]
+    live = LiveBytes(batch.latents.device.type, [*known, *held, *copies, *batch.tensors])
     with live, fused_attention(live.work):
         sample_losses(family, objective, batch).sum().backward()
-    new = live.at_peak(p.grad for p in parameters if p.grad is not None)
-    return StepTrace(held_bytes(held) + new, live.peak - new, live.work)
+    gradients = [flat.take() for flat in trained]
+    new = live.at_peak(gradient for of in gradients for gradient in of if gradient is not None)
+    others = live.peak - new
+    with live:
+        for flat, of in zip(trained, gradients, strict=True):
+            flat.add_(of)
+    return StepTrace(held_bytes(held) + new, others, live.work)

@@ -67,6 +67,11 @@ class Work:
         self._operations[operation] += 1
 
     @property
+    def num_operations(self) -> float:
+        """How many there are."""
+        return self._times * self._operations.total()
+
+    @property
     def flops(self) -> float:
         """Floating-point operations in all."""
         return self._times * sum(op.flops * count for op, count in self._operations.items())
@@ -82,7 +87,7 @@ class Work:
 
 
 @cache
-def _moves_nothing(func: Any) -> bool:
+def moves_nothing(func: Any) -> bool:
     """Whether an operation looks at its inputs in another shape, or allocates without writing."""
     if func.overloadpacket.__name__ in ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"):
         return True
@@ -224,7 +229,7 @@ class LiveBytes(TorchDispatchMode):
         out = _without_numbers(func, args, kwargs) if self._device_type == "meta" else func(*args, **kwargs)
         for tensor in _tensors_in(out):
             self._count(tensor)
-        if not _moves_nothing(func):
+        if not moves_nothing(func):
             self.work.add(_operation(func, args, kwargs, out))
         return out
 

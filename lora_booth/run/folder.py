@@ -59,6 +59,7 @@ class Run:
         self.folder = folder
         self._lock = lock
         self._owner: dict[str, Any] = {}
+        self._owner_seen: tuple[int, ...] | None = None
 
     @classmethod
     def open(cls, folder: Path, config: Config, given: Inputs, pinned: Mapping[str, Any] | None = None) -> Run:
@@ -138,8 +139,12 @@ class Run:
             disk.write_text(self.folder / "inputs.json", json.dumps(stored, indent=1))
 
     def append_metrics(self, values: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl. Raises DiskError when the folder vanished or was taken, or it is no file."""
-        self.require_taken()
+        """Add one line to metrics.jsonl. Raises DiskError when the folder vanished or was taken, or it is no file.
+
+        At every step, so the owner's file is read again only when it is another than before.
+        """
+        if self._owner_seen is None or _signature(self.folder / OWNER_FILE) != self._owner_seen:
+            self.require_taken()
         self._require_own_metrics()
         with disk.writing(self.metrics_path), self.metrics_path.open("ab") as file:
             file.write(json.dumps(values).encode() + b"\n")
@@ -256,7 +261,8 @@ class Run:
 
         Some network disks grant every lock; and what is written into a vanished folder would make it anew.
         """
-        if not (self.folder / OWNER_FILE).exists():
+        seen = _signature(self.folder / OWNER_FILE)
+        if seen is None:
             raise DiskError(
                 f"run folder {self.folder} has vanished, or lost its {OWNER_FILE}; bring it back, and the same command "
                 "goes on from its last checkpoint."
@@ -267,6 +273,7 @@ class Run:
                 f"run folder {self.folder} was taken by {_told(owner)}, so this run stops before the two mix; let "
                 "only one of them go on."
             )
+        self._owner_seen = seen
 
     def _take(self) -> None:
         """Say who holds the folder, and remove what a killed process left half written."""
@@ -348,6 +355,15 @@ def _locked(folder: Path) -> FileLock:
                 "folder with run.folder."
             ) from None
     return lock
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is replaced or written to; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _owner_of(folder: Path) -> dict[str, Any]:

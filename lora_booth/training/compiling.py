@@ -105,8 +105,7 @@ def pays(s: Session, start: int) -> bool:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:MAX_REASON_CHARACTERS]
         s.report.warn(f"compiling failed ({reason}); the run goes on without. Delete {path} to have it tried again.")
         compiling_s, compiled_s, has_failed = 0.0, eager_s, True
-        for parameter in s.parameters:
-            parameter.grad = None
+        _forget_gradients_(s)
     trial = Trial(eager_s * scale, compiled_s * scale, compiling_s)
     if s.accelerator.is_main_process:
         try:
@@ -179,11 +178,17 @@ def _round(s: Session, passes: Sequence[MicroStep]) -> tuple[float, Tensor]:
     began = time.perf_counter()
     for micro in passes:
         ((loop.losses_of(s, micro) * micro.weights).sum() * LOSS_SCALE).backward()
-    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in s.parameters])
-    for parameter in s.parameters:
-        parameter.grad = None
+        loop.gather_(s)
+    gradient = torch.cat([g.reshape(-1) for flat in s.trained for _, g in flat.gradients()])
+    _forget_gradients_(s)
     gradient[0].item()  # waits for the device
     return time.perf_counter() - began, gradient
+
+
+def _forget_gradients_(s: Session) -> None:
+    for flat in s.trained:
+        flat.take()
+    s.optimizer.zero_grad(set_to_none=True)
 
 
 def _key(s: Session, passes: Sequence[MicroStep]) -> str:

@@ -56,10 +56,18 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
 }
 
 
-def flatten(parameters: Sequence[torch.nn.Parameter], config: OptimizerConfig, *, device_type: str) -> list[Flat]:
-    """What the optimizer of `config` updates: all `parameters` as one vector, or each by itself where shapes matter."""
+def flatten(
+    parameters: Sequence[torch.nn.Parameter],
+    config: OptimizerConfig,
+    *,
+    device_type: str,
+    read_in: torch.dtype | None = None,
+) -> list[Flat]:
+    """What the optimizer of `config` updates: all `parameters` as one vector, or each by itself where shapes matter.
+    `read_in`: as `Flat` has it."""
     row = OPTIMIZERS[chosen_name(config, device_type)]
-    return [Flat(parameters)] if row.is_elementwise else [Flat([parameter]) for parameter in parameters]
+    groups = [parameters] if row.is_elementwise else [[parameter] for parameter in parameters]
+    return [Flat(group, read_in) for group in groups]
 
 
 def make(groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, device_type: str) -> torch.optim.Optimizer:

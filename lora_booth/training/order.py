@@ -24,6 +24,7 @@ Role = Literal["instance", "class", "prior"]
 """instance: the subject; class: a class image, which is learnt too; prior: an instance image under a prompt without the
 token, where the base's own prediction is to be kept."""
 Shape = tuple[int, int, int]
+Geometry = tuple[int, int, int, int, int, int]
 EMPTY_EVERY = 8
 """As often as in the first measurement of this prior, where "" was one of eight captions."""
 VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
@@ -44,7 +45,7 @@ class Item:
     latent_key: str
     shape: Shape
     prompt: str
-    geometry: tuple[int, int, int, int, int, int]
+    geometry: Geometry
     plain_prompt: str | None = None
 
 

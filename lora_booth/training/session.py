@@ -6,9 +6,9 @@ A picture on the way is drawn after its checkpoint is safe, and on resume if a k
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 
 import torch
 from accelerate import Accelerator
@@ -31,10 +31,12 @@ from lora_booth.training.batch import Batch, Reference, sample_losses
 from lora_booth.training.drift import Drift
 from lora_booth.training.flat import Flat
 from lora_booth.training.objective import Draws, Objective
-from lora_booth.training.order import VALIDATION_ROWS, Item, validation_levels
+from lora_booth.training.order import VALIDATION_ROWS, Geometry, Item, validation_levels
 from lora_booth.training.prepare import Prepared
 from lora_booth.training.watchdog import Watchdog
 
+HELD_PROMPTS = 64
+"""Rows of prompts that stay on the device, 0.3 MB each for SDXL, so that steps move none."""
 LOWER_RATE = (
     "nothing of this step was kept, and the last checkpoint is good. Lower optimizer.learning_rate, or set "
     "model.precision = bf16 (or fp32); if it happens at the first step, the base itself may be damaged."
@@ -88,16 +90,33 @@ class Session:
 
     def base_condition(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning by the untrained base, from the cache, on the device."""
-        rows = [self.prepared.prompts[prompt] for prompt in prompts]
-        return {name: devices.put(t, self.accelerator.device) for name, t in concatenate(rows).items()}
+        return concatenate([self._row_of(prompt) for prompt in prompts])
+
+    @cached_property
+    def _row_of(self) -> Callable[[str], Conditioning]:
+        """A prompt's row on the device, where the last ones stay."""
+
+        def on_device(prompt: str) -> Conditioning:
+            return {name: devices.put(t, self.accelerator.device) for name, t in self.prepared.prompts[prompt].items()}
+
+        return lru_cache(HELD_PROMPTS)(on_device)
+
+    @cached_property
+    def geometry_of(self) -> Callable[[Geometry], Tensor]:
+        """A geometry on the device, float32 `[1, 6]`, where the last ones stay."""
+        return lru_cache(HELD_PROMPTS)(lambda g: devices.put(torch.tensor([g]).float(), self.accelerator.device))
 
 
 def set_training_(s: Session, training: bool) -> None:
-    """Switch dropout of the adapters, and the weights of optimizers that average, for training or for evaluation."""
+    """Switch dropout of the adapters, and the weights of optimizers that average, for training or for evaluation;
+    passes that train then read the weights as they are now."""
     for module in s.adapted.values():
         if module.training != training:  # else it would go through thousands of modules in every step
             module.train(training)
     optimizers.set_mode_(s.optimizer, training=training)
+    if training:
+        for flat in s.trained:
+            flat.refresh_()
 
 
 def batch_of(
@@ -108,12 +127,12 @@ def batch_of(
     put = partial(devices.put, device=s.accelerator.device)
     moments = [s.prepared.latents[item.latent_key] for item in items]
     mean, std = torch.stack([m.mean for m in moments]), torch.stack([m.std for m in moments])
-    geometry = torch.tensor([item.geometry for item in items], dtype=torch.float32)
+    geometry = torch.cat([s.geometry_of(item.geometry) for item in items])
     prompts = [item.prompt for item in items]
     conditioning = None if s.is_text_trained else s.condition(prompts)
     draws = Draws(put(draws.timesteps), put(draws.noise), put(draws.offsets))
     reference = _reference(s, items) if is_compared else None
-    return Batch(put(mean + std * latent_noise), draws, put(geometry), conditioning, prompts, reference)
+    return Batch(put(mean + std * latent_noise), draws, geometry, conditioning, prompts, reference)
 
 
 def _reference(s: Session, items: Sequence[Item]) -> Reference | None:
@@ -197,10 +216,21 @@ def _drift(s: Session) -> float | None:
     return None if s.drift is None else s.drift.of(s.family, s.condition(s.drift.prompts))
 
 
+def is_preview_due(s: Session, done: int) -> bool:
+    """Whether a preview is to be drawn after `done` steps."""
+    every = s.config.preview.every_steps
+    return (
+        every is not None
+        and done % every == 0
+        and done != s.config.train.steps
+        and bool(s.config.preview.images_per_prompt)
+    )
+
+
 def draw_preview(s: Session, done: int) -> None:
     """Draw and write the preview grid after `done` steps, if it is its turn and was not drawn yet (main process)."""
-    every, path = s.config.preview.every_steps, s.run.preview_path(done)
-    if every is None or done % every or done == s.config.train.steps or not s.config.preview.images_per_prompt:
+    path = s.run.preview_path(done)
+    if not is_preview_due(s, done):
         return
     if s.accelerator.is_main_process and not s.run.has_picture(path):
         rows = draw_rows(s)

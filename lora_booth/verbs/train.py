@@ -85,7 +85,7 @@ def train(
         family.move_vae("cpu")
         adapted, parameters = _adapt(config, family, inputs)
         require_free_space(run.folder, _checkpoint_bytes(parameters) * (config.train.keep_last + 2))
-        trained, optimizer = _optimizer(config, parameters, device, report)
+        trained, optimizer = _optimizer(config, adapted, parameters, device, report)
         s = session.Session(
             config=config,
             family=family,
@@ -265,18 +265,23 @@ def _adapt(
 
 
 def _optimizer(
-    config: Resolved, parameters: Mapping[str, Sequence[nn.Parameter]], device: torch.device, report: Report
+    config: Resolved,
+    adapted: Mapping[str, nn.Module],
+    parameters: Mapping[str, Sequence[nn.Parameter]],
+    device: torch.device,
+    report: Report,
 ) -> tuple[list[Flat], torch.optim.Optimizer]:
     """What is updated, and the optimizer with a group for each component, whose learning rate is told to the user."""
-    trained, groups = [], []
+    trained, groups, read_in = [], [], inject.reads_in(adapted, dtype_for(config.model.precision, device))
     for component, parts in parameters.items():
         names = config.optimizer
         rate = names.text_encoder_learning_rate if is_text(component) else names.learning_rate
-        flats = optimizers.flatten(parts, config.optimizer, device_type=device.type)
+        flats = optimizers.flatten(parts, config.optimizer, device_type=device.type, read_in=read_in)
         trained += flats
         groups.append({"params": [flat.vector for flat in flats], "lr": rate, "base_lr": rate})
         count = sum(part.numel() for part in parts)
         report.event("adapter", f"adapter on {component}: {count:,} parameters, learning rate {rate:g}")
+    inject.give_copies_(adapted, {part: copy for flat in trained for part, copy in flat.copies.items()})
     return trained, optimizers.make(groups, config.optimizer, device_type=device.type)
 
 

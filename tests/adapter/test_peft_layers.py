@@ -13,6 +13,7 @@ from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
 from lora_booth.adapter import inject, peft_layers
+from lora_booth.training.flat import Flat
 from tests.adapter.test_inject import adapter, forward, tiny_unet
 from tests.support import adapted
 
@@ -70,7 +71,12 @@ def test_outputs_and_gradients_are_those_of_pefts_layers(dtype: torch.dtype, dro
 
 
 @pytest.mark.parametrize("alpha", [3.0, RANK])
-def test_one_layer_s_output_and_gradients_are_pefts_to_a_millionth(alpha: float) -> None:
+@pytest.mark.parametrize("own_backward", [False, True])
+def test_one_layer_s_output_and_gradients_are_pefts_to_a_millionth(
+    own_backward: bool, alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if own_backward:  # as in a base of two bytes
+        monkeypatch.setattr(peft_layers, "HALVES", (torch.float32,))
     found = []
     for by_peft in (False, True):
         module = Shared()
@@ -85,21 +91,78 @@ def test_one_layer_s_output_and_gradients_are_pefts_to_a_millionth(alpha: float)
         assert adapted.relative_difference(ours, pefts) < 1e-6
 
 
+def test_the_backward_pass_of_a_linear_layer_is_that_of_its_formula() -> None:
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((5, 7), (6, 7), (6,), (3, 7), (6, 3))
+    x, weight, bias, down, up = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    for tensor in (x, down, up):
+        tensor.requires_grad_()
+    apply = peft_layers._LowRankLinear.apply
+    for scale, added in ((1.0, bias), (0.75, bias), (2.0, None)):
+        assert torch.autograd.gradcheck(lambda a, d, u, s=scale, b=added: apply(a, weight, b, d, u, s), (x, down, up))
+        expected = x @ weight.T + scale * (x @ down.T) @ up.T + (0 if added is None else added)
+        assert torch.allclose(apply(x, weight, added, down, up, scale), expected)
+
+
+def test_an_input_that_needs_no_gradient_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Shared().bfloat16()
+    parameters = injected(module, targets="regex:.*")
+    x = torch.randn(2, 5, 64).bfloat16()
+    module.q(x).sum().backward()
+    assert x.grad is None and parameters[0].grad is not None
+
+
+def test_passes_with_gradients_read_the_copies_and_all_others_the_parameters() -> None:
+    module = Shared().bfloat16()
+    parameters = injected(module, targets="regex:[qkv]")
+    flat = Flat(parameters, inject.reads_in({"unet": module}, torch.bfloat16))
+    inject.give_copies_({"unet": module}, flat.copies)
+    x = torch.randn(2, 5, 64).bfloat16()
+    with torch.no_grad():
+        before = module.attend(x)
+        assert torch.equal(module.attend(x), before)
+        flat.vector.mul_(3)
+        after = module.attend(x)
+    assert torch.equal(module.attend(x), before), "the copies are as they were"
+    assert not torch.equal(after, before)
+    flat.refresh_()
+    output = module.attend(x)
+    assert torch.equal(output, after)
+    output.float().sum().backward()
+    assert all(p.grad is None for p in parameters)
+    assert all(gradient is not None and bool(gradient.any()) for gradient in flat.take())
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "expected"),
+    [({}, torch.float32, None), ({}, torch.float16, torch.float16), ({"dora": True}, torch.bfloat16, None)],
+)
+def test_copies_are_made_where_layers_read_them(config: dict[str, Any], dtype: torch.dtype, expected: Any) -> None:
+    module = Shared().to(dtype)
+    injected(module, targets="regex:.*", **config)
+    assert inject.reads_in({"unet": module}, dtype) == expected
+
+
 def displacement(dtype: torch.dtype, held_in: torch.dtype, *, adapters_in: torch.dtype = torch.float32) -> Tensor:
-    """Where 100 steps of AdamW take the adapter of one attention, whose weights are rounded to `dtype`."""
+    """Where 100 steps of AdamW take the adapter of one attention, whose weights are rounded to `dtype`, as `training`
+    takes them."""
     base = tiny_unet().get_submodule("mid_block.attentions.0").to(dtype).to(held_in)
     parameters = inject.inject_({"unet": base}, adapter(targets=r"regex:.*(to_[qkv]|to_out\.0|net\.2|proj_.*)"))["unet"]
     for parameter in parameters:
         parameter.data = parameter.data.to(adapters_in)
     start = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    flat = Flat(parameters, inject.reads_in({"unet": base}, held_in) if adapters_in == torch.float32 else None)
+    inject.give_copies_({"unet": base}, flat.copies)
+    optimizer = torch.optim.AdamW([flat.vector], lr=1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=held_in == torch.float16)
     generator = torch.Generator().manual_seed(2)
     context, target = (torch.randn(*shape, generator=generator) for shape in ((2, 5, 8), (2, 16, 8, 8)))
     for _ in range(100):
+        flat.refresh_()
         x = torch.randn(2, 16, 8, 8, generator=generator)
         output = base(x.to(held_in), context.to(held_in)).sample
         scaler.scale((output.float() - target).square().mean()).backward()
+        flat.add_(flat.take())
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

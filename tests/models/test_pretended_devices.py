@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from lora_booth.errors import Interrupted
 from lora_booth.models import devices
+from lora_booth.run.report import Silent
 from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 from tests.support import pretend
@@ -21,6 +25,32 @@ from tests.support.runs import At, assert_near, trained
 
 ONE_PICTURE = {"images_per_prompt": 1, "prompts": ["a {token} {class}"], "sampler_steps": 1}
 FEW = {"steps": 2, "save_every_steps": 1}
+
+
+class Each(Silent):
+    """Calls `look` after every step that is told."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self.look = look
+
+    def progress(self, task: str, done: int, total: int, **values: Any) -> None:
+        if task == "train":
+            self.look()
+
+
+OPENED: list[list[str]] = []
+
+
+@contextmanager
+def opening() -> Iterator[list[str]]:
+    """The files that are opened inside; Python never forgets who listens, so one listener serves for all."""
+    if not OPENED:
+        sys.addaudithook(lambda name, words: OPENED[-1].append(str(words[0])) if name == "open" else None)
+    OPENED.append([])
+    try:
+        yield OPENED[-1]
+    finally:
+        OPENED.append([])
 
 
 def forget_device() -> None:
@@ -105,3 +135,30 @@ def test_a_pretended_device_refuses_what_a_real_one_would(name: str) -> None:
         for wrong in wrongs:
             with pytest.raises(pretend.Mixed):
                 wrong()
+
+
+def test_the_host_never_makes_the_device_wait_between_steps(make_config: MakeConfig, tmp_path: Path) -> None:
+    steps = 8
+    config = make_config(
+        "sdxl",
+        train={"steps": steps, "save_every_steps": steps},
+        prior={"mode": "model"},
+        run={"folder": tmp_path / "run", "cache": tmp_path / "cache"},
+        preview={"images_per_prompt": 0},
+    ).with_values({"model": {"precision": "fp32"}, "optimizer": {"name": "adamw"}, "memory": {"device": "cuda"}})
+    marks: list[tuple[int, int]] = []
+    with pretend.device("cuda") as operations:
+        look = Each(lambda: marks.append((len(operations.waits), len(opened))))
+        with opening() as opened:
+            train.train(config, report=look)
+    events = operations.events.seen
+    assert events[:4] == [("recorded", 1), ("waited for", 1), ("recorded", 2), ("recorded", 3)]
+    late = [("waited for", number) for number in range(2, steps + 1)]
+    assert [event for event in events if event[0] == "waited for"][1:] == late
+    for number in range(2, steps):
+        assert events.index(("recorded", number + 1)) < events.index(("waited for", number))
+    waits, files = zip(*marks[1 : steps - 1], strict=True)
+    # One is pretending's own: clipping asks, in C++, where gradients really lie, and moves its factor there.
+    assert operations.waits[waits[0] : waits[-1]] == ["a copy to main memory"] * (waits[-1] - waits[0])
+    assert {later - sooner for sooner, later in pairwise(waits)} == {1}
+    assert set(opened[files[0] : files[-1]]) <= {str(tmp_path / "run" / "metrics.jsonl")}

@@ -110,12 +110,13 @@ class TestSeconds:
 def test_a_full_size_step_is_what_independent_counts_say(
     name: str, tflop: float, steps_per_second: dict[str, float]
 ) -> None:
-    # One row in bf16, rank 16, nothing recomputed; the other count rounded to what stands here.
+    # One row in bf16, rank 16, nothing recomputed; the other count rounded to what stands here. It was made before the
+    # adapter's casts and divisions by 1 were left out, which takes up to 5 % of the time.
     config = config_of(model={"base": "x", "precision": "bf16"}, train={"batch_size": 1, "gradient_checkpointing": 0})
     work = Modules.of(config, full_size(name)).step_work(config, None) * 0.5
     assert work.flops / 1e12 == pytest.approx(tflop, abs=0.005)
     for card, expected in steps_per_second.items():
-        assert 1 / work.seconds(named(card)) == pytest.approx(expected, rel=0.03)
+        assert 0.97 * expected < 1 / work.seconds(named(card)) < 1.05 * expected
 
 
 @pytest.fixture

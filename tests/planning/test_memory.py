@@ -27,6 +27,7 @@ from lora_booth.planning import budget, decide, memory, optimizer_states, tracin
 from lora_booth.planning.budget import Option
 from lora_booth.planning.tracing import LiveBytes, fused_attention, held_bytes, tensors_of
 from lora_booth.training.batch import Reference, sample_losses
+from lora_booth.training.flat import Flat
 from lora_booth.training.objective import objective_for
 from lora_booth.verbs import plan
 from tests.conftest import MakeConfig
@@ -119,15 +120,15 @@ class TestTheCount:
         assert functional.scaled_dot_product_attention is original
 
 
-def adapted(config: Filled, family: Family, parts: list[nn.Module]) -> tuple[list[nn.Parameter], list[Tensor]]:
+def adapted(config: Filled, family: Family, parts: list[nn.Module]) -> tuple[list[Flat], list[Tensor]]:
     groups = inject.inject_({"unet": family.denoiser}, config.adapter)
     family.denoiser.train()
     gradient_checkpointing = bool(config.train.gradient_checkpointing)
     family.prepare_denoiser_(gradient_checkpointing=gradient_checkpointing, attention="sdpa")
-    return groups["unet"], tensors_of([family.denoiser, *parts])
+    return [Flat(groups["unet"])], tensors_of([family.denoiser, *parts])
 
 
-def both(config: Filled) -> list[tuple[Family, list[nn.Parameter], list[Tensor], torch.device]]:
+def both(config: Filled) -> list[tuple[Family, list[Flat], list[Tensor], torch.device]]:
     """The same base on the CPU with its weights, and on meta without."""
     found = []
     for device in (torch.device("cpu"), torch.device("meta")):
@@ -146,11 +147,11 @@ def test_a_real_step_on_the_cpu_holds_what_the_trace_says(
 ) -> None:
     config = make_config(name, train={"gradient_checkpointing": gradient_checkpointing})
     peaks = []
-    for family, parameters, known, device in both(config):
+    for family, trained, known, device in both(config):
         batch = memory.make_batch(family, 2, (4, 32, 32), is_text_trained=False, device=device)
         objective = objective_for(config.objective, family.schedule)
-        gradients, others, _ = memory.trace_step(family, objective, batch, parameters, known)
-        assert all(p.grad is not None for p in parameters)
+        gradients, others, _ = memory.trace_step(family, objective, batch, trained, known)
+        assert all(flat.vector.grad is not None for flat in trained)
         peaks.append((gradients, others, held_bytes(known)))
     (real_gradients, real, base), (traced_gradients, traced, traced_base) = peaks
     assert traced == pytest.approx(real, rel=0.02)
@@ -163,7 +164,7 @@ def test_what_the_base_predicts_for_comparison_makes_no_step_larger(
     gradient_checkpointing: bool, make_config: MakeConfig
 ) -> None:
     config = make_config("sd1", train={"gradient_checkpointing": gradient_checkpointing})
-    family, parameters, known, device = next(iter(both(config)))
+    family, trained, known, device = next(iter(both(config)))
     batch = memory.make_batch(family, 2, (4, 32, 32), is_text_trained=False, device=device)
     objective = objective_for(config.objective, family.schedule)
     assert batch.conditioning is not None
@@ -171,9 +172,9 @@ def test_what_the_base_predicts_for_comparison_makes_no_step_larger(
     reference = Reference(1, 1, 2, {k: v[1:] for k, v in batch.conditioning.items()}, injected.disabled)
     peaks = []
     for compared in (None, None, reference):  # the first one also makes the schedule's tables
-        _, others, _ = memory.trace_step(family, objective, replace(batch, reference=compared), parameters, known)
-        for parameter in parameters:
-            parameter.grad = None
+        _, others, _ = memory.trace_step(family, objective, replace(batch, reference=compared), trained, known)
+        for flat in trained:
+            flat.vector.grad = None
         peaks.append(others)
     assert peaks[1] == peaks[2]
 

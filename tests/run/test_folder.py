@@ -21,7 +21,7 @@ from PIL import Image
 from lora_booth.config import toml
 from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, DiskError
-from lora_booth.run import checkpoints, disk
+from lora_booth.run import checkpoints, disk, folder
 from lora_booth.run.checkpoints import Checkpoint
 from lora_booth.run.folder import Run, _locked, require_free_space
 from lora_booth.run.summary import Summary
@@ -229,6 +229,29 @@ def test_an_owner_file_of_any_shape_says_nothing(content: str, run: Run) -> None
     (run.folder / ".owner.json").unlink()
     os.mkfifo(run.folder / ".owner.json")  # opening it would wait for ever
     run.require_taken()
+
+
+def test_a_step_reads_the_owner_again_only_where_its_file_is_another(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    honest = folder._owner_of
+    monkeypatch.setattr(folder, "_owner_of", lambda path: (reads.append(path), honest(path))[1])
+    for step in range(1, 6):
+        run.append_metrics({"step": step})
+    assert len(reads) <= 1
+    owner = run.folder / ".owner.json"
+    taken = json.loads(owner.read_text()) | {"id": "another"}
+    os.replace(write_text(run.folder / "new", json.dumps(taken)), owner)
+    with pytest.raises(DiskError, match="was taken by"):
+        run.append_metrics({"step": 6})
+    owner.unlink()
+    with pytest.raises(DiskError, match="has vanished"):
+        run.append_metrics({"step": 6})
+    assert len(run.metrics_path.read_text().splitlines()) == 5
+
+
+def write_text(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
 
 
 def test_metrics_are_written_into_the_folder_or_not_at_all(run: Run, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def _in_latents(s: session.Session, value: float, at: float) -> None:
 
 
 def _in_gradient(s: session.Session, value: float, at: float) -> None:
-    gradients = [p.grad for p in s.parameters if p.grad is not None]
+    gradients = [gradient for flat in s.trained for _, gradient in flat.gradients()]
     _put_(gradients[int(at * len(gradients))], value, at)
 
 

@@ -30,6 +30,8 @@ CPU = torch.device("cpu")
 _REAL_DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
 MOVES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
 """Operations whose tensors may lie on two devices."""
+ASKING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+"""Operations that give Python a number."""
 KINDS = ("cpu", "cuda", "xpu", "mps")
 LIKE = ("zeros", "ones", "empty", "full", "rand", "randn")
 MADE = (*LIKE, "tensor", "as_tensor", "arange", "linspace", "eye", "randint", "empty_strided")
@@ -39,6 +41,23 @@ NEW = ("new_tensor", "new_empty", "new_zeros", "new_ones", "new_full")
 
 class Mixed(AssertionError):
     """What the device would refuse, or do wrong in silence."""
+
+
+class Events:
+    """A device's events: which were recorded, and waited for, in the order in which it came to that."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self._count = 0
+
+    def make(self) -> SimpleNamespace:
+        self._count += 1
+        number = self._count
+        record, synchronize = (partial(self._see, kind, number) for kind in ("recorded", "waited for"))
+        return SimpleNamespace(record=record, synchronize=synchronize)
+
+    def _see(self, kind: str, number: int) -> None:
+        self.seen.append((kind, number))
 
 
 class Places:
@@ -76,12 +95,17 @@ class _Operations(TorchDispatchMode):
     def __init__(self, places: Places) -> None:
         super().__init__()
         self.places, self.count = places, 0
+        self.waits: list[str] = []
+        """Operations that gave numbers of the device to Python, which waits for all that it was given to do."""
+        self.events = Events()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = list(_tensors((*args, *(kwargs or {}).values())))
         at = {place for tensor in inputs if (place := self.places.of(tensor)) != CPU or tensor.ndim}
         if len(at) > 1 and func not in MOVES:
             raise Mixed(f"{func} of tensors on {' and '.join(sorted(map(str, at)))}")
+        if func in ASKING and at - {CPU} | {self.places.of(tensor) for tensor in inputs} - {CPU}:
+            self.waits.append(str(func))
         output = func(*args, **(kwargs or {}))
         self.count += bool(at - {CPU})
         if at and at != {CPU}:
@@ -104,9 +128,9 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 class _Questions:
     """What Python asks of a tensor's place, and what moves or makes tensors, in place of torch's own."""
 
-    def __init__(self, device: torch.device, places: Places) -> None:
-        self.device, self.places = device, places
-        self._to, self._copy, self._numpy = Tensor.to, Tensor.copy_, Tensor.numpy
+    def __init__(self, device: torch.device, operations: _Operations) -> None:
+        self.device, self.operations, self.places = device, operations, operations.places
+        self._to, self._copy, self._numpy, self._tolist = Tensor.to, Tensor.copy_, Tensor.numpy, Tensor.tolist
 
     def patches(self) -> list[Any]:
         answers: dict[str, Any] = {
@@ -114,7 +138,8 @@ class _Questions:
             **{f"is_{kind}": property(partial(self._is, kind)) for kind in KINDS},
         }
         answers |= {
-            name: _method(getattr(self, name)) for name in ("to", "cpu", "pin_memory", "is_pinned", "numpy", "copy_")
+            name: _method(getattr(self, name))
+            for name in ("to", "cpu", "pin_memory", "is_pinned", "numpy", "copy_", "tolist")
         }
         answers |= {name: _method(partial(self._made, getattr(Tensor, name))) for name in NEW}
         made = {name: partial(self._made, getattr(torch, name)) for name in MADE}
@@ -140,6 +165,8 @@ class _Questions:
             return self._to(tensor, device=device, copy=copy, **settings)
         if is_queued:
             self._require_pinned(tensor, device, tensor)
+        elif before != device == CPU:
+            self.operations.waits.append("a copy to main memory")
         moved = self._to(tensor, copy=copy or before != device, **settings)
         return moved if before == device else self.places.put(moved, device)
 
@@ -150,6 +177,11 @@ class _Questions:
         if self.places.of(tensor) != CPU:
             raise Mixed(f"NumPy is asked for a tensor on {self.places.of(tensor)}")
         return self._numpy(tensor, **kwargs)
+
+    def tolist(self, tensor: Tensor) -> Any:
+        if self.places.of(tensor) != CPU:
+            self.operations.waits.append("tolist")
+        return self._tolist(tensor)
 
     def copy_(self, tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if non_blocking:
@@ -201,7 +233,7 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def device(name: str, **driver: Any) -> Iterator[_Operations]:
     """Inside, torch has one device of this type. `driver`: what it answers in place of what is usual, by name."""
-    found, places = torch.device(name), Places()
+    found, operations = torch.device(name), _Operations(Places())
     module = getattr(torch, name)
     answers: dict[str, Any] = {
         "get_device_name": f"pretended {name}",
@@ -220,6 +252,8 @@ def device(name: str, **driver: Any) -> Iterator[_Operations]:
     patches = [
         mock.patch.object(module, key, return_value=answer) for key, answer in answers.items() if hasattr(module, key)
     ]
+    if hasattr(module, "Event"):
+        patches.append(mock.patch.object(module, "Event", operations.events.make))
     # That the device is available is told to accelerate and us alone: other libraries would remember it.
     patches.append(mock.patch.object(torch.backends.mps, "is_macos_or_newer", return_value=True))
     patches.append(mock.patch.object(PartialState, "default_device", found))
@@ -227,6 +261,6 @@ def device(name: str, **driver: Any) -> Iterator[_Operations]:
     with torch.device("cpu"):
         torch.empty(0)  # torch notes, once, which functions make tensors
     with ExitStack() as stack:
-        for patch in [*patches, *_Questions(found, places).patches()]:
+        for patch in [*patches, *_Questions(found, operations).patches()]:
             stack.enter_context(patch)
-        yield stack.enter_context(_Operations(places))
+        yield stack.enter_context(operations)

@@ -54,7 +54,7 @@ def test_gradients_move_and_a_missing_one_is_zeros() -> None:
     give_gradients_(parts, 1)
     expected = [part.grad for part in parts]
     parts[2].grad = None
-    assert flat.collect_() is flat.vector
+    flat.add_(flat.take())
     assert all(part.grad is None for part in parts)
     found = {id(part): gradient for part, gradient in flat.gradients()}
     for number, (part, gradient) in enumerate(zip(parts, expected, strict=True)):
@@ -70,8 +70,60 @@ def test_a_single_part_is_its_own_vector() -> None:
     assert flat.vector is part
     give_gradients_([part], 2)
     gradient = part.grad
-    assert flat.collect_().grad is gradient
-    assert [(one, other) for one, other in flat.gradients()] == [(part, gradient)]
+    flat.add_(flat.take())
+    ((one, gathered),) = flat.gradients()
+    assert one is part and gradient is not None and torch.equal(gathered, gradient)
+
+
+def test_passes_of_a_step_are_summed_and_the_next_step_begins_anew() -> None:
+    parts = parameters()
+    flat, sums = Flat(parts), [torch.zeros_like(part) for part in parts]
+    for number in range(3):
+        give_gradients_(parts, number)
+        for total, part in zip(sums, parts, strict=True):
+            assert part.grad is not None
+            total.add_(part.grad)
+        flat.add_(flat.take())
+    assert all(torch.equal(found, total) for (_, found), total in zip(flat.gradients(), sums, strict=True))
+    flat.vector.grad = None
+    give_gradients_(parts, 7)
+    expected = [part.grad for part in parts]
+    flat.add_(flat.take())
+    for (_, found), gradient in zip(flat.gradients(), expected, strict=True):
+        assert gradient is not None and torch.equal(found, gradient)
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, [(4, 5)]])
+def test_a_copy_of_two_bytes_is_read_and_its_gradients_are_summed_in_float32(shapes: Sequence[Sequence[int]]) -> None:
+    parts = parameters(shapes)
+    flat = Flat(parts, torch.bfloat16)
+    assert list(flat.copies) == parts
+    for part, copy in flat.copies.items():
+        assert torch.equal(copy, part.bfloat16()) and copy.requires_grad and copy.is_leaf
+    with torch.no_grad():
+        flat.vector.mul_(2)
+    flat.refresh_()
+    assert all(torch.equal(copy, part.bfloat16()) for part, copy in flat.copies.items())
+    for _ in range(3):  # 256 + 1 is 256 in bf16
+        for number, copy in enumerate(flat.copies.values()):
+            (copy * torch.full_like(copy, 256.0 if number == 0 else 1.0)).sum().backward()
+        flat.add_(flat.take())
+        for copy in flat.copies.values():
+            assert copy.grad is None
+            copy.sum().backward()
+        flat.add_(flat.take())
+    for number, (_, gradient) in enumerate(flat.gradients()):
+        assert gradient.dtype == torch.float32 and bool((gradient == (771.0 if number == 0 else 6.0)).all())
+
+
+def test_a_parameter_that_is_read_itself_gives_its_own_gradient() -> None:
+    parts = parameters()
+    flat = Flat(parts, torch.bfloat16)
+    copies = list(flat.copies.values())
+    (copies[0].float().sum() + 2 * parts[1].sum()).backward()
+    flat.add_(flat.take())
+    assert [float(gradient.unique().item()) for _, gradient in flat.gradients()] == [1.0, 2.0, 0.0, 0.0, 0.0]
+    assert all(part.grad is None for part in parts)
 
 
 @pytest.mark.parametrize("name", sorted(optimizers.OPTIMIZERS))
@@ -94,7 +146,7 @@ def test_every_optimizer_computes_in_one_vector_what_it_computes_for_each_parame
             optimizers.set_mode_(optimizer, training=True)
             if optimizer is other:
                 for flat in flats:
-                    flat.collect_()
+                    flat.add_(flat.take())
             optimizer.step()
             optimizer.zero_grad()
             optimizers.set_mode_(optimizer, training=False)
@@ -111,7 +163,7 @@ def test_optimizers_store_what_is_predicted(name: str) -> None:
     optimizer = optimizers.make([{"params": [flat.vector for flat in flats], "lr": 1e-3}], config, device_type="cpu")
     give_gradients_(parts, 0)
     for flat in flats:
-        flat.collect_()
+        flat.add_(flat.take())
     optimizer.step()
     tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel() != 256}

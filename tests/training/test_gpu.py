@@ -66,7 +66,7 @@ def test_nothing_in_a_micro_step_waits_for_the_card(
         micro = loop.micro_step(s, s.prepared.order.at(step)[:1], step)
         (loop.losses_of(s, micro) * micro.weights).sum().backward()
         for flat in s.trained:
-            flat.collect_()
+            flat.add_(flat.take())
 
     session.set_training_(s, True)
     run(0)  # kernels are loaded and tables moved the first time

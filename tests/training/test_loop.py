@@ -19,6 +19,7 @@ from lora_booth.data import images
 from lora_booth.data.subject import crops_of, find_pictures
 from lora_booth.errors import Interrupted
 from lora_booth.models import loading
+from lora_booth.run.number_types import DTYPES
 from lora_booth.run.report import Silent
 from lora_booth.training import loop
 from lora_booth.training.objective import draw
@@ -53,7 +54,9 @@ def test_every_trainable_parameter_is_float32_and_nothing_else_has_gradients(
     assert {p.dtype for p in s.parameters} == {torch.float32}
     assert {id(p) for _, p in everything if p.grad is not None} <= trainable
     assert {id(p) for _, p in everything if p.requires_grad} == trainable
-    assert sum(p.grad is not None for p in s.parameters) == len(s.parameters) > 0
+    gradients = [gradient for flat in s.trained for gradient in flat.take()]
+    assert sum(gradient is not None for gradient in gradients) == len(s.parameters) > 0
+    assert {gradient.dtype for gradient in gradients if gradient is not None} == {DTYPES[precision]}
 
 
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
