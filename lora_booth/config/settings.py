@@ -273,12 +273,12 @@ class TrainConfig(Section):
         "backward pass: smaller, and up to a third slower. false is 0, true is 1. Default: decided by the memory "
         "budget.",
     )
-    compile: Literal[True, False, "trial"] = Field(
+    compile: Literal[True, False, "trial", "graph"] = Field(
         "trial",
-        description="Compile the denoiser's transformer blocks (torch.compile): fewer kernels to launch and less "
-        "memory traffic, after a minute or so of compiling; needs a C++ compiler. Equal up to rounding, but for "
-        "dropout, which draws other numbers. trial: on a card with Triton, where a trial before the first step finds "
-        "that it pays. true: always, in the first step.",
+        description="How a card is given a step's operations. graph: recorded once for each shape, and started as one "
+        "(CUDA graphs). true: in transformer blocks that are compiled in the first step (torch.compile), for a minute "
+        "or so, by a C++ compiler. Equal up to rounding, but for dropout, which draws other numbers. trial: both, "
+        "where a trial before the first step finds that they pay.",
     )
     save_every_steps: int | None = Field(
         None, ge=1, description="Steps between checkpoints. Default: a fifth of the run."

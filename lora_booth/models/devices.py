@@ -39,6 +39,7 @@ Ability = Literal[
     "int8",
     "xformers",
     "compiling",
+    "graphs",
     "dropout in recomputed blocks",
     "pinned memory",
     "memory of its own",
@@ -47,12 +48,13 @@ NAMES: dict[Kind, str] = {"cuda": "CUDA", "rocm": "ROCm", "xpu": "XPU (Intel)", 
 LACKS: dict[Kind, dict[Ability, str]] = {
     "cuda": {},
     "rocm": {},
-    "xpu": {"xformers": "it has no kernels for Intel"},
+    "xpu": {"xformers": "it has no kernels for Intel", "graphs": "torch records none there"},
     "mps": {
         "8-bit optimizers": "bitsandbytes has none for Metal",
         "paged optimizers": "bitsandbytes has none for Metal",
         "xformers": "it has no kernels for Metal",
         "compiling": "torch calls it a prototype there",
+        "graphs": "torch records none there",
         "dropout in recomputed blocks": "torch does not draw the same numbers again there",
         "pinned memory": "it gains nothing where memory is shared",
         "memory of its own": "it computes in main memory",
@@ -61,6 +63,7 @@ LACKS: dict[Kind, dict[Ability, str]] = {
         "fast bf16": "few processors compute it as fast",
         "xformers": "it has no kernels for training there",
         "compiling": "runs on a CPU are the same bit for bit",
+        "graphs": "it starts operations itself",
         "pinned memory": "nothing is copied",
     },
 }
@@ -72,6 +75,7 @@ they can. Sources, read in torch 2.13 and bitsandbytes 0.50.2:
   not paged.
 - xformers: its wheels for CUDA and ROCm; diffusers asks for a card before it takes it.
 - Compiling: what a trial before the first step may try by itself. torch/_inductor has Triton for CUDA, ROCm and XPU.
+- Graphs: `torch.cuda.CUDAGraph`, which builds for ROCm have too.
 - Dropout in recomputed blocks: torch/utils/checkpoint.py keeps the random state of device modules that have
   `_initialized`, which torch.mps has not.
 - Pinned memory: on MPS a copy that is not waited for may read a source that is gone (pytorch issue 189690), and pinning
@@ -160,7 +164,8 @@ def decided(config: AnyConfig, device: torch.device) -> AnyConfig:
     """`config` with each "auto" as what it means on `device`, so that a run stays what it is on another one."""
     dtype = dtype_for(config.model.precision, device)
     name, compile = config.optimizer.name, config.train.compile
-    is_never_tried = compile == "trial" and ("compiling" in LACKS[kind(device)] or config.adapter.dropout > 0)
+    has_none = {"compiling", "graphs"} <= LACKS[kind(device)].keys()
+    is_never_tried = compile == "trial" and (has_none or config.adapter.dropout > 0)
     return config.with_values(
         {
             "model": {"precision": number_types.NAMES[dtype]},
@@ -217,6 +222,7 @@ _NEEDS: dict[tuple[str, Any], Ability] = {
     ("optimizer.name", "adamw8bit"): "8-bit optimizers",
     ("optimizer.name", "lion8bit"): "8-bit optimizers",
     ("optimizer.name", "paged_adamw8bit"): "paged optimizers",
+    ("train.compile", "graph"): "graphs",
     ("memory.offload_activations", True): "memory of its own",
     ("memory.offload_denoiser", True): "memory of its own",
 }

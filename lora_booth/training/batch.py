@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,17 @@ class Batch:
     conditioning: Conditioning | None
     prompts: Sequence[str]
     reference: Reference | None = None
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """A batch of what `change` makes of each tensor."""
+        changed: list[Conditioning | None] = []
+        for conditioning in (self.conditioning, None if self.reference is None else self.reference.conditioning):
+            changed.append(None if conditioning is None else {name: change(t) for name, t in conditioning.items()})
+        reference = self.reference
+        if reference is not None and changed[1] is not None:
+            reference = replace(reference, conditioning=changed[1])
+        draws = Draws(**{name: change(tensor) for name, tensor in vars(self.draws).items()})
+        return Batch(change(self.latents), draws, change(self.geometry), changed[0], self.prompts, reference)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -1,7 +1,8 @@
-"""Whether compiling the denoiser's blocks pays, tried before the first step.
+"""Whether recording steps as CUDA graphs pays, and compiling the denoiser's blocks, tried before the first step.
 
 Compiling *pays* when the steps that are left save more time than it takes. What a trial measured is kept beside the
-caches, so that a later run of the same shape on the same machine knows beforehand.
+caches, so that a later run of the same shape on the same machine knows beforehand. Recording takes no longer than a
+step, so it is simply tried.
 
 The trial compares seconds and gradients of real micro-steps, so a compiler that fails, errs or slows things down
 costs a minute and no run, and numbers do not change in the middle of one. On a CPU nothing is tried: runs are the
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,13 +30,16 @@ from lora_booth.models import devices
 from lora_booth.models.families.components import has_compiler
 from lora_booth.run import disk
 from lora_booth.run.cache_folder import TRIALS, folder_of
-from lora_booth.training import loop, session
-from lora_booth.training.loop import MicroStep
+from lora_booth.training import graphs, loop, session
+from lora_booth.training.graphs import Graphs
+from lora_booth.training.loop import MicroStep, Run
 from lora_booth.training.order import Row
 from lora_booth.training.session import Session
 
 STEPS_LOOKED_AT = 50
 """From which a micro-step of each shape is taken."""
+MIN_STEPS = 40
+"""For which recording is tried; the trial takes as long as ten."""
 ROUNDS = 3
 ASSUMED_SAVING, ASSUMED_S = 0.2, 60.0
 """Share of a step, and seconds of compiling, where no trial was made yet: assumed, not measured."""
@@ -61,17 +66,43 @@ class Trial:
 
 
 @contextmanager
-def where_it_pays(s: Session, start: int) -> Iterator[None]:
-    """Inside, the denoiser's blocks are compiled if train.compile is "trial" and that pays from step `start` on.
+def where_it_pays(s: Session, start: int) -> Iterator[Run | None]:
+    """Gives how micro-steps are run from step `start` on: as CUDA graphs, or None for one operation after the other.
+    Inside, the denoiser's blocks are compiled if train.compile is "trial" and that pays.
 
     Only where the device can: on a CPU a run gives the same numbers bit for bit each time. Not with dropout, whose
     compiled form draws other numbers.
     """
-    if not _is_open(s):
-        yield
-        return
-    with torch.compiler.set_stance("default" if pays(s, start) else "force_eager"):
-        yield
+    is_recorded = _records(s, start)
+    stance = "default"
+    if _is_open(s):
+        stance = "default" if pays(s, start, is_recorded=is_recorded) else "force_eager"
+    with torch.compiler.set_stance(stance):
+        yield Graphs(s) if is_recorded else None
+
+
+def _records(s: Session, start: int) -> bool:
+    """Whether steps are recorded: where train.compile is "graph", or a trial finds that it saves time and keeps the
+    gradient. What stands against "graph" is told."""
+    why_not = graphs.why_not(s)
+    if s.config.train.compile == "graph":
+        if why_not is not None:
+            s.report.warn(f'train.compile is "graph", but {why_not}; the run goes on without.')
+        return why_not is None
+    if s.config.train.compile != "trial" or why_not is not None or s.config.train.steps - start < MIN_STEPS:
+        return False
+    session.set_training_(s, True)
+    passes, _ = _passes(s, start)
+    plain, recorded = _run_of(s), Graphs(s, _scaled)
+    _round(s, passes, plain)  # kernels are loaded
+    eager_s, expected = _best_round(s, passes, plain)
+    _round(s, passes, recorded)  # the first of a shape is no graph yet
+    recorded_s, found = _best_round(s, passes, recorded)
+    is_same = float((found - expected).norm() / expected.norm()) <= MAX_DIFFERENCE
+    is_faster = _says_main(s, recorded.count == len(passes) and is_same and recorded_s < eager_s)
+    told = f"recorded as a graph a step takes {recorded_s / eager_s:.0%} of its time without"
+    s.report.event("recorded", told if is_faster else f"{told}; the run goes on without", is_faster=is_faster)
+    return is_faster
 
 
 def _is_open(s: Session) -> bool:
@@ -79,28 +110,31 @@ def _is_open(s: Session) -> bool:
     return can_compile and s.config.train.compile == "trial" and not s.config.adapter.dropout
 
 
-def pays(s: Session, start: int) -> bool:
+def pays(s: Session, start: int, *, is_recorded: bool = False) -> bool:
     """Try, unless an earlier trial says that too few steps are left; whether the blocks, compiled now, are faster.
+    `is_recorded`: steps are, compiled or not.
 
     What goes wrong meanwhile is told as a warning, and is a no.
     """
     train = s.config.train
     left, passes, scale = train.steps - start, *_passes(s, start)
-    path, key = folder_of(s.config) / TRIALS, _key(s, passes)
+    path, key = folder_of(s.config) / TRIALS, _key(s, passes) + (", recorded" if is_recorded else "")
     known = _known(path)
     is_open = left >= 1 and not (key in known and known[key].steps_to_pay >= left)
     if not _says_main(s, is_open):
         return False
     session.set_training_(s, True)
-    _round(s, passes)  # kernels are loaded
-    eager_s, expected = _best_round(s, passes)
+    run = _run_of(s, is_recorded=is_recorded)
+    _round(s, passes, run)  # kernels are loaded
+    eager_s, expected = _best_round(s, passes, run)
     guess = Trial(eager_s * scale, eager_s * scale * (1 - ASSUMED_SAVING), ASSUMED_S)
     if not _says_main(s, known.get(key, guess).steps_to_pay < left):
         return False
     s.report.event("compiling", "compiling the denoiser's blocks, once, for a minute or so")
     has_failed = False
     try:
-        compiling_s, compiled_s = _compile(s, passes, expected)
+        run = _run_of(s, is_recorded=is_recorded)
+        compiling_s, compiled_s = _compile(s, passes, expected, run)
     except Exception as error:  # of a compiler, on code that it has never seen: anything may come
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:MAX_REASON_CHARACTERS]
         s.report.warn(f"compiling failed ({reason}); the run goes on without. Delete {path} to have it tried again.")
@@ -131,14 +165,14 @@ def _count(s: Session, value: bool) -> int:
     return round(float(counted[0]))
 
 
-def _compile(s: Session, passes: Sequence[MicroStep], expected: Tensor) -> tuple[float, float]:
+def _compile(s: Session, passes: Sequence[MicroStep], expected: Tensor, run: Run) -> tuple[float, float]:
     """Seconds of compiling, and of a round from then on. Raises whatever a compiler does, and RuntimeError when the
     gradient is not what is `expected`."""
     began = time.perf_counter()
     s.family.compile_denoiser_()
-    _round(s, passes)
+    _round(s, passes, run)
     compiling_s = time.perf_counter() - began
-    compiled_s, found = _best_round(s, passes)
+    compiled_s, found = _best_round(s, passes, run)
     difference = float((found - expected).norm() / expected.norm())
     if not difference <= MAX_DIFFERENCE:
         raise RuntimeError(f"it changes the gradient by {difference:.0%}")
@@ -168,17 +202,25 @@ def _passes(s: Session, start: int) -> tuple[list[MicroStep], float]:
     return passes, count / max(1, len(steps) * len(passes))
 
 
-def _best_round(s: Session, passes: Sequence[MicroStep]) -> tuple[float, Tensor]:
+def _run_of(s: Session, *, is_recorded: bool = False) -> Run:
+    """How the micro-steps of a trial are run."""
+    return Graphs(s, _scaled) if is_recorded else partial(loop.run_pass, s, scale=_scaled)
+
+
+def _scaled(loss: Tensor) -> Tensor:
+    return loss * LOSS_SCALE
+
+
+def _best_round(s: Session, passes: Sequence[MicroStep], run: Run) -> tuple[float, Tensor]:
     """The fastest of several rounds."""
-    return min((_round(s, passes) for _ in range(ROUNDS)), key=lambda found: found[0])
+    return min((_round(s, passes, run) for _ in range(ROUNDS)), key=lambda found: found[0])
 
 
-def _round(s: Session, passes: Sequence[MicroStep]) -> tuple[float, Tensor]:
+def _round(s: Session, passes: Sequence[MicroStep], run: Run) -> tuple[float, Tensor]:
     """Seconds of one pass each, and the gradient times `LOSS_SCALE`, float32 `[parameters]`; nothing of it stays."""
     began = time.perf_counter()
     for micro in passes:
-        ((loop.losses_of(s, micro) * micro.weights).sum() * LOSS_SCALE).backward()
-        loop.gather_(s)
+        run(micro)
     gradient = torch.cat([g.reshape(-1) for flat in s.trained for _, g in flat.gradients()])
     _forget_gradients_(s)
     gradient[0].item()  # waits for the device

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +44,24 @@ class MicroStep:
     weights: Tensor
 
 
-def optimize(s: Session, start: int) -> None:
-    """Steps `start` to the last, saving and drawing on the way. Raises Interrupted after a save, NumericError before
-    anything is kept of a step that is not finite."""
-    train, order, tally = s.config.train, s.prepared.order, Tally(s)
+Run = Callable[[MicroStep], Tensor]
+"""Runs a micro-step: gives the losses of its rows, and adds their gradients to those of the step."""
+Scale = Callable[[Tensor], Tensor]
+"""Of a loss, before its backward pass."""
+
+
+@runtime_checkable
+class Forgetful(Protocol):
+    """A `Run` that holds memory of the device from one micro-step to the next."""
+
+    def forget(self) -> None:
+        """Give that memory back."""
+
+
+def optimize(s: Session, start: int, run: Run | None = None) -> None:
+    """Steps `start` to the last, saving and drawing on the way; `run`: how a micro-step is run, by default `run_pass`.
+    Raises Interrupted after a save, NumericError before anything is kept of a step that is not finite."""
+    train, order, tally, run = s.config.train, s.prepared.order, Tally(s), run or partial(run_pass, s)
     following = _with_first_made(micro_steps(s, start))
     for step in range(start, train.steps):
         rows = order.at(step)
@@ -53,10 +69,7 @@ def optimize(s: Session, start: int) -> None:
         session.set_training_(s, True)
         losses = torch.zeros(len(rows), device=s.accelerator.device)
         for micro in following:
-            loss = losses_of(s, micro)
-            s.scaler.scale((loss * micro.weights).sum()).backward()
-            gather_(s)
-            losses.index_copy_(0, micro.positions, loss.detach())
+            losses.index_copy_(0, micro.positions, run(micro))
         following = _with_first_made(micro_steps(s, step + 1))  # while the device still computes
         norm_loss = _norm_backward_(s)
         losses, asked = _share(s, losses)
@@ -65,7 +78,25 @@ def optimize(s: Session, start: int) -> None:
         s.scaler.step(s.optimizer)
         s.scaler.update()
         s.optimizer.zero_grad(set_to_none=True)
-        _save_and_draw(s, step + 1, tally)
+        if _is_looked_at(s, step + 1, tally):
+            if isinstance(run, Forgetful):
+                run.forget()
+            _save_and_draw(s, step + 1, tally)
+
+
+def run_pass(s: Session, micro: MicroStep, scale: Scale | None = None) -> Tensor:
+    """Losses of each row of a micro-step, float32 `[B]`; its gradients, `scale`d, are added to the step's."""
+    losses = backward(s, micro, scale)
+    gather_(s)
+    return losses
+
+
+def backward(s: Session, micro: MicroStep, scale: Scale | None = None) -> Tensor:
+    """Losses of each row of a micro-step, and their weighted sum's gradients, `scale`d, by default as the run scales
+    them. Nothing in here waits for the device."""
+    losses = losses_of(s, micro)
+    (scale or s.scaler.scale)((losses * micro.weights).sum()).backward()
+    return losses.detach()
 
 
 def gather_(s: Session) -> None:
@@ -153,21 +184,30 @@ def _reduce_and_clip_(s: Session) -> Tensor:
     return nn.utils.clip_grad_norm_(vectors, s.config.optimizer.max_grad_norm)
 
 
+def _is_looked_at(s: Session, done: int, tally: Tally) -> bool:
+    """Whether after `done` steps something is saved or drawn, or the run stops."""
+    return _is_saved(s, done) or _is_stopping(s, tally) or session.is_preview_due(s, done)
+
+
+def _is_saved(s: Session, done: int) -> bool:
+    return done % s.config.train.save_every_steps == 0 or done == s.config.train.steps
+
+
+def _is_stopping(s: Session, tally: Tally) -> bool:
+    return tally.is_stopping if s.accelerator.num_processes > 1 else bool(s.stop)
+
+
 def _save_and_draw(s: Session, done: int, tally: Tally) -> None:
     """A checkpoint and a preview, each at its turn; a checkpoint also after the last step there will be. Raises
     Interrupted where a signal asked to stop, after everything was saved."""
-    train = s.config.train
-    is_stopping = tally.is_stopping if s.accelerator.num_processes > 1 else bool(s.stop)
-    is_saving = done % train.save_every_steps == 0 or done == train.steps or is_stopping
-    if not is_saving and not session.is_preview_due(s, done):
-        return
+    is_stopping = _is_stopping(s, tally)
     tally.read()
-    if is_saving:
+    if _is_saved(s, done) or is_stopping:
         session.save(s, done)
     if is_stopping:
         if not s.stop:  # another process was asked
             s.stop.signal_number = signal.SIGTERM
-        told = f"stopped after step {done} of {train.steps}, everything is saved"
+        told = f"stopped after step {done} of {s.config.train.steps}, everything is saved"
         s.stop.check(f"{told}; continue with: {s.continue_command}")
     session.draw_preview(s, done)
     tally.restart_clock()

@@ -104,8 +104,8 @@ def train(
         accelerator.init_trackers("lora_booth")
         start = session.restore(s)
         session.draw_preview(s, start)  # of a run killed between a checkpoint and its pictures
-        with compiling.where_it_pays(s, start):
-            loop.optimize(s, start)
+        with compiling.where_it_pays(s, start) as run_pass:
+            loop.optimize(s, start, run_pass)
         stopwatch.lap("steps and previews")
         return ending.finish(s, stopwatch, judge)
 

@@ -77,7 +77,7 @@ def test_a_missing_section_names_its_required_keys() -> None:
         ("evaluate.strengths=[0]", "evaluate.strengths.0 is 0, but it should be greater than 0."),
         ("prior.captions=a cat", 'prior.captions is "a cat", but it should be a list.'),
         ("train.gradient_checkpointing=1.5", "train.gradient_checkpointing is 1.5"),
-        ("train.compile=maybe", 'train.compile is "maybe"; use true, false or "trial".'),
+        ("train.compile=maybe", 'train.compile is "maybe"; use true, false, "trial" or "graph".'),
         ("adapter.dropout=1", "adapter.dropout is 1"),
         ("export.name=../../etc", "export.name"),
         ("export.formats=[kohya]", "export.formats"),

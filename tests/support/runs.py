@@ -73,7 +73,7 @@ def session_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> session.Sessi
     """The session that `train` makes of `config`, before its first step."""
     caught = []
 
-    def catch(session: session.Session, start: int) -> None:
+    def catch(session: session.Session, start: int, *_: Any) -> None:
         caught.append(session)
         raise KeyboardInterrupt
 

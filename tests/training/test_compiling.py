@@ -190,7 +190,7 @@ def test_fp16_gradients_are_compared_though_the_run_s_own_scale_may_overflow(
     config = make_config(train={"steps": 40, "compile": "trial"}, model={"precision": "fp16"})
     s = replace(session_of(config, monkeypatch), scaler=torch.amp.GradScaler("cpu", init_scale=2.0**60))
     passes, _ = compiling._passes(s, 0)
-    _, gradient = compiling._round(s, passes)
+    _, gradient = compiling._round(s, passes, compiling._run_of(s))
     assert gradient.isfinite().all()
     assert gradient.norm() > 0
 
@@ -206,7 +206,7 @@ def test_every_shape_that_comes_soon_is_tried(make_config: MakeConfig, monkeypat
     assert scale * len(passes) == pytest.approx(len(everything) / 9)
 
 
-def opened(monkeypatch: pytest.MonkeyPatch, pays: Callable[[session.Session, int], bool]) -> None:
+def opened(monkeypatch: pytest.MonkeyPatch, pays: Callable[..., bool]) -> None:
     monkeypatch.setattr(compiling, "_is_open", lambda _: True)
     monkeypatch.setattr(compiling, "pays", pays)
 
@@ -219,7 +219,7 @@ def test_on_a_cpu_nothing_is_tried(make_config: MakeConfig, monkeypatch: pytest.
 def test_a_trial_changes_nothing_of_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, tried, pays = trained(make_config(name="plain")), [], compiling.pays
 
-    def try_(s: session.Session, start: int) -> bool:
+    def try_(s: session.Session, start: int, **_: Any) -> bool:
         monkeypatch.setattr(s.family, "compile_denoiser_", lambda: tried.append(start))
         return pays(s, start)
 
@@ -239,7 +239,7 @@ def test_blocks_run_compiled_only_where_that_pays(
     plain, pays, counters = trained(make_config(name="plain")), compiling.pays, torch._dynamo.utils.counters
     found: list[int] = []
 
-    def judge(s: session.Session, start: int) -> bool:
+    def judge(s: session.Session, start: int, **_: Any) -> bool:
         pays(s, start)
         found.append(counters["stats"]["unique_graphs"])
         torch._dynamo.reset()  # so that running compiled would compile again

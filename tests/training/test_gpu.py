@@ -23,7 +23,7 @@ from lora_booth.training.objective import Draws
 from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 from tests.support import tiny
-from tests.support.runs import At, assert_near, session_of, trained
+from tests.support.runs import At, Recorder, assert_near, session_of, trained
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,6 +95,18 @@ def test_every_way_to_hold_the_base_trains(settings: dict[str, str], make_config
 def test_compiled_blocks_compute_nearly_the_same(make_config: MakeConfig) -> None:
     plain, compiled = (trained(make_config(name=str(c), train={"steps": 2, "compile": c})) for c in (False, True))
     assert_near(plain, compiled, 1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["images", "model"])
+def test_recorded_steps_compute_nearly_the_same(family: str, mode: str, make_config: MakeConfig) -> None:
+    settings = {"steps": 6, "save_every_steps": 3, "gradient_checkpointing": 0}
+    found, heard = [], Recorder()
+    for compile in (False, "graph"):
+        config = make_config(family, name=str(compile), train=settings | {"compile": compile}, prior={"mode": mode})
+        found.append(trained(config, heard))
+    assert not heard.warnings
+    assert_near(*found, 1e-2)
 
 
 def test_a_trial_of_the_compiler_is_kept_and_changes_nearly_nothing(

@@ -393,7 +393,7 @@ def test_modules_are_gone_through_only_when_their_mode_changes(
         modes.append(mode)
         return honest(module, mode)
 
-    def counted(s: session.Session, start: int) -> None:
+    def counted(s: session.Session, start: int, *_: Any) -> None:
         monkeypatch.setattr(UNet2DConditionModel, "train", count)
         optimize(s, start)
 
