@@ -16,7 +16,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 
 from lora_booth.config.config import Config
+from lora_booth.run import imports
 from tests.support import tiny
+
+imports.leave_out_("bitsandbytes")  # as the commands do: a second of every process
+with imports.sparing():
+    import diffusers  # noqa: F401  # looks for it once
 
 CRASH_REPORTS = Path(tempfile.mkdtemp(prefix="lora-booth-reports-"))
 os.environ["LORA_BOOTH_REPORTS"] = str(CRASH_REPORTS)

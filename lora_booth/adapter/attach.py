@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lora_booth.adapter import peft_layers
 from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import AdapterWeights, find_module, misfit
 from lora_booth.errors import ModelError
@@ -23,7 +24,8 @@ def load_into_(pipeline: Any, name: str, weights: AdapterWeights, family: str) -
     to_tensors = storage.FORMATS["diffusers"].to_tensors  # diffusers itself knows fewer namings, and drops kohya's DoRA
     names = []
     for kind, part in _alike(weights).items():
-        pipeline.load_lora_weights(to_tensors(part, family, torch.float32), adapter_name=f"{name}_{kind}")
+        with peft_layers.knowing_loaded_quantizers():
+            pipeline.load_lora_weights(to_tensors(part, family, torch.float32), adapter_name=f"{name}_{kind}")
         names.append(f"{name}_{kind}")
     return names
 

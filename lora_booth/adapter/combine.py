@@ -28,6 +28,7 @@ from torch import Tensor
 from lora_booth.adapter.decompose import Approximation, approximate
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, Dense, LowRank, delta, uses_dora, weight_shape
 from lora_booth.errors import ConfigError, ModelError
+from lora_booth.run import imports
 
 METHODS = ("concat", "svd", "linear", "ties", "dare_linear", "dare_ties")
 WITH_RANK = ("svd", "ties", "dare_linear", "dare_ties")
@@ -198,7 +199,8 @@ def _change(name: str, parts: Sequence[Part], recipe: Recipe) -> LowRank | Tenso
         if all(isinstance(update, LowRank) for update, _ in parts):
             return concatenated(parts)
         return torch.stack([strength * delta(update) for update, strength in parts]).sum(0)
-    from peft.utils import merge_utils
+    with imports.sparing():
+        from peft.utils import merge_utils
 
     deltas = [delta(update) for update, _ in parts]
     strengths = torch.tensor([strength for _, strength in parts], dtype=torch.float32)

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_booth.adapter import peft_layers
@@ -34,7 +32,12 @@ from lora_booth.config.settings import AdapterConfig
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.models.bases import unets
 from lora_booth.models.bases.architectures import is_text
+from lora_booth.run import imports
 from lora_booth.run.randomness import generator_for
+
+with imports.sparing():
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
 TEXT_ATTENTION = "text-attention"
 """The preset of every text encoder: q, k, v and out together, since A1111 merges OpenCLIP's fused attention only so."""
@@ -289,7 +292,7 @@ def _inject_one_(module: nn.Module, config: AdapterConfig, plan: _Plan) -> None:
     )
     peft_config._register_custom_module(peft_layers.LAYERS)
     is_training = module.training
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), peft_layers.knowing_loaded_quantizers():
         inject_adapter_in_model(peft_config, module, ADAPTER)
     module.train(is_training)
     layers = _layers(module)

@@ -14,13 +14,19 @@ instead of three times. A float32 base computes PEFT's own numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
 from torch import Tensor, nn
+
+from lora_booth.run import imports
+
+with imports.sparing():
+    from peft import import_utils
+    from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -84,6 +90,23 @@ class BaseTypeConv2d(Conv2d):
         hidden: Tensor = first._conv_forward(self.lora_dropout[adapter](x), down, None)
         update: Tensor = second._conv_forward(hidden, up, None)
         return _add_(output, update, self.scaling[adapter])
+
+
+@contextmanager
+def knowing_loaded_quantizers() -> Iterator[None]:
+    """Inside, PEFT holds bitsandbytes for installed only where it is loaded, as it is when a base has layers of it.
+
+    Else PEFT would import it to look for them.
+    PEFT asks once and keeps the answer, which another base may change.
+    """
+    questions = (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available)
+    for ask in questions:
+        ask.cache_clear()
+        with imports.hidden("bitsandbytes"):
+            ask()
+    yield
+    for ask in questions:
+        ask.cache_clear()
 
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: BaseTypeLinear, nn.Conv2d: BaseTypeConv2d}

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_booth.run import imports
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")]
 File = Annotated[
@@ -34,7 +36,8 @@ def inspect(
 
     Runs nothing from the file.
     """
-    from lora_booth.verbs.inspect import inspect as verb
+    with imports.sparing():
+        from lora_booth.verbs.inspect import inspect as verb
 
     with _listening(as_json, False) as report:
         verb(file, report, picture=picture)
@@ -59,7 +62,8 @@ def export(
     lora-booth export runs/sks_dog/sks_dog_diffusers.safetensors --out for_comfyui --format kohya
     lora-booth export runs/sks_dog --step best
     """
-    from lora_booth.verbs.export import export as verb
+    with imports.sparing():
+        from lora_booth.verbs.export import export as verb
 
     with _listening(as_json, quiet) as report:
         verb(
@@ -105,7 +109,9 @@ def merge(
     """
     from lora_booth.cli.parsing import parse_adapter
     from lora_booth.errors import ConfigError
-    from lora_booth.verbs import merge as verb
+
+    with imports.sparing():
+        from lora_booth.verbs import merge as verb
 
     adapters = [parse_adapter(text) for text in adapter]
     choices: dict[str, Any] = {
@@ -152,7 +158,8 @@ def resize(
 
     lora-booth resize sks_dog.safetensors --rank 8
     """
-    from lora_booth.verbs.resize import resize as verb
+    with imports.sparing():
+        from lora_booth.verbs.resize import resize as verb
 
     with _listening(as_json, quiet) as report:
         verb(
@@ -185,7 +192,8 @@ def extract(
 
     lora-booth extract --base sd15 --tuned my_model.safetensors --rank 32 --out my_model_lora.safetensors
     """
-    from lora_booth.verbs.extract import extract as verb
+    with imports.sparing():
+        from lora_booth.verbs.extract import extract as verb
 
     with _listening(as_json, quiet) as report:
         verb(

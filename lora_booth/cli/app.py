@@ -13,7 +13,7 @@ import typer
 
 from lora_booth.cli import adapters, evaluation, parsing
 from lora_booth.cli.adapters import Json, LeaveOut, Quiet
-from lora_booth.run import systems
+from lora_booth.run import imports, systems
 
 if TYPE_CHECKING:
     from lora_booth.config.config import Config
@@ -52,6 +52,7 @@ def main() -> None:
     from lora_booth.config.inputs import reason
     from lora_booth.errors import DiskError
 
+    imports.leave_out_("bitsandbytes")  # who trains with it or quantises by it imports it by its name
     with lasting() as output:
         _speak_plainly()
         code, message = _ending(sys.argv[1:])
@@ -160,6 +161,7 @@ def plan(
     from lora_booth.models import cards
     from lora_booth.verbs import plan as verb
 
+    imports.leave_out_("scipy")  # nothing is drawn or compared
     config = _config(settings, subject, class_noun, token, base, prior, vram, out)
     with _listening(as_json, False) as report:
         verb.show(config, report, None if card is None else cards.named(card))
@@ -196,7 +198,8 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Draw pictures with a base and adapters, as a grid of prompts and strengths."""
-    from lora_booth.verbs import generate as verb
+    with imports.sparing():
+        from lora_booth.verbs import generate as verb
 
     with _listening(as_json, quiet) as report:
         verb.generate(
@@ -326,7 +329,8 @@ def _train(config: Config, report: Any, command: str) -> None:
     from lora_booth.planning.decide import look
 
     inputs = look(config, report)
-    from lora_booth.verbs.train import train as run
+    with imports.sparing():
+        from lora_booth.verbs.train import train as run
 
     _show_summary(run(config, inputs=inputs, report=report, continue_command=command), report)
 

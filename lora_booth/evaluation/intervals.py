@@ -2,6 +2,7 @@
 
 What lives here: one-dimensional samples in, numbers out. What does not: what is independent of what. Pictures of one
 subject are not independent samples of subjects, so figures over several subjects are those of the subjects' means.
+scipy is imported where it is used: it takes half a second, which runs that compare nothing need not pay.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 CONFIDENCE = 0.9
 """Of an interval: 5 % lie on either side, so that its upper end is a one-sided bound of 95 %."""
@@ -43,6 +43,8 @@ def mean_interval(values: Sequence[float], *, confidence: float = CONFIDENCE, se
     mean = float(sample.mean())
     if np.ptp(sample) == 0:
         return Interval(float(sample[0]), float(sample[0]), float(sample[0]), confidence)
+    from scipy import stats
+
     ends = stats.bootstrap(
         (sample,),
         np.mean,
@@ -69,6 +71,8 @@ def sign_flip(differences: Sequence[float], *, seed: int = 0) -> float:
     """
     sample = np.asarray(differences, dtype=np.float64)
     assert sample.ndim == 1 and len(sample) and np.isfinite(sample).all(), "a test needs finite differences"
+    from scipy import stats
+
     found = stats.permutation_test(
         (sample,),
         np.sum,

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -108,6 +107,8 @@ def nearest_is_same(features: Tensor, labels: Sequence[str]) -> float:
 def separation(same: Sequence[float], different: Sequence[float]) -> float:
     """AUC: the chance that a pair of the same subject has a larger cosine than one of different subjects; ties count a
     half (Mann & Whitney 1947)."""
+    from scipy import stats  # half a second, which runs that compare nothing need not pay
+
     wins = float(stats.mannwhitneyu(same, different).statistic)
     return wins / (len(same) * len(different))
 

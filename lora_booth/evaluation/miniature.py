@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from lora_booth.errors import ModelError
 from lora_booth.evaluation.features import Tower, pooled, record_of
 from lora_booth.models.bases.sources import EMBEDDED
 from lora_booth.models.families.prompts import Tokens
-from lora_booth.run import disk, safetensors
+from lora_booth.run import disk, imports, safetensors
 from lora_booth.run.versions import VERSION
+
+with imports.sparing():
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 NAME = "miniature"
 SIDE_PX = 64

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from lora_booth.config import inputs
 from lora_booth.errors import LoraBoothError, ModelError, lacks_memory
@@ -20,7 +19,10 @@ from lora_booth.evaluation.features import Tower, pooled, record_of
 from lora_booth.models.bases import encoders
 from lora_booth.models.families.components import quiet
 from lora_booth.models.families.prompts import Tokens
-from lora_booth.run import disk
+from lora_booth.run import disk, imports
+
+with imports.sparing():
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 WITH_TEXTS = ("clip", "siglip", "siglip2")
 """Kinds whose texts lie in the space of their pictures, and are encoded without a mask, padded to the window."""

@@ -71,7 +71,8 @@ SETTINGS = (
 """Environment variables that decide about devices; told where they are set."""
 _MARK = "lora-booth doctor: "
 _START = """
-import json, sys
+import gc, json, sys
+gc.disable()
 sys.path[:] = json.loads(sys.argv[1])
 from lora_booth.verbs.doctor import _probe
 _probe(*json.loads(sys.argv[2]))

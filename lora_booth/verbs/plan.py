@@ -18,6 +18,7 @@ from lora_booth.errors import LoraBoothError, lacks_memory
 from lora_booth.models import cards
 from lora_booth.models.cards import Card
 from lora_booth.planning import decide
+from lora_booth.run import imports
 from lora_booth.run.report import Report
 from lora_booth.run.state import is_begun, is_finished
 
@@ -73,8 +74,9 @@ def _show_prediction(wished: Config, config: Filled, inputs: Inputs, report: Rep
 
     Then the time: on `card`, or the one that is here, or on usual ones with enough memory. Then what was chosen.
     """
-    from lora_booth.models import devices
-    from lora_booth.planning import budget, duration, memory
+    with imports.sparing():
+        from lora_booth.models import devices
+        from lora_booth.planning import budget, duration, memory
 
     bucket, here = decide.largest_bucket(config, inputs.pictures), devices.here(config.memory.device)
     config = devices.without_moving(config, here) if card is None else config

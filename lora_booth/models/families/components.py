@@ -33,6 +33,7 @@ from lora_booth.models.bases.sources import SHIPPED_CONFIGS, component_weights, 
 from lora_booth.models.families.prompts import Tokens
 from lora_booth.models.families.quantize import Quantization, move_frozen_, quantize_
 from lora_booth.models.families.vae import Vae
+from lora_booth.run import imports
 from lora_booth.run.number_types import FLOATS
 from lora_booth.run.safetensors import read_layout
 
@@ -333,8 +334,10 @@ def quiet() -> Iterator[None]:
 
     What matters of it (missing weights, wrong shapes) is checked here and raised.
     """
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
+    with imports.sparing():
+        import transformers.modeling_utils  # noqa: F401  # so both have looked for all that they ever will
+        from diffusers.utils import logging as of_diffusers
+        from transformers.utils import logging as of_transformers
 
     libraries = [of_diffusers, of_transformers]
     before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
