@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_booth.config.resolved import Filled
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.bases.sources import SHIPPED_CONFIGS
-from lora_booth.planning.memory import Modules, make_batch
-from lora_booth.planning.tracing import Work, fused_attention, moves_nothing
+from lora_booth.planning.built import make_batch
+from lora_booth.planning.memory import Modules
+from lora_booth.planning.tracing import fused_attention, moves_nothing
+from lora_booth.planning.work import Work
 from lora_booth.training.batch import sample_losses
 from lora_booth.training.objective import objective_for
 
@@ -55,17 +57,19 @@ def modules_of(architecture: str, *, rank: int = 8) -> tuple[Modules, Filled]:
 def of_step(architecture: str, *, rank: int = 8) -> Starts:
     """The operations of one micro-step of one row."""
     modules, config = modules_of(architecture, rank=rank)
-    shape = modules.latent_shape(modules.square(config))
-    batch = make_batch(modules.family, 1, shape, is_text_trained=False, device=torch.device("meta"))
-    for module in modules.adapted.values():
+    built, shape = modules.built, modules.latent_shape(modules.square(config))
+    with torch.no_grad():
+        encoded = built.family.encode_prompts([""])
+    batch = make_batch(built.family, 1, shape, encoded, device=torch.device("meta"))
+    for module in built.adapted.values():
         module.train()
-    modules.family.prepare_denoiser_(gradient_checkpointing=0.0, attention="sdpa", is_offloading=False)
-    objective, starts, attention = objective_for(config.objective, modules.family.schedule), Starts(), Work()
+    built.family.prepare_denoiser_(gradient_checkpointing=0.0, attention="sdpa", is_offloading=False)
+    objective, starts, attention = objective_for(config.objective, built.family.schedule), Starts(), Work()
     with fused_attention(attention), starts:
-        for flat in modules.trained:
+        for flat in built.trained:
             flat.refresh_()
-        sample_losses(modules.family, objective, batch).sum().backward()
-        for flat in modules.trained:
+        sample_losses(built.family, objective, batch).sum().backward()
+        for flat in built.trained:
             flat.add_(flat.take())
     starts.computing["attention"] = round(attention.num_operations)
     return starts

@@ -30,8 +30,9 @@ from lora_booth.adapter import inject
 from lora_booth.config import presets
 from lora_booth.config.resolved import Filled
 from lora_booth.models import loading
-from lora_booth.planning import memory
+from lora_booth.planning import built, memory
 from lora_booth.planning.tracing import held_bytes, tensors_of
+from lora_booth.training.flat import Flat
 from lora_booth.training.objective import objective_for
 
 ARCHITECTURE_OF = {"sd15": "sd1", "sd21": "sd2_v", "sdxl": "sdxl"}
@@ -102,11 +103,11 @@ def on_cpu(base: Path, share: float, side_px: int) -> Row:
     family.denoiser.train()
     family.prepare_denoiser_(gradient_checkpointing=share, attention="sdpa")
     rows = memory.rows_per_pass(config)
-    batch = memory.make_batch(family, rows, shape, is_text_trained=False, device=torch.device("cpu"))
+    batch = built.make_batch(family, rows, shape, family.encode_prompts([""]), device=torch.device("cpu"))
     family.release_text_encoders()
     known = tensors_of([family.denoiser])
     objective = objective_for(config.objective, family.schedule)
-    gradients, others, _ = memory.trace_step(family, objective, batch, parameters, known)
+    gradients, others, _ = built.trace_step(family, objective, batch, [Flat(parameters)], known)
     measured = gradients + others + held_bytes(known) + held_bytes(batch.tensors)
     return Row(f"one step at {side_px} px, share {share:g}", predicted / GIB, measured / GIB)
 

@@ -54,8 +54,7 @@ def target_modules(
 ) -> list[str]:
     """Names of the linear and convolutional layers of the plain `module` that `targets` means, in the module's order.
 
-    `targets`: a key of `presets` (those of the module's family), TEXT_ATTENTION, or "regex:…" matched against whole
-    names.
+    `targets`: a key of `presets` (those of the family), TEXT_ATTENTION, or "regex:…" matched against whole names.
     `num_used_layers`: text encoder layers that reach the output; later ones would get no gradient and are left out.
     Raises ModelError when nothing matches, ConfigError when `targets` is no preset or not a regular expression.
     """

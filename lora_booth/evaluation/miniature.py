@@ -16,9 +16,6 @@ from lora_booth.models.families.prompts import Tokens
 from lora_booth.run import disk, imports, safetensors
 from lora_booth.run.versions import VERSION
 
-with imports.sparing():
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
 NAME = "miniature"
 SIDE_PX = 64
 
@@ -28,6 +25,9 @@ def miniature(device: torch.device) -> Tower:
 
     Raises ModelError where the package lacks a file of it.
     """
+    with imports.sparing():
+        from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
     files = [EMBEDDED / part / "model.safetensors" for part in ("evaluator", "text_encoder")]
     config = EMBEDDED / "evaluator" / "config.json"
     for path in (*files, config):

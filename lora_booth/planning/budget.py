@@ -115,7 +115,9 @@ def choose(
     chosen, of_pictures = _with_drawing(modules, config.with_values(option.changes), budget_gib, bucket)
     for_pictures = {key: getattr(chosen.memory, key) for key in CHOSEN_FOR_PICTURES}
     changes = {"train": option.changes["train"], "memory": {**option.changes["memory"], **for_pictures}}
-    return Plan(changes, (*reasons, *of_pictures), modules.phases(chosen, bucket), budget_gib, modules)
+    phases = modules.phases(chosen, bucket)
+    modules.counts.keep()
+    return Plan(changes, (*reasons, *of_pictures), phases, budget_gib, modules)
 
 
 def choose_for_pictures(config: Filled, facts: BaseFacts, budget_gib: float, bucket: Bucket) -> Filled:
@@ -147,15 +149,19 @@ def levers(config: Filled) -> tuple[Lever, ...]:
     return tuple(found)
 
 
-def savings(config: Filled, facts: BaseFacts, *, bucket: Bucket | None = None) -> tuple[Lever, ...]:
-    """`levers` with what each saves of a training step, by default at the resolution's square. Raises as `choose`."""
-    modules, found = Modules.of(config, facts), []
+def savings(
+    config: Filled, facts: BaseFacts, *, bucket: Bucket | None = None, modules: Modules | None = None
+) -> tuple[Lever, ...]:
+    """`levers` with what each saves of a training step, by default at the resolution's square. `modules`: as `choose`
+    has them. Raises as it does."""
+    modules, found = modules or Modules.of(config, facts), []
     before = modules.step(config, bucket).gib
     for lever in levers(config):
         config = config.with_values(lever.changes)
         if lever.changes.keys() & {"adapter", "model"}:
-            modules = Modules.of(config, facts)
+            modules = modules.like(config)
         after = modules.step(config, None if "data" in lever.changes else bucket).gib
+        modules.counts.keep()
         found.append(replace(lever, saved_gib=before - after))
         before = after
     return tuple(found)

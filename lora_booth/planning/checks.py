@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import torch
 
-from lora_booth.adapter import inject
 from lora_booth.adapter.files import storage
 from lora_booth.adapter.files.family import family_of
 from lora_booth.config.config import Config
 from lora_booth.config.inputs import shown
+from lora_booth.config.resolved import Filled
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.planning.memory import Modules
 from lora_booth.training import optimizers
 
 
-def check(config: Config, modules: Modules, *, device_type: str) -> None:
-    """Raises ConfigError or ModelError for what training would find later. `modules`: those of `config`."""
+def check(config: Filled, modules: Modules, *, device_type: str | None) -> None:
+    """Raises ConfigError or ModelError for what training would find later. `modules`: those of `config`.
+
+    `device_type`: None where nothing will be trained now, so that an optimizer whose bytes are known is not made.
+    """
     _require_visible(config, modules)
-    parameter = torch.nn.Parameter(torch.zeros(8))
-    optimizers.make([{"params": [parameter], "lr": 1e-6}], config.optimizer, device_type=device_type)
+    if device_type is not None or not modules.knows_optimizer(config):
+        parameter = torch.nn.Parameter(torch.zeros(8))
+        optimizers.make([{"params": [parameter], "lr": 1e-6}], config.optimizer, device_type=device_type or "cuda")
     if config.adapter.continue_from is not None:
-        path, family = config.adapter.continue_from, modules.family.name
+        from lora_booth.adapter import inject
+
+        path, family = config.adapter.continue_from, modules.facts.family
         weights = storage.read(path)
         told = family_of(weights, storage.read_metadata(path))
         if told not in (None, family):
@@ -33,13 +39,15 @@ def check(config: Config, modules: Modules, *, device_type: str) -> None:
                 f"adapter.continue_from {path.name} is of {told}, but model.base is of {family}; name an adapter or a "
                 "base of the other's family."
             )
-        inject.require_fit(modules.adapted, weights, path.name)
+        inject.require_fit(modules.built.adapted, weights, path.name)
 
 
 def _require_visible(config: Config, modules: Modules) -> None:
     """Token and class noun must fit into the text encoder's window, or no prompt could name the subject."""
     words = config.fill("{token} {class}")
-    for cut in modules.family.words_cut([words]).values():
+    if words.isascii() and len(words) <= modules.size("tokens of a prompt") - 2:  # no token is less than a letter
+        return
+    for cut in modules.built.family.words_cut([words]).values():
         raise ConfigError(
             f'subject.token and subject.class_noun are "{shown(words)}", of which the text encoder does not see '
             f'"…{shown(cut[-40:])}"; choose shorter words.'

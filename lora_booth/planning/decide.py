@@ -108,16 +108,18 @@ def continued_adapter(config: Config) -> dict[str, str]:
     return {p.name: disk.sha256(p) for p in (path, beside) if p == path or is_plain_file(p)}
 
 
-def check(config: Filled, *, device_type: str, facts: BaseFacts) -> Modules | None:
+def check(config: Filled, *, device_type: str | None, facts: BaseFacts) -> Modules | None:
     """The base's modules without weights, with the adapter of `config`, in which no fault was found; None where
     this version of torch cannot build them, which is logged and does not stop training.
+
+    `device_type`: as `checks.check` has it.
 
     Raises ConfigError or ModelError for what would else be told after class images were drawn.
     """
     from lora_booth.planning import checks, memory
 
     try:
-        modules = memory.Modules.of(config, facts)
+        modules = memory.Modules.of(config, facts, is_kept=True)
     except LoraBoothError:
         raise
     except Exception as error:

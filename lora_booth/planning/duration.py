@@ -17,8 +17,8 @@ from lora_booth.data.subject import Pictures
 from lora_booth.evaluation.prediction import ROWS
 from lora_booth.models.cards import Card
 from lora_booth.planning.memory import Modules
-from lora_booth.planning.tracing import Work
-from lora_booth.training import choosing, prepare
+from lora_booth.planning.work import Work
+from lora_booth.training import candidates
 from lora_booth.training.order import VALIDATION_ROWS, validation_levels
 
 
@@ -76,12 +76,12 @@ def predict(modules: Modules, config: Filled, pictures: Pictures, bucket: Bucket
         drawing = modules.draw_work(config, square, shown.sampler_steps, is_guided=is_guided)
         other += [drawing * num_drawn, modules.decode_work(config, square) * num_drawn]
     if config.evaluate.choose == "best":
-        num_unrelated, solver_steps = len(prepare.asked(config)[1].unrelated), choosing.solver_steps(config)
+        num_unrelated, solver_steps = len(candidates.asked(config)[1].unrelated), candidates.solver_steps(config)
         picture = modules.draw_work(config, square, solver_steps, is_guided=is_guided)
         look = modules.draw_work(config, square, 1, is_guided=False)
         num_judged = _num_judged(config, num_saves)
         other += [picture * num_unrelated, look * (ROWS * (1 + num_saves + num_judged))]
-        num_pictures = choosing.num_pictures(config) * num_judged
+        num_pictures = candidates.num_pictures(config) * num_judged
         other += [picture * num_pictures, modules.decode_work(config, square) * num_pictures]
     step = [modules.step_work(config, bucket), modules.comparison_work(config, bucket)]
     return Duration([work for work in step if work is not None], train.steps, class_images, other)
@@ -91,7 +91,7 @@ def _num_judged(config: Filled, num_saves: int) -> int:
     """How many are drawn and measured in the end: the base and each candidate, or none. The checkpoint with the lowest
     validation loss is taken to be another than the last ones that are kept."""
     kept = range(min(num_saves, config.train.keep_last + 1), 0, -1)
-    found = choosing.candidates(config, list(kept)) if choosing.is_wanted(config) else []
+    found = candidates.candidates(config, list(kept)) if candidates.is_wanted(config) else []
     return len(found) + 1 if found else 0
 
 

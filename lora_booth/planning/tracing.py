@@ -7,7 +7,6 @@ count (`memory.py`).
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -19,7 +18,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lora_booth.models.cards import Card
+from lora_booth.planning.work import Operation, Work
 
 BLOCK_BYTES = 512
 """What the CUDA caching allocator rounds up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
@@ -39,51 +38,6 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
     """All parameters and buffers."""
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-
-
-class Operation(NamedTuple):
-    """What one operation asks of a card: floating-point operations, and bytes read and written.
-
-    `is_single`: some of it is float32, for which tensor cores have half the rate (TF32) or are not used at all.
-    """
-
-    flops: int
-    num_bytes: int
-    is_single: bool
-
-
-class Work:
-    """Operations, and how often each was run or, scaled, is expected to."""
-
-    def __init__(self, operations: Counter[Operation] | None = None, times: float = 1.0) -> None:
-        self._operations = Counter[Operation]() if operations is None else operations
-        self._times = times
-
-    def __mul__(self, times: float) -> Work:
-        return Work(self._operations, self._times * times)
-
-    def add(self, operation: Operation) -> None:
-        """Count `operation` once."""
-        self._operations[operation] += 1
-
-    @property
-    def num_operations(self) -> float:
-        """How many there are."""
-        return self._times * self._operations.total()
-
-    @property
-    def flops(self) -> float:
-        """Floating-point operations in all."""
-        return self._times * sum(op.flops * count for op, count in self._operations.items())
-
-    def seconds(self, card: Card) -> float:
-        """The time that `card` needs at its peak rates: for each operation that of computing or of moving its bytes,
-        whichever is longer (the roofline model, doi 10.1145/1498765.1498785). Starting operations takes none."""
-        per_flop, per_byte = 1 / (card.tflops * 1e12), 1 / (card.gb_per_s * 1e9)
-        return self._times * sum(
-            count * max(op.flops * per_flop * (2 if op.is_single else 1), op.num_bytes * per_byte)
-            for op, count in self._operations.items()
-        )
 
 
 @cache
@@ -106,8 +60,13 @@ def _operation(func: Any, args: Any, kwargs: Any, out: Any) -> Operation:
     count = _flop_count(func.overloadpacket)
     flops = 0 if count is None else int(count(*args, **kwargs, out_val=out))
     tensors = [*_tensors_in(args), *_tensors_in(out)]
-    num_bytes = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+    num_bytes = sum(map(_touched_bytes, tensors))
     return Operation(flops, num_bytes, any(t.dtype == torch.float32 for t in tensors))
+
+
+def _touched_bytes(tensor: Tensor) -> int:
+    """Those that reading it moves: what is expanded is read once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -120,41 +79,57 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 _Like = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Shape, strides and type of a tensor on the meta device."""
-_Kept = tuple[_Like | None, ...] | Literal["the first input", "not kept"]
-_KNOWN: dict[Hashable, _Kept] = {}
+_Kept = tuple[_Like | None, ...] | Literal["the first input"] | None
+"""What an operation gives; None where it has to be run each time."""
+
+
+class _Known(NamedTuple):
+    """What is remembered of an operation: how its results are made again, and what it asks of a card, if anything."""
+
+    kept: _Kept
+    operation: Operation | None
+
+
+_KNOWN: dict[Hashable, _Known] = {}
 MAX_KNOWN = 100_000
-"""Kept results; a plan of SDXL needs some thousands."""
+"""Remembered operations; a plan of SDXL needs some thousands."""
 
 
-def _without_numbers(func: Any, args: Any, kwargs: Any) -> Any:
-    """`func(*args, **kwargs)` on the meta device, from memory where it was asked before.
+def _without_numbers(func: Any, args: Any, kwargs: Any) -> tuple[Any, Operation | None]:
+    """`func(*args, **kwargs)` on the meta device and what it asks of a card, from memory where it was asked before.
 
     torch works out shapes there in Python, a tenth of a millisecond or more for each operation, and blocks of a network
     repeat the same ones. Kept are operations that write to nothing and give new tensors which fill their storages, and
     those that write to their first input alone and give it back.
     """
     if not _is_pure(func) and not _is_in_place(func):
-        return func(*args, **kwargs)
+        return _run(func, args, kwargs)
     try:
-        key = func, _like(args), _like(tuple(kwargs.items()))
+        key = func, _like(args), _like(tuple(kwargs.items())) if kwargs else None
         known = _KNOWN.get(key)
     except TypeError:  # of an input that is not on the meta device, or has no hash
-        return func(*args, **kwargs)
-    if known == "the first input":
-        return args[0]
-    if isinstance(known, tuple):
-        made = [None if like is None else _empty(*like) for like in known]
-        return tuple(made) if len(func._schema.returns) > 1 else made[0]
-    out = func(*args, **kwargs)
+        return _run(func, args, kwargs)
     if known is None:
+        out, operation = _run(func, args, kwargs)
         if len(_KNOWN) >= MAX_KNOWN:
             _KNOWN.clear()
         inputs = [*_tensors_in(args), *_tensors_in(tuple(kwargs.values()))]
-        kept: _Kept | None = _results(out, inputs) if _is_pure(func) else None
+        kept: _Kept = _results(out, inputs) if _is_pure(func) else None
         if not _is_pure(func) and out is args[0]:
             kept = "the first input"
-        _KNOWN[key] = kept or "not kept"
-    return out
+        _KNOWN[key] = _Known(kept, operation)
+        return out, operation
+    if known.kept is None:
+        return func(*args, **kwargs), known.operation
+    if known.kept == "the first input":
+        return args[0], known.operation
+    made = [None if like is None else _empty(*like) for like in known.kept]
+    return tuple(made) if len(func._schema.returns) > 1 else made[0], known.operation
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> tuple[Any, Operation | None]:
+    out = func(*args, **kwargs)
+    return out, None if moves_nothing(func) else _operation(func, args, kwargs, out)
 
 
 @cache
@@ -175,11 +150,11 @@ def _is_in_place(func: Any) -> bool:
 
 
 def _like(value: Any) -> Hashable:
-    """What the result depends on. Raises TypeError for a tensor that has numbers."""
+    """What results and work depend on. Raises TypeError for a tensor that has numbers."""
     if isinstance(value, Tensor):
-        if value.device.type != "meta":
+        if not value.is_meta:
             raise TypeError("a tensor with numbers")
-        return tuple(value.shape), value.stride(), value.dtype
+        return value.shape, value.stride(), value.dtype, _touched_bytes(value)
     if isinstance(value, tuple | list):
         return tuple(map(_like, value))
     return type(value), value  # 1 and 1.0 and True are equal, and give other types
@@ -225,13 +200,18 @@ class LiveBytes(TorchDispatchMode):
         self.work = Work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = _without_numbers(func, args, kwargs) if self._device_type == "meta" else func(*args, **kwargs)
+        run = _without_numbers if self._device_type == "meta" else _run
+        out, operation = run(func, args, kwargs or {})
         for tensor in _tensors_in(out):
             self._count(tensor)
-        if not moves_nothing(func):
-            self.work.add(_operation(func, args, kwargs, out))
+        if operation is not None:
+            self.work.add(operation)
         return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would wrap each call in what keeps its compiler out, a tenth of the time; nothing is compiled here."""
+        return False
 
     def at_peak(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of those of `tensors` that were counted here and born before the peak; they must still be alive."""

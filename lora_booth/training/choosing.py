@@ -1,7 +1,7 @@
 """Which checkpoint at which strength is exported: the kept ones drawn, measured, compared.
 
-What lives here: which candidates there are, and how each comes into the denoiser that was trained. What does not: the
-rule (`evaluation/choice.py`), and what is measured of pictures (`evaluation/measure.py`).
+What lives here: how each candidate comes into the denoiser that was trained. What does not: which there are
+(`candidates.py`), the rule (`evaluation/choice.py`), and what is measured of pictures (`evaluation/measure.py`).
 """
 
 from __future__ import annotations
@@ -16,31 +16,24 @@ from PIL import Image
 from torch import Tensor
 
 from lora_booth.adapter import inject
-from lora_booth.config.resolved import Filled, Resolved
+from lora_booth.config.resolved import Resolved
 from lora_booth.data import images
 from lora_booth.data.subject import Pictures
 from lora_booth.errors import ConfigError, LoraBoothError
 from lora_booth.evaluation import encoders
 from lora_booth.evaluation.bench import Bench, Setting
-from lora_booth.evaluation.drawing import count
 from lora_booth.evaluation.features import Encoder
 from lora_booth.evaluation.scores import FILE_NAME, ByEncoder, Scores
 from lora_booth.evaluation.sheet import SHOWN_PROMPTS, sheet
 from lora_booth.models.sampling import Sampling
 from lora_booth.run import checkpoints
 from lora_booth.run.report import Report
-from lora_booth.training import prepare, session
-from lora_booth.training.optimizers import OPTIMIZERS
+from lora_booth.training import session
+from lora_booth.training.candidates import PER_PROMPT, asked, candidates, solver_steps
 from lora_booth.training.session import Session
 
-MAX_SOLVER_STEPS = 12
-"""Denoiser calls for a picture, at most; more hardly change what is measured."""
-PER_PROMPT = 2
-"""Pictures of each prompt of the subject."""
 SHOWN_PICTURES = 8
 """Of the real ones, on the sheet."""
-BACKWARD = 3
-"""Passes that a row with gradients costs: forward, and backward twice as much."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ def choose(s: Session, by: Judge) -> Exported | None:
     the solver, with the last checkpoint safe on the disk.
     """
     last = s.config.train.steps
-    list_name, asked = prepare.asked(s.config)
+    list_name, prompts = asked(s.config)
     sampling = _sampling(s)
     wanted = candidates(s.config, _kept(s))
     if not wanted:
@@ -124,7 +117,7 @@ def choose(s: Session, by: Judge) -> Exported | None:
     setting = Setting(
         family=s.family,
         condition=s.condition,
-        prompts=asked,
+        prompts=prompts,
         negative_prompt=s.config.fill(s.config.preview.negative_prompt),
         sampling=sampling,
         seed=s.config.preview.seed,
@@ -174,43 +167,6 @@ def _kept(s: Session) -> list[int]:
         else:
             s.report.warn(f"checkpoint {s.run.checkpoint_folder(step)} is damaged ({fault}) and not compared.")
     return found
-
-
-def candidates(config: Filled, steps: Sequence[int]) -> list[tuple[int, float]]:
-    """Step and strength of each candidate, the most wanted first: as many as evaluate.max_share allows beside the base.
-
-    `steps`: those kept, the last one first.
-    """
-    train = config.train
-    if config.optimizer.name != "auto" and OPTIMIZERS[config.optimizer.name].has_modes:
-        steps = steps[:1]  # the weights of the others are those that were updated, not those that are exported
-    strengths = (1.0,) if config.adapter.dora else config.evaluate.strengths
-    ranked = [(i + j, j, step, x) for i, step in enumerate(steps) for j, x in enumerate(strengths)]
-    rows = train.images_per_step * (2 if config.has_prior else 1)
-    guided = 2 if config.preview.guidance_scale > 1 else 1
-    each = num_pictures(config) * solver_steps(config) * guided
-    number = int(config.evaluate.max_share * train.steps * rows * BACKWARD / each) - 1
-    return [(step, strength) for _, _, step, strength in sorted(ranked, key=lambda r: r[:2])[: max(0, number)]]
-
-
-def num_pictures(config: Filled) -> int:
-    """Of one candidate, or the base."""
-    return count(prepare.asked(config)[1], PER_PROMPT)
-
-
-def solver_steps(config: Filled) -> int:
-    """Denoiser calls for one of them."""
-    return min(config.preview.sampler_steps, MAX_SOLVER_STEPS)
-
-
-def is_wanted(config: Filled) -> bool:
-    """Whether a run chooses: [evaluate] says so, and something to measure pictures with is there."""
-    try:
-        return config.evaluate.choose == "best" and bool(
-            config.evaluate.encoder or encoders.default_names(config.model.base)
-        )
-    except ConfigError:
-        return False
 
 
 def _states(s: Session, steps: set[int]) -> dict[int, Mapping[str, Tensor]]:

@@ -14,7 +14,7 @@ from lora_booth.models import devices
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.models.sampling import Sampling, concatenate, sample
 from lora_booth.run.interrupts import StopRequest
-from lora_booth.training import class_images, prepare
+from lora_booth.training import candidates, class_images
 
 MAX_SOLVER_STEPS = 12
 """Denoiser calls for a picture that nobody looks at, at most."""
@@ -42,7 +42,7 @@ def of_base(config: Resolved, family: Family, prompts: Mapping[str, Conditioning
     """
     if config.evaluate.choose == "last":
         return None
-    asked, side, preview = prepare.asked(config)[1].unrelated, config.data.resolution, config.preview
+    asked, side, preview = candidates.asked(config)[1].unrelated, config.data.resolution, config.preview
     sampling = Sampling(
         width_px=side,
         height_px=side,

@@ -22,7 +22,6 @@ from lora_booth.data.images import Picture
 from lora_booth.data.sheet import contact_sheet
 from lora_booth.data.subject import Pictures, crops_of, plain_prompt, prompt_of, prompts_of
 from lora_booth.errors import lacks_memory
-from lora_booth.evaluation.prompts import Prompts, few
 from lora_booth.models import devices
 from lora_booth.models.bases.sources import is_local
 from lora_booth.models.families.family import Conditioning, Family
@@ -31,7 +30,7 @@ from lora_booth.run import cache_folder
 from lora_booth.run.cache import TensorCache, require_finite
 from lora_booth.run.interrupts import StopRequest
 from lora_booth.run.report import Report
-from lora_booth.training import class_images
+from lora_booth.training import candidates, class_images
 from lora_booth.training.cache_keys import latent_key, prompt_key
 from lora_booth.training.class_images import ClassImage
 from lora_booth.training.order import Item, Order, Role
@@ -144,7 +143,7 @@ def _prepare(
     is_offloaded = config.memory.offload_denoiser
     with denoiser_offloaded(family, is_wanted=is_offloaded):
         texts = prompts_of(config, pictures)
-        texts += asked(config)[1].all if config.evaluate.choose == "best" else ()
+        texts += candidates.asked(config)[1].all if config.evaluate.choose == "best" else ()
         prompts = encode_prompts(config, family, list(dict.fromkeys(texts)), report)
         if not config.adapter.text_encoder:
             family.release_text_encoders()
@@ -181,12 +180,6 @@ def _prepare(
     )
     validation = items[num_trained:] or items[: len(instances)]
     return Prepared(order, tuple(validation), latents, prompts, drawing_seconds, drawn_together)
-
-
-def asked(config: Filled) -> tuple[str, Prompts]:
-    """What is drawn to choose among checkpoints: the name of the list, and its prompts."""
-    subject = config.subject
-    return few(config.model.base, token=subject.token, class_noun=subject.class_noun)
 
 
 @torch.no_grad()

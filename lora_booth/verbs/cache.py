@@ -43,8 +43,9 @@ def cache(
     going = cache_folder.removable(root, chosen)
     count, num_bytes = cache_folder.remove(going)
     if base is None and older_than is None:
-        with suppress(OSError):
-            (root / cache_folder.TRIALS).unlink(missing_ok=True)
+        for name in (cache_folder.TRIALS, cache_folder.COUNTS):
+            with suppress(OSError):
+                (root / name).unlink(missing_ok=True)
     report.event(
         "cleared",
         f"cleared  {count} entries, {_size(num_bytes)}, of {shown_path(root)}",

@@ -34,7 +34,8 @@ UNBROKEN = "\N{NO-BREAK SPACE}"
 
 
 def show(wished: Config, report: Report, card: Card | None = None) -> None:
-    """Tell what `train` would do with `wished`; nothing is run or written. Memory and time come last: they need torch.
+    """Tell what `train` would do with `wished`; nothing is run or written, but counts into the cache. Memory and time
+    come last: they need torch.
 
     `card`: the one to plan for, whose memory is the budget where none is set; by default the one that is here.
     """
@@ -81,7 +82,7 @@ def _show_prediction(wished: Config, config: Filled, inputs: Inputs, report: Rep
     bucket, here = decide.largest_bucket(config, inputs.pictures), devices.here(config.memory.device)
     config = devices.without_moving(config, here) if card is None else config
     budget_gib = config.memory.budget_gib or (devices.free_gib(here) if card is None else card.memory_gib)
-    checked = decide.check(config, device_type=here.type, facts=inputs.facts)
+    checked = decide.check(config, device_type=None, facts=inputs.facts)
     if budget_gib is None:
         modules, notes = checked or memory.Modules.of(config, inputs.facts), []
         phases = modules.phases(config, bucket)
@@ -90,7 +91,7 @@ def _show_prediction(wished: Config, config: Filled, inputs: Inputs, report: Rep
         config, modules, phases = decide.with_changes(config, found), found.modules, found.phases
         notes = [f"for {budget_gib:g} GiB: {reason}" for reason in found.reasons]
         if found.too_large:
-            left = budget.savings(config, inputs.facts, bucket=bucket)
+            left = budget.savings(config, inputs.facts, bucket=bucket, modules=modules)
             notes += [f"{decide.excess(found)}; what would help, in this order:"]
             notes += [f"  {lever.settings} ({lever.told})" for lever in left]
     gib = memory.needed_gib(phases)
@@ -109,6 +110,7 @@ def _show_prediction(wished: Config, config: Filled, inputs: Inputs, report: Rep
     other = duration.with_other_prior(config)
     if other is not None and shown:
         _show_other_prior(run, duration.predict(modules, other, inputs.pictures, bucket), other, shown, report)
+    modules.counts.keep()
     _show_choices(wished, decide.completed(devices.decided(config, here)) if card is None else config, report)
 
 

@@ -205,7 +205,7 @@ def short_settings(short: list[str]) -> list[str]:
 def test_a_plan_whose_memory_cannot_be_traced_is_shown_all_the_same(
     short: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyError("no such operator")
 
     monkeypatch.setattr("lora_booth.planning.memory.Modules.of", fail)

@@ -12,14 +12,14 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_booth.adapter import inject
 from lora_booth.config.config import Config
 from lora_booth.config.resolved import Filled
 from lora_booth.models import loading
 from lora_booth.models.cards import Card, named
-from lora_booth.planning import decide, duration, memory
+from lora_booth.planning import built, decide, duration
 from lora_booth.planning.memory import Modules
-from lora_booth.planning.tracing import LiveBytes, Operation, Work, fused_attention
+from lora_booth.planning.tracing import LiveBytes, fused_attention
+from lora_booth.planning.work import Operation, Work
 from lora_booth.run.folder import Run
 from lora_booth.run.report import Silent
 from lora_booth.training.batch import sample_losses
@@ -69,11 +69,10 @@ class TestTheCount:
         config = make_config(model={"precision": "fp32"})
         modules = Modules.of(config, loading.facts(config.model))
         square = modules.square(config)
-        with inject.disabled(modules.adapted):
-            counted = modules.draw_work(config, square, 1, is_guided=True)
+        counted = modules._denoising(square, is_adapted=False).work
         family = loading.load(config.model, device="cpu", dtype=torch.float32)
         shape = modules.latent_shape(square)
-        batch = memory.make_batch(family, 2, shape, is_text_trained=False, device=torch.device("cpu"))
+        batch = built.make_batch(family, 2, shape, family.encode_prompts([""]), device=torch.device("cpu"))
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             sample_losses(family, objective_for(config.objective, family.schedule), batch)
         assert counted.flops == counter.get_total_flops()
@@ -209,8 +208,7 @@ def test_choosing_a_checkpoint_takes_the_passes_that_are_predicted(
 
 def without_adapter(modules: Modules, config: Filled) -> float:
     """FLOPs of one row through the base alone."""
-    with inject.disabled(modules.adapted):
-        return modules._denoising(config, modules.square(config), "base").work.flops / 2
+    return modules._denoising(modules.square(config), is_adapted=False).work.flops / 2
 
 
 def test_the_other_prior_is_offered_where_class_images_would_be_drawn(make_config: MakeConfig) -> None:

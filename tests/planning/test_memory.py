@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.bases.sources import SHIPPED_CONFIGS
 from lora_booth.models.families.components import without_weights
 from lora_booth.models.families.family import Family
-from lora_booth.planning import budget, decide, memory, optimizer_states, tracing
+from lora_booth.planning import budget, built, decide, memory, optimizer_states, tracing
 from lora_booth.planning.budget import Option
 from lora_booth.planning.tracing import LiveBytes, fused_attention, held_bytes, tensors_of
 from lora_booth.training.batch import Reference, sample_losses
@@ -72,6 +71,7 @@ class TestTheCount:
 
     def test_what_is_remembered_of_an_operation_is_what_torch_gives(self, monkeypatch: pytest.MonkeyPatch) -> None:
         whole, net = torch.empty(2, 3, dtype=torch.int64, device="meta"), nn.Conv2d(3, 8, 3, device="meta")
+        narrow = torch.empty(1, 3, dtype=torch.int64, device="meta")
         picture = torch.empty(2, 3, 8, 8, device="meta").to(memory_format=torch.channels_last)
 
         def asked() -> list[Any]:
@@ -83,21 +83,22 @@ class TestTheCount:
                 whole.half(),
             ]
             found += [torch.native_dropout(whole.float(), 0.0, False)[0], whole.float().add_(2), whole.t() + 1]
+            found += [narrow.expand(4, 3) + 1, whole.repeat(8, 1)[:1].expand(4, 3) + 1]  # of other storages
             found += [functional.group_norm(net(picture), 2), torch.empty(4), torch.empty(4, device="meta")]
             found[-3].sum().backward()  # the picture's gradient is not asked for
             return [*((f.shape, f.stride(), f.dtype, f.device) if isinstance(f, Tensor) else f for f in found)]
 
         def counted() -> tuple[Any, ...]:
             net.zero_grad()
-            with LiveBytes("meta", [whole, picture, *net.parameters()]) as live:
+            with LiveBytes("meta", [whole, narrow, picture, *net.parameters()]) as live:
                 shapes = asked()
             return shapes, live.live, live.peak, live.work.flops, live.work.seconds(cards.named("RTX 3060"))
 
         monkeypatch.setattr(tracing, "_KNOWN", {})
         first, again = counted(), counted()
-        kept = list(tracing._KNOWN.values())
+        kept = [known.kept for known in tracing._KNOWN.values()]
         assert kept.count("the first input") >= 1 and sum(isinstance(one, tuple) for one in kept) > 10
-        monkeypatch.setattr(tracing, "_without_numbers", lambda func, args, kwargs: func(*args, **kwargs))
+        monkeypatch.setattr(tracing, "_without_numbers", tracing._run)
         assert first == again == counted()
 
     def test_only_what_was_born_before_the_peak_is_in_it(self) -> None:
@@ -148,9 +149,9 @@ def test_a_real_step_on_the_cpu_holds_what_the_trace_says(
     config = make_config(name, train={"gradient_checkpointing": gradient_checkpointing})
     peaks = []
     for family, trained, known, device in both(config):
-        batch = memory.make_batch(family, 2, (4, 32, 32), is_text_trained=False, device=device)
+        batch = built.make_batch(family, 2, (4, 32, 32), family.encode_prompts([""]), device=device)
         objective = objective_for(config.objective, family.schedule)
-        gradients, others, _ = memory.trace_step(family, objective, batch, trained, known)
+        gradients, others, _ = built.trace_step(family, objective, batch, trained, known)
         assert all(flat.vector.grad is not None for flat in trained)
         peaks.append((gradients, others, held_bytes(known)))
     (real_gradients, real, base), (traced_gradients, traced, traced_base) = peaks
@@ -165,14 +166,14 @@ def test_what_the_base_predicts_for_comparison_makes_no_step_larger(
 ) -> None:
     config = make_config("sd1", train={"gradient_checkpointing": gradient_checkpointing})
     family, trained, known, device = next(iter(both(config)))
-    batch = memory.make_batch(family, 2, (4, 32, 32), is_text_trained=False, device=device)
+    batch = built.make_batch(family, 2, (4, 32, 32), family.encode_prompts([""]), device=device)
     objective = objective_for(config.objective, family.schedule)
     assert batch.conditioning is not None
     injected = inject.Injected({"unet": family.denoiser})
     reference = Reference(1, 1, 2, {k: v[1:] for k, v in batch.conditioning.items()}, injected.disabled)
     peaks = []
     for compared in (None, None, reference):  # the first one also makes the schedule's tables
-        _, others, _ = memory.trace_step(family, objective, replace(batch, reference=compared), trained, known)
+        _, others, _ = built.trace_step(family, objective, replace(batch, reference=compared), trained, known)
         for flat in trained:
             flat.vector.grad = None
         peaks.append(others)
@@ -183,7 +184,7 @@ def test_what_the_base_predicts_for_comparison_makes_no_step_larger(
 def test_what_autograd_saves_is_what_lives_at_the_end_of_the_forward(name: str, make_config: MakeConfig) -> None:
     config = make_config(name)
     for family, _, known, device in both(config):
-        batch = memory.make_batch(family, 2, (4, 32, 32), is_text_trained=False, device=device)
+        batch = built.make_batch(family, 2, (4, 32, 32), family.encode_prompts([""]), device=device)
         saved: dict[int, Tensor] = {}
 
         def pack(tensor: Tensor, saved: dict[int, Tensor] = saved) -> Tensor:
@@ -273,13 +274,13 @@ def test_large_pictures_are_drawn_together_but_decoded_one_by_one(
 @pytest.fixture
 def _modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Building and tracing take a second or two each; within a test the same need not be done again."""
-    build, built = memory.Modules.of, {}
+    build, known = memory.Modules.of, {}
 
-    def once(config: Filled, facts: BaseFacts) -> memory.Modules:
+    def once(config: Filled, facts: BaseFacts, *, is_kept: bool = False) -> memory.Modules:
         key = config.model.model_dump_json() + config.adapter.model_dump_json()
-        if key not in built:
-            built[key] = build(config, facts)
-        return built[key]
+        if key not in known:
+            known[key] = build(config, facts)
+        return known[key]
 
     monkeypatch.setattr(memory.Modules, "of", once)
 
@@ -359,7 +360,7 @@ def test_other_parts_need_less_without_the_denoiser_beside_them() -> None:
     config = config_of(**sections, prior={"num_images": 0, "loss_weight": 0.0})
     modules = memory.Modules.of(config, full_size("sd1"))
     beside, alone = (config.with_values({"memory": {"offload_denoiser": x}}) for x in (False, True))
-    denoiser = held_bytes(p for p in modules.family.denoiser.parameters() if not p.requires_grad)
+    denoiser = held_bytes(p for p in modules.built.family.denoiser.parameters() if not p.requires_grad)
     reading = modules._encode_prompts(beside), modules._encode_prompts(alone)
     assert sum(reading[0].parts.values()) - sum(reading[1].parts.values()) == denoiser
     encoding = modules.encode(beside, None), modules.encode(alone, None)
@@ -385,13 +386,11 @@ def test_tiles_are_taken_where_even_alone_the_vae_cannot_decode_a_whole_picture(
 
 
 def test_a_tile_takes_the_memory_of_a_tile() -> None:
-    config = config_of(model={"base": "x", "precision": "bf16"}, preview={"images_per_prompt": 1})
+    config = config_of(model={"base": "x", "precision": "bf16"}, data={"resolution": 1024})
     modules = memory.Modules.of(config, full_size("sdxl"))
     decoding = []
     for is_tiled in (False, True):
-        latents = torch.empty(1, 4, 128, 128, device="meta")
-        decode = partial(modules.vae.decode_chunk, latents, is_tiled=is_tiled)
-        decoding.append(modules._working((is_tiled,), decode).peak / memory.GIB)
+        decoding.append(modules.built.decode(1, modules.square(config), is_tiled=is_tiled).peak / memory.GIB)
     assert decoding == [pytest.approx(3.0, rel=0.05), pytest.approx(1.73, rel=0.05)]
 
 

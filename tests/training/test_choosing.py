@@ -18,8 +18,8 @@ from lora_booth.adapter import inject
 from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import delta
 from lora_booth.errors import ConfigError, Interrupted, LoraBoothError
-from lora_booth.evaluation import scores
-from lora_booth.training import choosing
+from lora_booth.evaluation import encoders, scores
+from lora_booth.training import candidates, choosing
 from lora_booth.verbs import export, train
 from tests.conftest import MakeConfig
 from tests.support.runs import At, Recorder, assert_equal, session_of
@@ -35,7 +35,7 @@ def best(make_config: MakeConfig, name: str = "run", **sections: Any) -> Any:
 
 def wanted(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], **sections: Any) -> Any:
     s = session_of(best(make_config, **sections), monkeypatch)
-    return choosing.candidates(s.config, sorted(steps, reverse=True))
+    return candidates.candidates(s.config, sorted(steps, reverse=True))
 
 
 class TestCandidates:
@@ -191,7 +191,7 @@ def test_without_an_encoder_of_photographs_the_last_is_exported_and_that_is_told
     def none(base: str | None) -> Any:
         raise ConfigError("no encoder of photographs is here")
 
-    monkeypatch.setattr(choosing.encoders, "default_names", none)
+    monkeypatch.setattr(encoders, "default_names", none)
     report = Recorder()
     summary = train.train(best(make_config, evaluate={**BEST, "encoder": None}), report=report)
     assert summary.exported_step is None

@@ -101,6 +101,11 @@ class Family(ABC):
         """Component name of each text encoder to its tokenizer; they stay when the encoders are released."""
         return {name: tokens.tokenizer for name, tokens in self._tokens.items()}
 
+    @property
+    def window(self) -> int:
+        """Tokens of a prompt that the text encoder sees, its start and end among them."""
+        return int(next(iter(self._tokens.values())).window)
+
     def words_cut(self, prompts: Sequence[str]) -> dict[str, str]:
         """The prompts that the text encoder cannot see whole, each with the words that are cut off."""
         return next(iter(self._tokens.values())).cut(prompts)

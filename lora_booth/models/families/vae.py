@@ -59,7 +59,7 @@ class Vae:
 
     def _chunks(self, batch: Tensor, pixels_per_cell: int) -> tuple[Tensor, ...]:
         height, width = (cells * pixels_per_cell for cells in batch.shape[-2:])
-        chunks: tuple[Tensor, ...] = batch.split(self.num_at_once(width, height))
+        chunks: tuple[Tensor, ...] = batch.split(num_at_once(width, height))
         return chunks
 
     @property
@@ -67,15 +67,16 @@ class Vae:
         device: torch.device = next(self.module.parameters()).device
         return device
 
-    def num_at_once(self, width_px: int, height_px: int) -> int:
-        """Pictures of this size that are encoded or decoded together."""
-        return max(1, PIXELS_AT_ONCE // (width_px * height_px))
-
     @property
     def factor(self) -> int:
         """Pixels per latent, along a side."""
         num_levels: int = len(self.module.config.block_out_channels)
         return int(2 ** (num_levels - 1))
+
+
+def num_at_once(width_px: int, height_px: int) -> int:
+    """Pictures of this size that are encoded or decoded together."""
+    return max(1, PIXELS_AT_ONCE // (width_px * height_px))
 
 
 def _cast_what_is_decoded_(module: nn.Module) -> None:

@@ -1,0 +1,163 @@
+"""What was counted of a base, kept, so that no pass is traced twice; for usual settings it ships.
+
+What lives here: a group of figures for each base and settings that they depend on, in a file beside the caches, and in
+one of the package's. What does not: counting (`built.py`).
+
+Kept figures are those of these sources and these versions of packages, or none; those that ship are of these versions,
+and a test holds them against new ones. A file that is damaged or of somebody else counts as empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lora_booth.config import inputs
+from lora_booth.config.resolved import Filled
+from lora_booth.errors import DiskError
+from lora_booth.models.bases.identify import BaseFacts
+from lora_booth.planning.work import Work
+from lora_booth.run import disk
+from lora_booth.run.cache_folder import COUNTS, folder_of
+from lora_booth.run.versions import installed
+from lora_booth.training.optimizers import OPTIMIZERS, chosen_name
+
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = PACKAGE / "assets" / "counts.json"
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "prodigyopt", "schedulefree")
+"""Whose code is traced, or asked for the bytes that it keeps."""
+MAX_GROUPS = 32
+"""In the file beside the caches; the oldest go."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes at the fullest moment of a pass, without those of `gradients`, and its work."""
+
+    peak: int
+    work: Work
+    gradients: int = 0
+
+
+Figure = int | Pass
+Group = dict[str, Figure]
+"""What was counted, by its name in `memory.py`."""
+
+
+@dataclass
+class Counts:
+    """The figures of one base under some settings. `key`: digest of both; `folder`: of the file, None for no file."""
+
+    key: str
+    folder: Path | None = None
+    figures: Group = field(default_factory=dict)
+    has_new: bool = False
+
+    @staticmethod
+    def of(config: Filled, facts: BaseFacts, *, is_kept: bool = True) -> Counts:
+        """Those that are known. Without `is_kept` none are, and none will be."""
+        key = key_of(config, facts)
+        if not is_kept:
+            return Counts(key)
+        folder = folder_of(config)
+        known = _read(SHIPPED, stamp()).get(key, {}) | _read(folder / COUNTS, _own_stamp()).get(key, {})
+        return Counts(key, folder, known)
+
+    def add(self, name: str, figure: Figure) -> None:
+        """Know one more."""
+        self.figures[name], self.has_new = figure, True
+
+    def keep(self) -> None:
+        """Write what is new; a file that cannot be written is left alone: all can be counted again."""
+        if self.folder is None or not self.has_new:
+            return
+        groups = _read(self.folder / COUNTS, _own_stamp())
+        groups[self.key] = groups.pop(self.key, {}) | self.figures
+        try:
+            write(self.folder / COUNTS, _own_stamp(), dict(list(groups.items())[-MAX_GROUPS:]))
+        except (DiskError, OSError):
+            return
+        self.has_new = False
+
+
+def key_of(config: Filled, facts: BaseFacts) -> str:
+    """Digest of all that figures depend on besides their names: the base's configs, and settings."""
+    row = facts.architecture
+    names = [name for name in row.parts if not name.startswith("tokenizer")]
+    windows = [facts.configs / name / "tokenizer_config.json" for name in row.parts if name.startswith("tokenizer")]
+    precision = "bf16" if config.model.precision == "auto" else config.model.precision
+    said = {
+        "family": facts.family,
+        "predicts": facts.prediction_type,
+        "native resolution": facts.native_resolution,
+        "configs": {name: _shape(facts.config(name)) for name in names},
+        "tokenizers": [
+            _shape(inputs.read_object(path, "", DiskError)) for path in windows if inputs.is_plain_file(path)
+        ],
+        "model": [precision, config.model.quantize],
+        "one vector": OPTIMIZERS[chosen_name(config.optimizer, "cuda")].is_elementwise,
+        "adapter": config.adapter.model_dump(mode="json", exclude={"continue_from"}),
+        "objective": config.objective.model_dump(mode="json"),
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without what programs note down in it beside the model: their versions, and where it lay."""
+    noted = ("transformers_version", "dtype", "torch_dtype")
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in noted}
+
+
+@cache
+def stamp() -> str:
+    """The versions under which figures count."""
+    return ", ".join(f"{name} {(installed(name) or 'none').partition('+')[0]}" for name in PACKAGES)
+
+
+@cache
+def _own_stamp() -> str:
+    """The same with a digest of lora_booth's own sources: whoever changes one counts anew."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    return f"{stamp()}, lora_booth {digest.hexdigest()}"
+
+
+def write(path: Path, stamped: str, groups: dict[str, Group]) -> None:
+    """Write a file of figures, whole or not at all. Raises DiskError."""
+    body = {key: {name: _to_json(figure) for name, figure in group.items()} for key, group in groups.items()}
+    head = {"of": stamped, "sha256": _digest(body)}
+    lines = [f'"{key}": {json.dumps(group, separators=(",", ":"))}' for key, group in body.items()]
+    disk.write_text(path, json.dumps(head)[:-1] + ', "groups": {\n' + ",\n".join(lines) + "\n}}\n")
+
+
+def _read(path: Path, stamped: str) -> dict[str, Group]:
+    """The figures in a file; none where it is of others, damaged or missing."""
+    try:
+        found = inputs.read_object(path, "", DiskError)
+        body = found["groups"]
+        if found["of"] != stamped or found["sha256"] != _digest(body):
+            return {}
+        return {key: {name: _from_json(value) for name, value in group.items()} for key, group in body.items()}
+    except (DiskError, KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _to_json(figure: Figure) -> int | list[Any]:
+    return figure if isinstance(figure, int) else [figure.peak, figure.gradients, figure.work.rows]
+
+
+def _from_json(value: Any) -> Figure:
+    if isinstance(value, int):
+        return value
+    peak, gradients, rows = value
+    return Pass(peak, Work.of_rows(rows), gradients)
