@@ -25,7 +25,10 @@ with imports.sparing():
 
 CRASH_REPORTS = Path(tempfile.mkdtemp(prefix="lora-booth-reports-"))
 os.environ["LORA_BOOTH_REPORTS"] = str(CRASH_REPORTS)
-atexit.register(shutil.rmtree, CRASH_REPORTS, ignore_errors=True)
+CACHE = tempfile.mkdtemp(prefix="lora-booth-cache-")
+os.environ["XDG_CACHE_HOME"] = CACHE  # of those who name none
+for folder in (CRASH_REPORTS, CACHE):
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 LONGEST = ("test_demo.py", "test_windows.py", "test_reliability.py")
