@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import record
-from benchmarks.bases import ARCHITECTURE_NAMES, noise_pictures, random_base
+from benchmarks.bases import ARCHITECTURE_NAMES, kept_base, noise_pictures
 from lora_booth.config import toml
 from lora_booth.data import charts
 from lora_booth.models import loading
@@ -151,8 +151,8 @@ def main() -> None:
     for name in ("pictures", "class"):
         noise_pictures(arguments.out / name, 3, arguments.resolution)
     base = arguments.base or str(arguments.out / arguments.architecture)
-    if arguments.base is None and not Path(base).exists():
-        random_base(Path(base), arguments.architecture)
+    if arguments.base is None:
+        kept_base(Path(base), arguments.architecture)
     card, rows = measured_card(), list[Row]()
     for lever in arguments.levers:
         rows.append(measure(lever, base, card, arguments))

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.bases import ARCHITECTURE_NAMES, noise_pictures, random_base
+from benchmarks.bases import ARCHITECTURE_NAMES, kept_base, noise_pictures
 from lora_booth.config import presets
 from lora_booth.data import charts
 
@@ -51,9 +51,7 @@ def main() -> None:
     words = arguments.words or [str(presets.FOLDER / "demo.toml")]
     words = [*words, f"run.cache={out / 'cache'}"]
     if arguments.architecture is not None:
-        base = out / arguments.architecture
-        if not base.exists():
-            random_base(base, arguments.architecture)
+        base = kept_base(out / arguments.architecture, arguments.architecture)
         pictures = noise_pictures(out / "pictures", arguments.pictures, arguments.side)
         words += [f"model.base={base}", f"subject.images={pictures}", "subject.class_noun=dog"]
     shutil.rmtree(out / "cache", ignore_errors=True)
