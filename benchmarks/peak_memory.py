@@ -3,10 +3,9 @@
     python -m benchmarks.peak_memory --budgets 8 12 16 24 --out build/peak_memory        # on a card
     python -m benchmarks.peak_memory                                                     # on a CPU: one step, counted
 
-On a CUDA card every row is a whole `lora-booth train` of a shipped config in a process of its own, on a base of real
-size with random weights: class images, three steps, previews, files. The allocator is capped at the budget less the 0.8
-GiB that lie outside of it, so a row that comes to its end fits such a card. "measured" is
-torch.cuda.max_memory_allocated.
+On a CUDA card every row is a whole run of a shipped config, on a base of real size with random weights: class images
+where it has them, three steps, previews, files. The allocator is capped at the budget less the 0.8 GiB that lie outside
+of it, so a row that comes to its end fits such a card. "measured" is torch.cuda.max_memory_allocated.
 
 On a CPU the bytes of one real step's tensors are counted from birth to death and compared with the prediction, on a
 base of a quarter of the widths.
@@ -15,77 +14,137 @@ base of a quarter of the widths.
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import record
-from benchmarks.bases import noise_pictures, random_base
+from benchmarks.bases import kept_base, noise_pictures
 from lora_booth.adapter import inject
-from lora_booth.config import presets
+from lora_booth.config import presets, toml
 from lora_booth.config.resolved import Filled
-from lora_booth.models import loading
+from lora_booth.errors import DeviceMemoryError
+from lora_booth.models import devices, loading
 from lora_booth.planning import built, memory
 from lora_booth.planning.tracing import held_bytes, tensors_of
+from lora_booth.run.report import Silent
 from lora_booth.training.flat import Flat
 from lora_booth.training.objective import objective_for
+from lora_booth.verbs import train
 
 ARCHITECTURE_OF = {"sd15": "sd1", "sd21": "sd2_v", "sdxl": "sdxl"}
 GIB = 2**30
 SHARES = (0.0, 0.5, 1.0)
+FEW_STEPS: dict[str, object] = {
+    "model.precision": "bf16",
+    "subject.class_noun": "dog",
+    "prior.num_images": 8,
+    "prior.sampler_steps": 2,
+    "train.steps": 3,
+    "train.compile": "false",
+    "preview.every_steps": 3,
+    "preview.sampler_steps": 2,
+    "evaluate.choose": "last",
+}
+"""What makes a run of a shipped config short and leaves its peaks as they are."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One job. GiB without what lies outside of tensors; `measured_gib` None where it did not fit."""
+    """One job. GiB without what lies outside of tensors; `measured_gib` None where it did not fit, or is unknown."""
 
     job: str
     predicted_gib: float
     measured_gib: float | None
+    fits: bool = True
+    reserved_gib: float | None = None
+    """What the allocator held at most: tensors, and gaps between them."""
+    chosen: str = ""
+    """How the run was computed to stay within the budget."""
+
+
+class SameAgain(Exception):
+    """What is chosen within this budget was measured already; `chosen` as `Row` has it."""
+
+    def __init__(self, chosen: str, predicted_gib: float) -> None:
+        super().__init__(chosen)
+        self.chosen, self.predicted_gib = chosen, predicted_gib
+
+
+class _Prediction(Silent):
+    """What a run tells of its memory before it begins."""
+
+    def __init__(self, known: Mapping[str, object]) -> None:
+        self._known = known
+        self.gib, self.chosen = 0.0, ""
+
+    def event(self, kind: str, text: str, **values: Any) -> None:
+        """Raises SameAgain for what is known."""
+        if kind == "memory" and "gib" in values:
+            self.gib, self.chosen = values["gib"] - memory.OUTSIDE_GIB, text.rpartition(" with ")[2]
+            if self.chosen in self._known:
+                raise SameAgain(self.chosen, self.gib)
+
+
+def run_within(
+    preset: Path, budget_gib: float, settings: Mapping[str, object], folder: Path, known: Mapping[str, object]
+) -> Row:
+    """Train the config `preset` with `settings` in `folder`, its allocator capped; on a CPU nothing is measured.
+
+    Raises SameAgain, before anything is computed, where what is chosen is among the `known`.
+    """
+    for part in ("run", "cache"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    places = {"memory.budget_gib": budget_gib, "run.folder": folder / "run", "run.cache": folder / "cache"}
+    config = toml.load(preset, [f"{key}={value}" for key, value in (FEW_STEPS | dict(settings) | places).items()])
+    told, measured, reserved, fits = _Prediction(known), None, None, True
+    with _capped(config.memory.device, budget_gib - memory.OUTSIDE_GIB) as is_card:
+        try:
+            train.train(config, report=told)
+        except DeviceMemoryError:
+            fits = False
+        if is_card:
+            reserved = torch.cuda.max_memory_reserved() / GIB
+            measured = torch.cuda.max_memory_allocated() / GIB if fits else None
+    return Row(f"{preset.stem} within {budget_gib:g} GiB", told.gib, measured, fits, reserved, told.chosen)
+
+
+@contextmanager
+def _capped(device: str, gib: float) -> Iterator[bool]:
+    """Inside, torch gets no more than `gib` of the card's memory; gives whether there is a card."""
+    is_card = devices.here(device).type == "cuda"
+    release_memory()
+    if is_card:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield is_card
+    finally:
+        if is_card:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        release_memory()
+
+
+def release_memory() -> None:
+    """Give back what no tensor holds any more."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def on_card(config: str, budget_gib: float, out: Path) -> Row:
-    """Train a shipped config within a budget. Raises RuntimeError when it fails for another reason than memory."""
+    """Train a shipped config within a budget."""
     architecture = ARCHITECTURE_OF[config.partition("_")[0]]
-    base = out / architecture
-    if not base.exists():
-        random_base(base, architecture)
-    pictures, folder = noise_pictures(out / "pictures", 3, 1024), out / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    settings = {
-        "model.base": base,
-        "model.precision": "bf16",
-        "subject.images": pictures,
-        "subject.class_noun": "dog",
-        "prior.mode": "images",
-        "prior.num_images": 8,
-        "prior.sampler_steps": 2,
-        "train.steps": 3,
-        "preview.every_steps": 2,
-        "preview.sampler_steps": 2,
-        "memory.budget_gib": budget_gib,
-        "run.folder": folder,
-        "run.cache": out / "cache",
-    }
-    words = [str(presets.FOLDER / f"{config}.toml"), *(f"{key}={value}" for key, value in settings.items())]
-    shutil.rmtree(out / "cache", ignore_errors=True)
-    watched = [sys.executable, str(Path(__file__).with_name("watched.py")), str(out / "peak.json")]
-    watched += ["--cap-gib", str(budget_gib - memory.OUTSIDE_GIB)]
-    done = subprocess.run(
-        [*watched, "-m", "lora_booth", "train", *words, "--json"], capture_output=True, text=True, check=False
-    )
-    events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    predicted = next(event["gib"] for event in events if event["kind"] == "memory") - memory.OUTSIDE_GIB
-    measured = json.loads((out / "peak.json").read_text(encoding="utf-8"))["peak_device_mib"] / 1024
-    is_out_of_memory = done.returncode == 5
-    if done.returncode and not is_out_of_memory:
-        raise RuntimeError(f"{config} within {budget_gib} GiB: {done.stderr[-2000:]}")
-    return Row(f"{config} within {budget_gib:g} GiB", predicted, None if is_out_of_memory else measured)
+    base = kept_base(out / architecture, architecture)
+    pictures = noise_pictures(out / "pictures", 3, 1024)
+    settings = {"model.base": base, "subject.images": pictures}
+    return run_within(presets.FOLDER / f"{config}.toml", budget_gib, settings, out, {})
 
 
 def on_cpu(base: Path, share: float, side_px: int) -> Row:
@@ -127,12 +186,10 @@ def main() -> None:
         jobs = [(config, budget) for config in arguments.configs for budget in arguments.budgets]
         rows = [on_card(config, budget, out) for config, budget in jobs]
     else:
-        base = out / "sd1_quarter"
-        if not base.exists():
-            random_base(base, "sd1_quarter")
+        base = kept_base(out / "sd1_quarter", "sd1_quarter")
         rows = [on_cpu(base, share, arguments.side) for share in SHARES]
     for row in rows:
-        measured = "does not fit" if row.measured_gib is None else f"measured {row.measured_gib:.3f} GiB"
+        measured = f"measured {row.measured_gib:.3f} GiB" if row.measured_gib is not None else "does not fit"
         print(f"{row.job:<40} predicted {row.predicted_gib:.3f} GiB, {measured}")
     record.write(out / "peak_memory.json", {"rows": [asdict(row) for row in rows]})
 

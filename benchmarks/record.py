@@ -6,30 +6,39 @@ import json
 import os
 import platform
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from lora_booth.run.versions import installed
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "lora-booth")
 
 
 def circumstances() -> dict[str, Any]:
-    """Device, threads, versions, and the commit of the checkout that the benchmark is in."""
-    words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    """Device, threads, versions (None of what is not installed), and the commit."""
     return {
         "device": device_name(),
         "machine": platform.machine(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "commit": commit or "unknown",
-        **{name: version(name) for name in PACKAGES},
+        "commit": commit(),
+        **{name: installed(name) for name in PACKAGES},
     }
+
+
+def commit() -> str:
+    """The commit of the checkout, "unknown" in a copy that git knows nothing of."""
+    words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # git is not installed
+        found = ""
+    return found or "unknown"
 
 
 def device_name() -> str:
     """The CUDA card, or the CPU with its number of cores."""
+    import torch
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
 
 
