@@ -15,7 +15,7 @@ LOCKED_TORCH := 2.13.0
 # torch and diffusers, about 1 GB, so never more than 8.
 WORKERS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((cores < 8 ? cores + 1 : 8)))
 
-.PHONY: demo test check lint types tests test-slow test-gpu test-oldest test-newest test-next soak lock \
+.PHONY: demo test check lint types tests test-slow test-gpu card test-oldest test-newest test-next soak lock \
 	miniature-data miniature-weights clean
 
 demo: $(VENV)/.installed
@@ -43,6 +43,11 @@ test-slow: $(VENV)/.installed-dev
 
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/pytest -m gpu
+
+# Everything that only a CUDA card can show, within nine minutes; writes docs/card.json and README's table of cards.
+# benchmarks/README.md says what it measures, and how to run it without a network.
+card: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.card $(CARD_ARGS)
 
 # Kills, damage and hostile files at release length; writes docs/reliability.md. About four hours.
 soak: $(VENV)/.installed-dev

@@ -122,7 +122,8 @@ def _capped(device: str, gib: float) -> Iterator[bool]:
     release_memory()
     if is_card:
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
+        share = gib * GIB / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     try:
         yield is_card
     finally:

@@ -48,6 +48,7 @@ CARDS = (
     Card("RTX 5090", 209.5, 1792, 32),
     Card("A100", 312.0, 2039, 80),
     Card("H100", 989.0, 3350, 80),
+    Card("H200", 989.0, 4800, 141),
 )
 """NVIDIA's data sheets. GeForce cards: 512 operations for each multiprocessor and cycle at the boost clock."""
 USUAL = ("RTX 3060", "RTX 4060 Ti", "RTX 3090", "RTX 4090", "RTX 5090")

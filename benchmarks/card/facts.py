@@ -1,0 +1,54 @@
+"""What is known of the card and the machine without torch, and which packages are missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from lora_booth.run import versions
+
+ROOT = Path(__file__).parents[2]
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+OPTIONAL = ("bitsandbytes", "matplotlib", "scipy", "pytest", "torchvision")
+"""Without them some figures are missing: 8-bit Adam and NF4; the tests; diffusers' script."""
+_ASKED = {"name": "name", "driver": "driver_version", "compute_capability": "compute_cap", "memory": "memory.total"}
+
+
+def missing() -> tuple[list[str], list[str]]:
+    """Packages that are not installed: those that nothing works without, and those that some figures need."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [name[0] for line in project["dependencies"] if (name := _NAME.match(line))]
+    absent = [name for name in dict.fromkeys([*asked, *OPTIONAL]) if versions.installed(name) is None]
+    return [name for name in absent if name not in OPTIONAL], [name for name in absent if name in OPTIONAL]
+
+
+def of_machine(device: str) -> dict[str, Any]:
+    """Name, driver, compute capability and memory of the first card as its driver tells them; the machine; versions."""
+    card = _card() if device == "cuda" else {"name": f"CPU, {os.cpu_count()} cores", "driver": "none"}
+    known = versions.versions()
+    machine = {"python": known.pop("python"), "platform": known.pop("platform"), "cores": os.cpu_count()}
+    known.pop("lora-booth")
+    return card | machine | {"versions": known | _others(), "missing": [*missing()[0], *missing()[1]]}
+
+
+def _others() -> dict[str, str]:
+    return {name: text for name in ("triton", "torchvision") if (text := versions.installed(name)) is not None}
+
+
+def _card() -> dict[str, str]:
+    """By nvidia-smi; a name alone where there is none, since torch may find the card all the same."""
+    program = shutil.which("nvidia-smi")
+    words = [program or "nvidia-smi", f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return {"name": "a card without nvidia-smi", "driver": "unknown"}
+    values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
+    if done.returncode or len(values) != len(_ASKED):
+        return {"name": "a card without nvidia-smi", "driver": "unknown"}
+    return dict(zip(_ASKED, values, strict=True))
