@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -16,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 OPTIONAL = ("bitsandbytes", "matplotlib", "scipy", "pytest", "torchvision")
 """Without them some figures are missing: 8-bit Adam and NF4; the tests; diffusers' script."""
+UNNAMED = {"name": "a card that nvidia-smi does not name", "driver": "unknown"}
 _ASKED = {"name": "name", "driver": "driver_version", "compute_capability": "compute_cap", "memory": "memory.total"}
 
 
@@ -41,14 +41,15 @@ def _others() -> dict[str, str]:
 
 
 def _card() -> dict[str, str]:
-    """By nvidia-smi; a name alone where there is none, since torch may find the card all the same."""
-    program = shutil.which("nvidia-smi")
-    words = [program or "nvidia-smi", f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader"]
+    """By nvidia-smi; without it a card has no name, and torch may find it all the same."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    words = ["nvidia-smi", f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader"]
+    words += [f"--id={visible}"] if visible else []
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return {"name": "a card without nvidia-smi", "driver": "unknown"}
+        return UNNAMED
     values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
     if done.returncode or len(values) != len(_ASKED):
-        return {"name": "a card without nvidia-smi", "driver": "unknown"}
+        return UNNAMED
     return dict(zip(_ASKED, values, strict=True))

@@ -28,7 +28,7 @@ PARTS = (
     Part("card", "which card, and its rates", 25, 25),
     Part("tests", "the tests that need a card", 110, 200),
     Part("bases", "bases of real size with random weights", 35, 60),
-    Part("steps", "seconds of a step", 135, 75),
+    Part("steps", "seconds of a step", 135, 110),
     Part("memory", "peak memory against plan", 115, 60),
     Part("whole", "from pictures to the adapter", 100, 400),
     Part("assumptions", "what the code assumes", 10, 30),

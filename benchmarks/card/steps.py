@@ -37,16 +37,18 @@ from lora_booth.run.report import Silent
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to compute our step, as settings; `needs_card`: on a CPU it would silently be another one."""
+    """A way to compute our step, as settings; `needs_card`: on a CPU it would silently be another one; `is_slow`: it
+    takes minutes to begin."""
 
     settings: Mapping[str, object]
     needs_card: bool = True
+    is_slow: bool = False
 
 
 MODES = {
     "eager": Mode({"train.compile": "false"}, needs_card=False),
-    "compiled": Mode({"train.compile": "true"}),
     "graphed": Mode({"train.compile": "graph"}),
+    "compiled": Mode({"train.compile": "true"}, is_slow=True),
 }
 """A mode that the settings do not know is told as not offered."""
 PEER = "diffusers"
@@ -64,16 +66,18 @@ def job_name(base: Base, mode: str, number: int) -> str:
 
 
 def jobs(kit: Kit) -> Iterator[Job]:
-    """Every mode of every base once, then the bounds, then the other rounds."""
+    """Each round every mode of every base, what is slow to begin last; the bounds before the first slow one."""
     bases = [kit.base(family) for family in SCRIPTS]
     for number in range(1, kit.scale.rounds + 1):
-        for base in bases:
-            for mode in MODES:
-                yield job_name(base, mode, number), partial(_ours, kit, base, mode, number)
-            yield job_name(base, PEER, number), partial(_peers, kit, base)
-        if number == 1:
+        for is_slow in (False, True):
             for base in bases:
-                yield f"{base.name} {PEAK}", partial(_bound, kit, base)
+                for mode in (mode for mode, of in MODES.items() if of.is_slow == is_slow):
+                    yield job_name(base, mode, number), partial(_ours, kit, base, mode, number)
+                if not is_slow:
+                    yield job_name(base, PEER, number), partial(_peers, kit, base)
+            if number == 1 and not is_slow:
+                for base in bases:
+                    yield f"{base.name} {PEAK}", partial(_bound, kit, base)
 
 
 def _job(kit: Kit, base: Base) -> peers.Job:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ def test_a_way_to_compute_that_the_settings_do_not_know_is_not_offered(
         jobs["SD 1.5 graphed, round 1"]()
     with pytest.raises(NotOffered, match=r"train_dreambooth_lora_sdxl\.py"):
         jobs["SDXL diffusers, round 1"]()
+
+
+def test_slow_ways_of_a_round_come_last_and_every_round_has_all(tmp_path: Path) -> None:
+    of = replace(kit_of(tmp_path), is_rehearsal=False)
+    names = [name for name, _ in steps.jobs(of)]
+    assert len(names) == len(set(names)) == kit.FULL.rounds * 2 * (len(steps.MODES) + 1) + 2
+    first = names[: names.index("SD 1.5 eager, round 2")]
+    assert [name for name in first if "compiled" in name] == first[-2:]
+    assert {name.replace("round 1", "round 2") for name in first} >= set(names) - set(first)
 
 
 def test_a_step_is_the_median_between_ends_after_warm_up_and_the_rest_is_the_beginning() -> None:
@@ -168,7 +178,7 @@ def test_the_guide_names_every_benchmark_and_its_command() -> None:
     runnable = [path for path in named if path.is_dir() or "__main__" in path.read_text(encoding="utf-8")]
     assert len(runnable) >= 8
     for path in runnable:
-        assert path.stem in guide, path.name
+        assert f"`{path.stem}`" in guide and f"python -m benchmarks.{path.stem}" in guide, path.name
     for part in kit.PARTS:
         assert f"`{part.name}`" in guide
 
