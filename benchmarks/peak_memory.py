@@ -34,7 +34,7 @@ from lora_booth.models import devices, loading
 from lora_booth.planning import built, memory
 from lora_booth.planning.tracing import held_bytes, tensors_of
 from lora_booth.run.report import Silent
-from lora_booth.training.flat import Flat
+from lora_booth.training import optimizers
 from lora_booth.training.objective import objective_for
 from lora_booth.verbs import train
 
@@ -160,6 +160,7 @@ def on_cpu(base: Path, share: float, side_px: int) -> Row:
 
     family = loading.load(config.model, device="cpu", dtype=torch.float32, needs_vae=False)
     parameters = inject.inject_({"unet": family.denoiser}, config.adapter)["unet"]
+    trained = optimizers.flatten(parameters, config.optimizer, device_type="cpu")
     family.denoiser.train()
     family.prepare_denoiser_(gradient_checkpointing=share, attention="sdpa")
     rows = memory.rows_per_pass(config)
@@ -167,7 +168,7 @@ def on_cpu(base: Path, share: float, side_px: int) -> Row:
     family.release_text_encoders()
     known = tensors_of([family.denoiser])
     objective = objective_for(config.objective, family.schedule)
-    gradients, others, _ = built.trace_step(family, objective, batch, [Flat(parameters)], known)
+    gradients, others, _ = built.trace_step(family, objective, batch, trained, known)
     measured = gradients + others + held_bytes(known) + held_bytes(batch.tensors)
     return Row(f"one step at {side_px} px, share {share:g}", predicted / GIB, measured / GIB)
 

@@ -172,13 +172,13 @@ def test_readme_says_what_docs_card_json_says() -> None:
 
 def test_the_guide_names_every_benchmark_and_its_command() -> None:
     guide = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    named = [
-        path for path in (ROOT / "benchmarks").iterdir() if path.suffix == ".py" or (path / "__main__.py").exists()
-    ]
-    runnable = [path for path in named if path.is_dir() or "__main__" in path.read_text(encoding="utf-8")]
+    modules = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("*/__main__.py")]
+    names = [path.parent.name if path.stem == "__main__" else path.stem for path in modules]
+    commands = [f"python -m benchmarks.{name}" for name in names]
+    runnable = [command for command, path in zip(commands, modules, strict=True) if command in path.read_text("utf-8")]
     assert len(runnable) >= 8
-    for path in runnable:
-        assert f"`{path.stem}`" in guide and f"python -m benchmarks.{path.stem}" in guide, path.name
+    for command in runnable:
+        assert command in guide and f"`{command.rpartition('.')[2]}`" in guide, command
     for part in kit.PARTS:
         assert f"`{part.name}`" in guide
 
