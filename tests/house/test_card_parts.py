@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.card import kit, memory, page, steps, store
+from benchmarks import peak_memory, watched
+from benchmarks.card import card, facts, kit, memory, page, steps, store
 from benchmarks.card import tests as gpu_tests
 from benchmarks.card.outcomes import NotOffered
 from benchmarks.card.store import Results
 from lora_booth.config import presets
+from lora_booth.errors import DeviceMemoryError
 from tests.house.test_card import CARD, ROOT, kit_of, states
 
 
@@ -82,6 +87,75 @@ def test_what_was_computed_alike_within_less_memory_is_not_measured_again(tmp_pa
     again = jobs[large.name]()
     assert again["same_as"] == small.name and again["budget_gib"] == large.budget_gib
     assert again["predicted_gib"] == first["predicted_gib"]
+
+
+def pretend_card(monkeypatch: pytest.MonkeyPatch, **figures: Any) -> list[Any]:
+    """torch's functions answer as on a card of 16 GiB; returns what the allocator is capped at, as it is."""
+    caps: list[Any] = []
+    answers = {
+        "is_available": True,
+        "is_initialized": True,
+        "mem_get_info": (4 << 30, 16 << 30),
+        "get_device_properties": SimpleNamespace(total_memory=16 << 30),
+        "get_device_name": "Some Card",
+        "get_device_capability": (9, 0),
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 3 << 30,
+        "max_memory_reserved": 5 << 30,
+        "memory_reserved": 2 << 30,
+    }
+    for name, answer in (answers | figures).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", caps.append)
+    return caps
+
+
+def test_a_run_on_a_card_is_capped_and_what_its_tensors_and_the_allocator_held_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = kit_of(tmp_path)
+    case = next(case for case in memory.cases(of) if case.name == "sd15_subject within 8 GiB")
+    caps = pretend_card(monkeypatch)
+    monkeypatch.setattr(peak_memory, "devices", SimpleNamespace(here=lambda _: torch.device("cuda")))
+    found = dict(memory.jobs(of))[case.name]()
+    assert caps == [pytest.approx((8 - 0.8) / 16), 1.0]
+    assert (found["measured_gib"], found["reserved_gib"], found["fits"]) == (3.0, 5.0, True)
+
+    def lacks_memory(*_: object, report: Any, **__: object) -> None:
+        report.event("memory", "memory: 9 of 8 GiB predicted, with little", gib=9.8)
+        raise DeviceMemoryError("none left")
+
+    monkeypatch.setattr(peak_memory.train, "train", lacks_memory)
+    found = dict(memory.jobs(of))[case.name]()
+    assert (found["measured_gib"], found["measured"], found["fits"]) == (None, "does not fit", False)
+    assert found["predicted_gib"] == 9.0 and found["chosen"] == "little" and caps[-1] == 1.0
+    with pytest.raises(NotOffered, match=r"has 16\.0 GiB"):
+        dict(memory.jobs(replace(of, device="cuda")))["sd15_subject within 24 GiB"]()
+
+
+def test_what_lies_outside_of_the_allocator_is_what_the_card_holds_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_card(monkeypatch)
+    assert watched._device_memory() == {"peak_device_mib": 3072, "peak_reserved_mib": 5120, "outside_mib": 10240}
+    assert steps._used_mib() == 12 * 1024
+
+
+def test_a_card_is_named_by_its_driver_and_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho $* > {tmp_path}/words\necho 'NVIDIA H200, 580.1, 9.0, 143771 MiB'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
+    found = facts.of_machine("cuda")
+    assert found["name"] == "NVIDIA H200" and found["driver"] == "580.1" and found["compute_capability"] == "9.0"
+    assert "--id=1" in (tmp_path / "words").read_text()
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert facts.of_machine("cuda")["driver"] == "unknown"
+    jobs = dict(card.jobs(replace(kit_of(tmp_path), device="cuda")))
+    with pytest.raises(NotOffered, match="finds no CUDA card"):
+        jobs["torch"]()
+    pretend_card(monkeypatch)
+    assert jobs["torch"]()["total_gib"] == 16.0
 
 
 def test_tests_are_counted_with_the_first_line_of_what_failed(tmp_path: Path) -> None:
