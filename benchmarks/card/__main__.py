@@ -63,14 +63,15 @@ def _measure(kit: Kit, arguments: argparse.Namespace, machine: dict[str, Any]) -
         if names:
             print(f"not installed: {', '.join(names)}; {told}", flush=True)
     results = Results(kit.results, kit.card)
-    results.begin(machine)
     if needed:
+        results.begin(machine)
         return 2
     from filelock import FileLock, Timeout
 
     kit.out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(kit.out / "lock", timeout=0):
+            results.begin(machine)
             return _run_parts(kit, arguments, results)
     except Timeout:
         print(f"another kit is measuring in {kit.out}; wait for it", file=sys.stderr)

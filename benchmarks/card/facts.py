@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import tomllib
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,29 @@ def missing() -> tuple[list[str], list[str]]:
     """Packages that are not installed: those that nothing works without, and those that some figures need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = [name[0] for line in project["dependencies"] if (name := _NAME.match(line))]
-    absent = [name for name in dict.fromkeys([*asked, *OPTIONAL]) if versions.installed(name) is None]
+    absent = [name for name in _with_needs([*asked, *OPTIONAL]) if versions.installed(name) is None]
     return [name for name in absent if name not in OPTIONAL], [name for name in absent if name in OPTIONAL]
+
+
+def _with_needs(names: Sequence[str]) -> list[str]:
+    """`names`, and all that those of them which are installed ask for here, as far as `packaging` is there to tell."""
+    found, left = list[str](), list(names)
+    while left:
+        name = left.pop(0)
+        if re.sub(r"[-_.]+", "-", name).lower() not in found:
+            found.append(re.sub(r"[-_.]+", "-", name).lower())
+            left += _needs(name)
+    return found
+
+
+def _needs(name: str) -> list[str]:
+    try:
+        from packaging.requirements import Requirement
+
+        needs = [Requirement(line) for line in metadata.requires(name) or []]
+        return [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    except (ImportError, ValueError):  # PackageNotFoundError among them: that is told already
+        return []
 
 
 def of_machine(device: str) -> dict[str, Any]:

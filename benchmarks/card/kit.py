@@ -111,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--readme", type=Path, help="README.md; of a rehearsal OUT/README.md")
     words.add_argument("--peers", type=Path, default=ROOT / "build" / "peers", help="folder of diffusers' two scripts")
     words.add_argument("--write", action="store_true", help="only README's table, from the results that are there")
+    words.add_argument("--commit", default="", help="of a copy that git knows nothing of")
     words.add_argument("--card", default="", help=argparse.SUPPRESS)
     words.add_argument("--date", default="", help=argparse.SUPPRESS)
     words.add_argument("--patience", type=float, default=1.0, help=argparse.SUPPRESS)
@@ -120,7 +121,9 @@ def parser() -> argparse.ArgumentParser:
 @dataclass(frozen=True)
 class Kit:
     """What one call of the kit measures. `card`: its name, `date`: when the call began; they name its results.
-    `patience`: how many times its usual time a measurement may take."""
+
+    `patience`: how many times its usual time a measurement may take. `commit`: empty where git knows it.
+    """
 
     device: str
     is_rehearsal: bool
@@ -132,6 +135,7 @@ class Kit:
     peers: Path
     card: str
     date: str
+    commit: str
 
     @staticmethod
     def of(arguments: argparse.Namespace, *, card: str, date: str) -> Kit:
@@ -150,6 +154,7 @@ class Kit:
             peers=arguments.peers.absolute(),
             card=card,
             date=date,
+            commit=arguments.commit,
         )
 
     @property
@@ -160,7 +165,8 @@ class Kit:
     def words(self) -> list[str]:
         """The command line that makes the same kit in another process."""
         paths = {"out": self.out, "results": self.results, "readme": self.readme, "peers": self.peers}
-        texts = {"device": self.device, "patience": self.patience, "card": self.card, "date": self.date}
+        texts = {"device": self.device, "patience": self.patience}
+        texts |= {"card": self.card, "date": self.date, "commit": self.commit}
         switches = [word for word, is_on in (("--rehearse", self.is_rehearsal), ("--again", self.is_again)) if is_on]
         return [*switches, *(f"--{name}={value}" for name, value in {**paths, **texts}.items())]
 

@@ -57,6 +57,9 @@ SCRIPTS = {"sd15": "train_dreambooth_lora.py", "sdxl": "train_dreambooth_lora_sd
 PEAK = "at the peak rates"
 WARM_UP_STEPS = 3
 MAX_SAID_CHARACTERS = 900
+_WATCHED = "watched.json"
+FELL_BACK = "the run goes on without"
+"""In the warning of a run that could not compute as it was told; what is timed then is another mode."""
 NOTHING: Mapping[str, str] = {}
 
 
@@ -99,26 +102,32 @@ def _settings(kit: Kit, base: Base, mode: str, out: Path) -> list[str]:
 
 
 def _ours(kit: Kit, base: Base, mode: str, number: int) -> Figures:
-    """Raises NotOffered for a mode that this device or these settings do not know.
+    """Raises NotOffered for a mode that this device or these settings do not know, or that the run gave up.
 
     In the first round a compiler finds nothing in its cache, so that its seconds are those of a first run.
     """
     if MODES[mode].needs_card and kit.device == "cpu":
         raise NotOffered("not offered on the CPU: runs there are the same bit for bit")
     out = kit.out / "steps" / "ours"
-    settings = _settings(kit, base, mode, out)
-    try:
-        toml.load(None, settings)
-    except ConfigError as error:
-        raise NotOffered(next(line for line in str(error).splitlines() if "train.compile" in line).strip()) from None
     shutil.rmtree(out, ignore_errors=True)
     compiled = kit.out / "steps" / f"compiled_{base.architecture}_{mode}"
     if number == 1:
         shutil.rmtree(compiled, ignore_errors=True)
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
-    said, figures = _timed(kit, ["-m", "lora_booth", "train", *settings, "--json"], environment)
+    words = ["-m", "lora_booth", "train", *_settings(kit, base, mode, out), "--json"]
+    done = _watched(kit, words, environment)
+    if done.returncode == ConfigError.exit_code:
+        raise NotOffered(done.stderr.strip())
+    return _figures(kit, done) | {"warnings": warnings_of(done.stdout)}
+
+
+def warnings_of(said: str) -> list[str]:
+    """What a run warned of. Raises NotOffered where it gave up the way in which it was to compute."""
     events = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-    return figures | {"warnings": [event["text"] for event in events if event["kind"] == "warning"]}
+    warnings = [event["text"] for event in events if event["kind"] == "warning"]
+    if fallen := [text for text in warnings if FELL_BACK in text]:
+        raise NotOffered(fallen[0])
+    return warnings
 
 
 def _peers(kit: Kit, base: Base) -> Figures:
@@ -128,23 +137,28 @@ def _peers(kit: Kit, base: Base) -> Figures:
         raise NotOffered(f"{SCRIPTS[base.family]} of diffusers is not in the folder that --peers names")
     out = kit.out / "steps" / PEER
     shutil.rmtree(out, ignore_errors=True)
-    return _timed(kit, [str(script), *peers.diffusers_words(_job(kit, base), kit.scale.steps, out)])[1]
+    return _figures(kit, _watched(kit, [str(script), *peers.diffusers_words(_job(kit, base), kit.scale.steps, out)]))
 
 
-def _timed(kit: Kit, what: list[str], environment: Mapping[str, str] = NOTHING) -> tuple[str, Figures]:
-    """What a process says, and its steps. Raises RuntimeError, with its last words, when it fails."""
-    path = kit.out / "steps" / "watched.json"
+def _watched(kit: Kit, what: list[str], environment: Mapping[str, str] = NOTHING) -> subprocess.CompletedProcess[str]:
+    """A process whose steps `watched.py` writes into `_WATCHED`."""
+    _used_mib()  # so that this process's own context lies on the card during the run too, as it does after it
+    path = kit.out / "steps" / _WATCHED
     path.unlink(missing_ok=True)
-    used_before_mib = _used_mib()
     words = [sys.executable, str(ROOT / "benchmarks" / "watched.py"), str(path), *what]
     environment = {**os.environ, **environment}
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False, env=environment)
+    return subprocess.run(words, capture_output=True, text=True, errors="replace", check=False, env=environment)
+
+
+def _figures(kit: Kit, done: subprocess.CompletedProcess[str]) -> Figures:
+    """Of its steps. Raises RuntimeError, with its last words, where it failed."""
     if done.returncode:
         raise RuntimeError((done.stdout[-300:] + done.stderr)[-MAX_SAID_CHARACTERS:])
-    return done.stdout, figures_of(json.loads(path.read_text(encoding="utf-8")), used_before_mib)
+    watched = json.loads((kit.out / "steps" / _WATCHED).read_text(encoding="utf-8"))
+    return figures_of(watched, _used_mib())
 
 
-def figures_of(watched: Mapping[str, Any], used_before_mib: float | None) -> Figures:
+def figures_of(watched: Mapping[str, Any], used_by_others_mib: float | None) -> Figures:
     """Of what `watched.py` wrote. `begin_s`: from the start to the first step, with all that the first steps take
     longer; `outside_gib`: what the process held of the card beside torch's allocator."""
     ends = watched["steps_s"]
@@ -156,10 +170,10 @@ def figures_of(watched: Mapping[str, Any], used_before_mib: float | None) -> Fig
         "slowest_s": round(max(apart), 5),
         "begin_s": round(ends[WARM_UP_STEPS - 1] - WARM_UP_STEPS * step_s, 2),
     }
-    if used_before_mib is not None and watched["outside_mib"] is not None:
+    if used_by_others_mib is not None and watched["outside_mib"] is not None:
         figures["peak_gib"] = round(watched["peak_device_mib"] / 1024, 3)
         figures["reserved_gib"] = round(watched["peak_reserved_mib"] / 1024, 3)
-        figures["outside_gib"] = round((watched["outside_mib"] - used_before_mib) / 1024, 3)
+        figures["outside_gib"] = round((watched["outside_mib"] - used_by_others_mib) / 1024, 3)
     return figures
 
 

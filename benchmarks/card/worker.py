@@ -43,7 +43,7 @@ def main() -> None:
 
 def work(kit: Kit, part: Part, jobs: Iterable[Job]) -> int:
     """Do what is left of `jobs`; 0 when all are done, `GO_ON` when another process should."""
-    results, jobs, commit = Results(kit.results, kit.card), list(jobs), record.commit()
+    results, jobs, commit = Results(kit.results, kit.card), list(jobs), kit.commit or record.commit()
     left = [(name, measure) for name, measure in jobs if not is_settled(kit, results.part(part.name).get(name, {}))]
     for name, _ in left:
         if not results.figures(part.name, name):  # with --again, what is known is kept until it is known anew

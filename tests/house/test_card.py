@@ -127,7 +127,7 @@ def test_the_same_command_keeps_what_is_done_and_tries_the_rest_again(
     run_jobs(first, monkeypatch, "good,raises")
     found = run_jobs(second, monkeypatch, "good,raises,last")
     assert [record["date"][:10] for record in found.values()] == ["2026-01-01", "2026-01-02", "2026-01-02"]
-    third = kit_of(tmp_path, "--again", date="2026-01-03T00:00:00+00:00")
+    third = kit_of(tmp_path, "--again", "--commit=abc1234", date="2026-01-03T00:00:00+00:00")
     found = run_jobs(third, monkeypatch, "aborts,good,last")
     assert {name: record["date"][8:10] for name, record in found.items()} == {
         "good": "03",
@@ -135,6 +135,7 @@ def test_the_same_command_keeps_what_is_done_and_tries_the_rest_again(
         "last": "03",
         "aborts": "03",
     }
+    assert found["last"]["commit"] == "abc1234" != found["raises"]["commit"]
 
 
 def test_a_part_ends_with_the_kit_that_began_it_and_what_is_known_is_kept(
@@ -200,6 +201,8 @@ def test_what_is_missing_is_told_by_what_it_is_needed_for(monkeypatch: pytest.Mo
     needed, useful = facts.missing()
     assert needed == ["torch"]
     assert {"bitsandbytes", "pytest"} <= set(useful)
+    absent = ("importlib-metadata",)
+    assert "importlib-metadata" in facts.missing()[0], "diffusers asks for it"
 
 
 def test_the_kit_says_what_is_missing_where_nothing_is_installed(tmp_path: Path) -> None:

@@ -38,6 +38,22 @@ def test_a_way_to_compute_that_the_settings_do_not_know_is_not_offered(
         jobs["SDXL diffusers, round 1"]()
 
 
+def test_a_mode_that_a_run_refuses_or_gives_up_is_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(steps.MODES, "graphed", steps.Mode({"train.compile": "graph"}, needs_card=False))
+    with pytest.raises(NotOffered, match="which the CPU cannot do"):
+        dict(steps.jobs(kit_of(tmp_path)))["SD 1.5 graphed, round 1"]()
+    lines = [json.dumps({"kind": kind, "text": f"{kind} of it"}) for kind in ("saved", "warning")]
+    assert steps.warnings_of("\n".join(["no JSON", *lines])) == ["warning of it"]
+    lines += [json.dumps({"kind": "warning", "text": "no graph (reason); the run goes on without."})]
+    with pytest.raises(NotOffered, match="no graph"):
+        steps.warnings_of("\n".join(lines))
+
+
+def test_the_code_says_it_in_the_words_that_are_looked_for() -> None:
+    sources = [ROOT / "lora_booth" / "training" / name for name in ("compiling.py", "graphs.py")]
+    assert all(f"{steps.FELL_BACK}." in path.read_text(encoding="utf-8") for path in sources)
+
+
 def test_slow_ways_of_a_round_come_last_and_every_round_has_all(tmp_path: Path) -> None:
     of = replace(kit_of(tmp_path), is_rehearsal=False)
     names = [name for name, _ in steps.jobs(of)]
