@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.card import facts, page, run
 from benchmarks.card.kit import ROOT, Kit, parser, shares
 from benchmarks.card.store import Results
+from lora_booth.errors import DiskError
 
 
 def main() -> int:
@@ -50,16 +51,18 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"stopped; what is known is in {kit.results}, and the same command continues")
         return 130
+    except (OSError, DiskError) as error:
+        print(f"the kit cannot go on: {error}", file=sys.stderr)
     except ValueError as error:  # of a file that is no JSON, or a README without its marks
         print(f"{kit.results} or {kit.readme} cannot be used: {error}; restore them with git", file=sys.stderr)
-        return 2
+    return 2
 
 
 def _measure(kit: Kit, arguments: argparse.Namespace, machine: dict[str, Any]) -> int:
     """Nothing outside of the standard library is imported before it is known what is missing."""
     needed, useful = facts.missing()
     print(f"{machine['name']}, driver {machine['driver']}; python {machine['python']}; results go to {kit.results}")
-    for names, told in ((needed, "nothing can be measured without them"), (useful, "some figures will be missing")):
+    for names, told in ((needed, "nothing can be measured without them"), (useful, "some figures may be missing")):
         if names:
             print(f"not installed: {', '.join(names)}; {told}", flush=True)
     results = Results(kit.results, kit.card)

@@ -22,11 +22,13 @@ _ASKED = {"name": "name", "driver": "driver_version", "compute_capability": "com
 
 
 def missing() -> tuple[list[str], list[str]]:
-    """Packages that are not installed: those that nothing works without, and those that some figures need."""
+    """Packages that are not installed: those that nothing works without, and those that some figures need, or that
+    other packages ask for and may do without."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = [name[0] for line in project["dependencies"] if (name := _NAME.match(line))]
     absent = [name for name in _with_needs([*asked, *OPTIONAL]) if versions.installed(name) is None]
-    return [name for name in absent if name not in OPTIONAL], [name for name in absent if name in OPTIONAL]
+    needed = [name for name in absent if name in asked and name not in OPTIONAL]
+    return needed, [name for name in absent if name not in needed]
 
 
 def _with_needs(names: Sequence[str]) -> list[str]:
