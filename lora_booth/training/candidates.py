@@ -1,4 +1,4 @@
-"""Which checkpoints at which strengths are compared in the end, and how many pictures that takes.
+"""Which checkpoints are compared at which strengths in the end, and by how many pictures.
 
 What lives here: what follows from the config. What does not: drawing and measuring (`choosing.py`).
 """
