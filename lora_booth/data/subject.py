@@ -105,17 +105,9 @@ def crops_of(config: Filled, pictures: Sequence[Picture]) -> list[Crop]:
     return [assign(picture.width_px, picture.height_px, available) for picture in pictures]
 
 
-def prompts_of(config: Config, pictures: Pictures) -> list[str]:
-    """Every prompt the run asks for, once: of images, prior and previews, and the empty one."""
-    texts = ["", config.subject.prompt, config.preview.negative_prompt, *config.preview.prompts]
-    texts += config.prior.prompts if config.has_class_images else ()
-    texts += config.prior.captions if config.has_model_prior else ()
-    for found in pictures.all:
-        texts += [p.caption for p in found.pictures if p.caption]
-    prompts = [config.fill(text) for text in texts]
-    if config.has_model_prior:
-        prompts += [p for p in (plain_prompt(config, picture) for picture in pictures.instances.pictures) if p]
-    return list(dict.fromkeys(prompts))
+def shown_prompts(config: Config) -> list[str]:
+    """The prompts of previews, and the empty one."""
+    return [config.fill(text) for text in ("", config.preview.negative_prompt, *config.preview.prompts)]
 
 
 def prompt_of(config: Config, picture: Picture) -> str:

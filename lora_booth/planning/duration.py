@@ -18,18 +18,19 @@ from lora_booth.evaluation.prediction import ROWS
 from lora_booth.models.cards import Card
 from lora_booth.planning.memory import Modules
 from lora_booth.planning.work import Work
-from lora_booth.training import candidates
+from lora_booth.training import candidates, class_images, reach
 from lora_booth.training.order import VALIDATION_ROWS, validation_levels
 
 
 @dataclass(frozen=True)
 class Duration:
     """The work of a run, by what it is for. `step`: passes with gradients, and what the base predicts for comparison;
-    `other`: pictures encoded, validation, previews."""
+    `other`: pictures encoded, validation, previews. `num_drawn`: class images, which `class_images` is the work of."""
 
     step: Sequence[Work]
     num_steps: int
     class_images: Sequence[Work]
+    num_drawn: int
     other: Sequence[Work]
 
     def step_s(self, card: Card) -> float:
@@ -60,21 +61,21 @@ def predict(modules: Modules, config: Filled, pictures: Pictures, bucket: Bucket
     """
     train, prior, shown = config.train, config.prior, config.preview
     square = modules.square(config)
-    bucket, class_images = bucket or square, []
-    if config.has_class_images and prior.folder is None:
+    bucket, drawn = bucket or square, []
+    num_encoded, num_drawn = _num_made(modules, config, pictures)
+    if num_drawn:
         drawing = modules.draw_work(config, bucket, prior.sampler_steps, is_guided=prior.guidance_scale > 1)
-        class_images = [drawing * prior.num_images, modules.decode_work(config, bucket) * prior.num_images]
-    num_encoded = sum(len(found.pictures) for found in pictures.all)
+        drawn = [drawing * num_drawn, modules.decode_work(config, bucket) * num_drawn]
     num_saves = -(-train.steps // train.save_every_steps)
     other = [
         modules.encode_work(bucket) * num_encoded,
         modules.draw_work(config, bucket, 1, is_guided=False) * (num_saves * _num_validation_rows(pictures)),
     ]
     is_guided = shown.guidance_scale > 1
-    num_drawn = _num_previews(config)
-    if num_drawn:
+    num_shown = _num_previews(config)
+    if num_shown:
         drawing = modules.draw_work(config, square, shown.sampler_steps, is_guided=is_guided)
-        other += [drawing * num_drawn, modules.decode_work(config, square) * num_drawn]
+        other += [drawing * num_shown, modules.decode_work(config, square) * num_shown]
     if config.evaluate.choose == "best":
         num_unrelated, solver_steps = len(candidates.asked(config)[1].unrelated), candidates.solver_steps(config)
         picture = modules.draw_work(config, square, solver_steps, is_guided=is_guided)
@@ -84,7 +85,17 @@ def predict(modules: Modules, config: Filled, pictures: Pictures, bucket: Bucket
         num_pictures = candidates.num_pictures(config) * num_judged
         other += [picture * num_pictures, modules.decode_work(config, square) * num_pictures]
     step = [modules.step_work(config, bucket), modules.comparison_work(config, bucket)]
-    return Duration([work for work in step if work is not None], train.steps, class_images, other)
+    return Duration([work for work in step if work is not None], train.steps, drawn, num_drawn, other)
+
+
+def _num_made(modules: Modules, config: Filled, pictures: Pictures) -> tuple[int, int]:
+    """Pictures that are encoded, and class images that are drawn: what the steps reach, and who is drawn with them."""
+    wanted = reach.class_images_of(config, pictures)
+    found = reach.of(
+        config, pictures, wanted, fingerprint="", latent_shape=lambda *size: modules.latent_shape(Bucket(*size))
+    )
+    batches = class_images.batches(wanted, found.keys, class_images.most_together(config))
+    return len(found.pictures), sum(map(len, batches))
 
 
 def _num_judged(config: Filled, num_saves: int) -> int:

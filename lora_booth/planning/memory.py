@@ -151,10 +151,10 @@ class Modules:
         side = config.data.resolution or self.facts.native_resolution
         return Bucket(side, side)
 
-    def latent_shape(self, bucket: Bucket) -> Sequence[int]:
+    def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
         """`[C, h, w]` of a picture of this size."""
         factor = self.size("pixels per latent")
-        return (self.size("latent channels"), bucket.height_px // factor, bucket.width_px // factor)
+        return self.size("latent channels"), bucket.height_px // factor, bucket.width_px // factor
 
     def phases(self, config: Filled, bucket: Bucket | None) -> tuple[Phase, ...]:
         """All phases of the run, in the order in which it comes to them."""

@@ -4,14 +4,15 @@ Trained on beside the subject, they keep the base from forgetting the class.
 
 What is trained on are the latents as the solver left them. The picture of the same name beside them is to be looked at:
 nothing goes through the VAE twice. Neither counts without the other, so what a run sees does not depend on what a cache
-has lost. Those of one prompt and size are always drawn in the same batches, because rounding depends on the batch size.
+has lost. Those of one prompt and size are always drawn in the same batches, because rounding depends on the batch size;
+so where one is needed, its whole batch is drawn.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +120,7 @@ def made_by(family: Family, config: Resolved, together: int) -> tuple[str | int,
 
 def draw_missing(
     images: Sequence[ClassImage],
+    reached: Container[str],
     family: Family,
     config: Resolved,
     prompts: Mapping[str, Conditioning],
@@ -127,42 +129,47 @@ def draw_missing(
     report: Report,
     stop: StopRequest,
 ) -> tuple[dict[str, Tensor], int]:
-    """Draw those of `images` that are not there yet, each written whole; the latents of all by name, and how many were
-    drawn. Nothing is read again, so a cache that is cleared meanwhile loses nothing.
+    """The latents of those of `images` whose names are `reached`, by name, and how many had to be drawn for them: the
+    batches of those that are not there yet, each image written whole. Nothing is read again, so a cache that is cleared
+    meanwhile loses nothing.
 
-    `prompts` holds the conditioning of every image's prompt and of "". Images of one prompt and size are drawn in the
-    same batches whether they are drawn for the first time or again after a kill, because rounding depends on the batch
-    size. Raises Interrupted between two steps of the solver; what was being drawn then is drawn again. Raises what the
-    device raises when its memory does not suffice for so many `together`.
+    `prompts` holds the conditioning of every reached image's prompt and of "". Images of one prompt and size are drawn
+    in the same batches whether they are drawn for the first time or again after a kill, because rounding depends on the
+    batch size. Raises Interrupted between two steps of the solver; what was being drawn then is drawn again. Raises
+    what the device raises when its memory does not suffice for so many `together`.
     """
-    done = 0
-    found = {image.name: image.latents() for image in images}
-    latents_of = {name: latents for name, latents in found.items() if latents is not None}
-    missing = found.keys() - latents_of.keys()
+    found: dict[str, Tensor] = {}
+    missing: list[tuple[list[ClassImage], set[str]]] = []
+    for batch in batches(images, reached, together):
+        stored = {image.name: image.latents() for image in batch if image.name in reached}
+        if None in stored.values():
+            stored |= {image.name: image.latents() for image in batch if image.name not in reached}
+            missing.append((batch, {name for name, latents in stored.items() if latents is None}))
+        found |= {name: latents for name, latents in stored.items() if latents is not None}
     for path in (path for cache in {id(i.cache): i.cache for i in images}.values() for path in cache.damaged):
         report.warn(f"{path} was damaged; its class image is drawn again.")
-    for batch in _batches(images, together):
-        if missing.isdisjoint(image.name for image in batch):
-            continue
+    done, total = 0, sum(len(names) for _, names in missing)
+    for batch, names in missing:
         sampling = _sampling(config, batch[0].bucket, together, stop)
         seeds = [image.seed for image in batch]
         conditioning = [prompts[batch[0].prompt]] * len(batch)
         for latents in sample(family, conditioning, prompts[""], sampling, seeds=seeds):
             pictures = decode(family, latents, sampling, seeds=[image.name for image in batch])
             for image, row, picture in zip(batch, latents, pictures, strict=True):
-                if image.name in missing:
-                    latents_of[image.name] = image.save(picture, row)
+                if image.name in names:
+                    found[image.name] = image.save(picture, row)
                     done += 1
-                    report.progress("draw class images", done, len(missing))
-    return latents_of, done
+                    report.progress("draw class images", done, total)
+    return {name: latents for name, latents in found.items() if name in reached}, done
 
 
-def _batches(images: Sequence[ClassImage], together: int) -> list[list[ClassImage]]:
-    """`images` of one prompt and size, so many `together`."""
+def batches(images: Sequence[ClassImage], reached: Container[str], together: int) -> list[list[ClassImage]]:
+    """`images` of one prompt and size, so many `together`, wherever one of them is `reached`."""
     alike: dict[tuple[str, Bucket], list[ClassImage]] = {}
     for image in images:
         alike.setdefault((image.prompt, image.bucket), []).append(image)
-    return [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
+    groups = [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
+    return [group for group in groups if any(image.name in reached for image in group)]
 
 
 def _sampling(config: Resolved, bucket: Bucket, together: int, stop: StopRequest) -> Sampling:

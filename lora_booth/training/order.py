@@ -11,9 +11,9 @@ that does not name the subject.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -89,6 +89,17 @@ class Order:
             rows += [Row(joining(draw), count + i, weight) for i, draw in enumerate(draws)]
         return tuple(rows)
 
+    def reached(self, steps: Iterable[int]) -> frozenset[Item]:
+        """Every item of the rows of `steps`, once."""
+        return frozenset(row.item for step in steps for row in self.at(step))
+
+    @cached_property
+    def _class_pools(self) -> dict[Shape, list[Item]]:
+        pools: dict[Shape, list[Item]] = {}
+        for item in self.classes:
+            pools.setdefault(item.shape, []).append(item)
+        return pools
+
     def _instance(self, draw: int) -> Item:
         epoch, place = divmod(draw, len(self.instances))
         return self.instances[_shuffled(self.seed, "instance", epoch, len(self.instances))[place]]
@@ -96,11 +107,8 @@ class Order:
     def _class(self, draw: int) -> Item:
         """The class item that joins the `draw`-th instance row: the next of that row's bucket."""
         shape = self._instance(draw).shape
-        pool = [item for item in self.classes if item.shape == shape]
-        if not pool:
-            pool, turn = list(self.classes), draw
-        else:
-            turn = self._draws_of_shape(draw, shape)
+        own = self._class_pools.get(shape)
+        pool, turn = (self.classes, draw) if own is None else (own, self._draws_of_shape(draw, shape))
         epoch, place = divmod(turn, len(pool))
         return pool[_shuffled(self.seed, f"class {shape}", epoch, len(pool))[place]]
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lora_booth.config.resolved import Filled, Resolved
 from lora_booth.data import images
-from lora_booth.data.buckets import Crop, assign
+from lora_booth.data.buckets import Crop
 from lora_booth.data.images import Picture
 from lora_booth.data.sheet import contact_sheet
-from lora_booth.data.subject import Pictures, crops_of, plain_prompt, prompt_of, prompts_of
+from lora_booth.data.subject import Pictures, crops_of, prompt_of, shown_prompts
 from lora_booth.errors import lacks_memory
 from lora_booth.models import devices
 from lora_booth.models.bases.sources import is_local
@@ -30,10 +30,11 @@ from lora_booth.run import cache_folder
 from lora_booth.run.cache import TensorCache, require_finite
 from lora_booth.run.interrupts import StopRequest
 from lora_booth.run.report import Report
-from lora_booth.training import candidates, class_images
-from lora_booth.training.cache_keys import latent_key, prompt_key
+from lora_booth.training import candidates, class_images, reach
+from lora_booth.training.cache_keys import prompt_key
 from lora_booth.training.class_images import ClassImage
-from lora_booth.training.order import Item, Order, Role
+from lora_booth.training.order import Item, Order
+from lora_booth.training.reach import Reach, TrainingImage
 
 MAX_HELD_BYTES = 2**28
 """Of pictures cut to size, as `Cuts` holds them: some eighty of 1024 px."""
@@ -62,22 +63,6 @@ class Prepared:
     drawn_together: int
 
 
-@dataclass(frozen=True)
-class _Image:
-    """One image on its way to its latents. `source`: a picture of the user's, or a class image that was drawn."""
-
-    role: Role
-    source: Picture | ClassImage
-    crop: Crop
-    prompt: str
-    is_flipped: bool = False
-    plain_prompt: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.source.path.name + (" (mirrored)" if self.is_flipped else "")
-
-
 class Cuts:
     """The parts of pictures that are trained on, each cut once for the sheet and the latents, while memory suffices."""
 
@@ -99,9 +84,9 @@ class Cuts:
 
 def sheet(config: Filled, pictures: Pictures, cuts: Cuts) -> Image.Image:
     """The contact sheet: each instance image as the model will see it, with its prompt."""
-    instances = _instances(config, pictures.instances.pictures, is_flipped=False)
-    pairs = zip(pictures.instances.pictures, instances, strict=True)
-    shown = [(f"{image.name}: {image.prompt}", cuts.of(picture, image.crop)) for picture, image in pairs]
+    found = pictures.instances.pictures
+    pairs = zip(found, crops_of(config, found), strict=True)
+    shown = [(f"{picture.path.name}: {prompt_of(config, picture)}", cuts.of(picture, crop)) for picture, crop in pairs]
     return contact_sheet(shown, title="What the model will see")
 
 
@@ -112,10 +97,12 @@ def prepare(
     *,
     report: Report,
     stop: StopRequest,
+    first_step: int = 0,
     together: int | None = None,
     cuts: Cuts | None = None,
 ) -> Prepared:
-    """Encode all prompts, draw missing class images, and encode all pictures. `cuts`: those of the contact sheet.
+    """Encode the prompts and pictures that the steps from `first_step` on reach, and draw the class images that they
+    reach and that are not there. `cuts`: those of the contact sheet.
 
     `together`: how many class images the run has begun to draw at once; by default as many as the config allows, fewer
     where memory does not suffice.
@@ -125,7 +112,7 @@ def prepare(
     """
     root, run_folder = cache_folder.folder_of(config), config.folder
     with cache_folder.in_use(root, run_folder=run_folder, base=_about(config, family)["base"]):
-        prepared = _prepare(config, family, pictures, together, cuts or Cuts(), report=report, stop=stop)
+        prepared = _prepare(config, family, pictures, first_step, together, cuts or Cuts(), report=report, stop=stop)
     cache_folder.trim(root, config.run.cache_limit_gib * 2**30, lambda text: report.event("cache", text))
     return prepared
 
@@ -134,52 +121,66 @@ def _prepare(
     config: Resolved,
     family: Family,
     pictures: Pictures,
-    together: int | None,
+    first_step: int,
+    begun_with: int | None,
     cuts: Cuts,
     *,
     report: Report,
     stop: StopRequest,
 ) -> Prepared:
     is_offloaded = config.memory.offload_denoiser
+    together = begun_with or class_images.most_together(config)
+    wanted, reached = _reach(config, family, pictures, first_step, together)
     with denoiser_offloaded(family, is_wanted=is_offloaded):
-        texts = prompts_of(config, pictures)
+        texts = [*shown_prompts(config), *sorted(item.prompt for item in reached.items)]
         texts += candidates.asked(config)[1].all if config.evaluate.choose == "best" else ()
         prompts = encode_prompts(config, family, list(dict.fromkeys(texts)), report)
         if not config.adapter.text_encoder:
             family.release_text_encoders()
-    instances = _instances(config, pictures.instances.pictures, is_flipped=False)
-    mirrored = _instances(config, pictures.instances.pictures, is_flipped=True) if config.data.flip else []
-    held_out = _instances(config, pictures.held_out.pictures if pictures.held_out else (), is_flipped=False)
-    _touch(config, family, [*instances, *mirrored, *held_out])  # nobody clears it while class images are drawn
+    _touch(config, reached.pictures)  # nobody clears it while class images are drawn
     began = time.perf_counter()
-    found = _classes(config, family, pictures, instances, prompts, together, report=report, stop=stop)
-    classes, drawn, drawn_together = found
+    while True:
+        try:
+            given = (wanted, reached.keys, family, config, prompts)
+            drawn, count = class_images.draw_missing(*given, together=together, report=report, stop=stop)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if together == 1 or begun_with is not None or not lacks_memory(error):
+                raise
+        devices.empty_cache(family.device)
+        together //= 2  # all of them: fewer together are other pictures, up to rounding
+        wanted, reached = _reach(config, family, pictures, first_step, together)
     drawing_seconds = time.perf_counter() - began
-
-    everything = [*instances, *mirrored, *classes, *held_out]
+    if wanted:
+        _tell_drawn(config, len(wanted), len(drawn), count, report)
     with denoiser_offloaded(family, is_wanted=is_offloaded):
-        encoded = _encode(config, family, everything, drawn, cuts, report=report, stop=stop)
-    latents: dict[str, Moments] = {}
-    items = []
-    for image, (key, moments) in zip(everything, encoded, strict=True):
-        latents[key] = moments
-        geometry = image.crop.mirrored().geometry if image.is_flipped else image.crop.geometry
-        channels, height, width = moments.mean.shape
-        shape, rest = (channels, height, width), (image.prompt, geometry, image.plain_prompt)
-        items.append(Item(image.role, image.name, key, shape, *rest))
+        latents = _encode(config, family, reached.pictures, cuts, report=report, stop=stop)
+    # As the solver left them: a distribution without width.
+    latents |= {name: Moments(found, torch.zeros_like(found)) for name, found in drawn.items()}
+    for item in reached.items:
+        assert latents[item.latent_key].mean.shape == item.shape, f"latents of {item.name} are not of {item.shape}"
+    return Prepared(reached.order, reached.validation, latents, prompts, drawing_seconds, together)
 
-    num_instances = len(instances) + len(mirrored)
-    num_trained = num_instances + len(classes)
-    order = Order(
-        tuple(items[:num_instances]),
-        tuple(items[num_instances:num_trained]),
-        config.train.images_per_step,
-        config.prior.loss_weight,
-        config.train.seed,
-        captions=tuple(map(config.fill, config.prior.captions)) if config.has_model_prior else (),
-    )
-    validation = items[num_trained:] or items[: len(instances)]
-    return Prepared(order, tuple(validation), latents, prompts, drawing_seconds, drawn_together)
+
+def _reach(
+    config: Resolved, family: Family, pictures: Pictures, first_step: int, together: int
+) -> tuple[list[ClassImage], Reach]:
+    """The class images that the base draws for the run, `together`, and what of everything its steps reach."""
+    fingerprint, root = family.fingerprint, cache_folder.folder_of(config) / "class_images"
+    made: dict[str, Any] = {"made_by": class_images.made_by(family, config, together), "root": root}
+    made |= {"fingerprint": fingerprint, "about": _about(config, family)}
+    wanted, shape = reach.class_images_of(config, pictures, **made), family.latent_shape
+    found = reach.of(config, pictures, wanted, fingerprint=fingerprint, latent_shape=shape, first_step=first_step)
+    return wanted, found
+
+
+def _tell_drawn(config: Resolved, num_wanted: int, num_reached: int, num_new: int, report: Report) -> None:
+    steps = config.train.steps
+    where = f"in {cache_folder.folder_of(config) / 'class_images'}"
+    told = f"{num_wanted} class images"
+    if num_reached < num_wanted:
+        told = f"{num_reached} of {told} are reached in {steps} steps"
+    report.event("class_images", f"{told}, {num_new} of them new, {where}", drawn=num_new)
 
 
 @torch.no_grad()
@@ -200,110 +201,47 @@ def encode_prompts(config: Resolved, family: Family, texts: Sequence[str], repor
     return encoded
 
 
-def _instances(config: Filled, pictures: Sequence[Picture], *, is_flipped: bool) -> list[_Image]:
-    crops = crops_of(config, pictures)
-    return [
-        _Image("instance", picture, crop, prompt_of(config, picture), is_flipped, plain_prompt(config, picture))
-        for picture, crop in zip(pictures, crops, strict=True)
-    ]
-
-
-def _classes(
-    config: Resolved,
-    family: Family,
-    pictures: Pictures,
-    instances: Sequence[_Image],
-    prompts: Mapping[str, Conditioning],
-    begun_with: int | None,
-    **listeners: Any,
-) -> tuple[list[_Image], dict[str, Tensor], int]:
-    """Class images: none where they are no prior, the user's own in the instance buckets, or drawn by the base, whose
-    latents come with them by name; and how many were drawn together in the end. `begun_with`: what `prepare` calls
-    `together`."""
-    together = begun_with or class_images.most_together(config)
-    if not config.has_class_images:
-        return [], {}, together
-    templates = [config.fill(template) for template in config.prior.prompts]
-    sizes = [image.crop.bucket for image in instances]
-    if pictures.classes is not None:
-        own = pictures.classes.pictures
-        texts = [config.fill(p.caption) if p.caption else templates[i % len(templates)] for i, p in enumerate(own)]
-        crops = [assign(p.width_px, p.height_px, sorted(set(sizes))) for p in own]
-        return [_Image("class", *row) for row in zip(own, crops, texts, strict=True)], {}, together
-    places: dict[str, Any] = {"root": cache_folder.folder_of(config) / "class_images", "about": _about(config, family)}
-    while True:
-        made_by, fingerprint = class_images.made_by(family, config, together), family.fingerprint
-        made: dict[str, Any] = {"fingerprint": fingerprint, "made_by": made_by}
-        wanted = class_images.wanted(config.prior, templates, sizes, **made, **places)
-        try:
-            latents, count = class_images.draw_missing(wanted, family, config, prompts, together=together, **listeners)
-            break
-        except (RuntimeError, MemoryError) as error:
-            if together == 1 or begun_with is not None or not lacks_memory(error):
-                raise
-        devices.empty_cache(family.device)
-        together //= 2  # all of them: fewer together are other pictures, up to rounding
-    text = f"{len(wanted)} class images, {count} of them new, in {places['root']}"
-    listeners["report"].event("class_images", text, drawn=count)
-    crops = [assign(image.bucket.width_px, image.bucket.height_px, [image.bucket]) for image in wanted]
-    found = [_Image("class", image, crop, image.prompt) for image, crop in zip(wanted, crops, strict=True)]
-    return found, latents, together
-
-
 def _encode(
     config: Resolved,
     family: Family,
-    everything: Sequence[_Image],
-    drawn: Mapping[str, Tensor],
+    pictures: Sequence[TrainingImage],
     cuts: Cuts,
     *,
     report: Report,
     stop: StopRequest,
-) -> list[tuple[str, Moments]]:
-    """Key and moments of each image; `drawn`: latents of class images by name. Raises Interrupted between two."""
+) -> dict[str, Moments]:
+    """Moments of each picture by the key of its latents. Raises Interrupted between two."""
     cache = TensorCache(cache_folder.folder_of(config) / "latents", _about(config, family))
-    encoded = []
-    for done, image in enumerate(everything, start=1):
+    encoded = {}
+    for done, image in enumerate(pictures, start=1):
         stop.check(class_images.STOPPED)
-        if isinstance(image.source, ClassImage):
-            latents = drawn[image.source.name]  # as the solver left them: a distribution without width
-            encoded.append((image.source.name, Moments(latents, torch.zeros_like(latents))))
-        else:
-            encoded.append(_encode_image(family, cache, image, image.source, cuts))
-        report.progress("encode images", done, len(everything))
+        encoded[image.key] = _encode_image(family, cache, image, cuts)
+        report.progress("encode images", done, len(pictures))
     for path in cache.damaged:
         report.warn(f"cache file {path} was damaged; it has been made again.")
     return encoded
 
 
 @torch.no_grad()
-def _encode_image(
-    family: Family, cache: TensorCache, image: _Image, picture: Picture, cuts: Cuts
-) -> tuple[str, Moments]:
-    """Key and moments of one picture, through the cache."""
-    key = _key(family, image, picture)
-    stored = cache.get(key)
+def _encode_image(family: Family, cache: TensorCache, image: TrainingImage, cuts: Cuts) -> Moments:
+    """Moments of one picture, through the cache."""
+    assert image.picture is not None, "what the base draws has latents already"
+    stored = cache.get(image.key)
     if stored is None:
-        array = cuts.of(picture, image.crop)
+        array = cuts.of(image.picture, image.crop)
         array = array[:, ::-1].copy() if image.is_flipped else array
         mean, std = family.encode_images(torch.as_tensor(images.to_pixels(array))[None])
         stored = {"mean": mean[0].cpu(), "std": std[0].cpu()}
-        require_finite(stored, f"latents of {picture.path.name}")
-        cache.put(key, stored)
-    return key, Moments(stored["mean"], stored["std"])
+        require_finite(stored, f"latents of {image.picture.path.name}")
+        cache.put(image.key, stored)
+    return Moments(stored["mean"], stored["std"])
 
 
-def _key(family: Family, image: _Image, picture: Picture) -> str:
-    flipped = image.is_flipped
-    return latent_key(family.fingerprint, picture.sha256, image.crop, dtype=torch.float32, is_flipped=flipped)
-
-
-def _touch(config: Resolved, family: Family, wanted: Sequence[_Image]) -> None:
+def _touch(config: Resolved, wanted: Sequence[TrainingImage]) -> None:
     """Note that the latents of pictures are used now, where they are there."""
     cache = TensorCache(cache_folder.folder_of(config) / "latents")
     for image in wanted:
-        if isinstance(image.source, Picture):
-            cache.touch(_key(family, image, image.source))
+        cache.touch(image.key)
 
 
 def _about(config: Resolved, family: Family) -> dict[str, str]:

@@ -167,9 +167,8 @@ def save(s: Session, done: int) -> None:
     s.accelerator.wait_for_everyone()
 
 
-def restore(s: Session) -> int:
-    """Load the newest valid checkpoint into the session; returns the number of steps done, 0 if there is none."""
-    checkpoint = s.run.latest(s.report.warn)
+def restore(s: Session, checkpoint: Checkpoint | None) -> int:
+    """Load the run's newest checkpoint into the session; returns the number of steps done, 0 if there is none."""
     if checkpoint is None:
         if s.accelerator.is_main_process:
             s.run.forget_metrics_after(0)

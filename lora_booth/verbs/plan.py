@@ -107,6 +107,9 @@ def _show_prediction(wished: Config, config: Filled, inputs: Inputs, report: Rep
     usual = [other for other in map(cards.named, cards.USUAL) if other.memory_gib >= gib]
     shown = usual if known is None else [known]
     _show_time(run, shown, report)
+    if run.class_images and run.num_drawn < config.prior.num_images:
+        told = f"{run.num_drawn} of {config.prior.num_images} class images are drawn, which"
+        report.event("prior", f"prior    {told} {run.num_steps} steps reach", drawn=run.num_drawn)
     other = duration.with_other_prior(config)
     if other is not None and shown:
         _show_other_prior(run, duration.predict(modules, other, inputs.pictures, bucket), other, shown, report)

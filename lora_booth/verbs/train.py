@@ -32,6 +32,7 @@ from lora_booth.models.families.family import Family
 from lora_booth.models.families.noise import Diffusion
 from lora_booth.planning import decide
 from lora_booth.run import identity, systems
+from lora_booth.run.checkpoints import Checkpoint
 from lora_booth.run.folder import Run, require_free_space
 from lora_booth.run.interrupts import stop_requests
 from lora_booth.run.report import Report, Silent
@@ -78,13 +79,12 @@ def train(
         family = _load(config, inputs.facts, device, dtype, report)
         listeners: dict[str, Any] = {"report": report, "stop": stop}
         stopwatch.lap("loading")
-        prepared, watched = _prepared(config, family, inputs, run, accelerator, cuts=cuts, **listeners)
-        del cuts  # nothing needs pictures any more
+        newest = run.latest(report.warn)
+        prepared, watched = _prepared(config, family, inputs, run, accelerator, newest=newest, cuts=cuts, **listeners)
         stopwatch.seconds_of["class images"] = prepared.drawing_seconds
         stopwatch.lap("encoding", without="class images")
         family.move_vae("cpu")
-        adapted, parameters = _adapt(config, family, inputs)
-        require_free_space(run.folder, _checkpoint_bytes(parameters) * (config.train.keep_last + 2))
+        adapted, parameters = _adapt(config, family, inputs, run)
         trained, optimizer = _optimizer(config, adapted, parameters, device, report)
         s = session.Session(
             config=config,
@@ -102,7 +102,8 @@ def train(
             **listeners,
         )
         accelerator.init_trackers("lora_booth")
-        start = session.restore(s)
+        start = session.restore(s, newest)
+        del cuts, newest  # nothing needs them any more
         session.draw_preview(s, start)  # of a run killed between a checkpoint and its pictures
         with compiling.where_it_pays(s, start) as run_pass:
             loop.optimize(s, start, run_pass)
@@ -220,14 +221,21 @@ def _drawn_sheet(config: Resolved, inputs: decide.Inputs, run: Run, accelerator:
 
 
 def _prepared(
-    config: Resolved, family: Family, inputs: decide.Inputs, run: Run, accelerator: Accelerator, **listeners: Any
+    config: Resolved,
+    family: Family,
+    inputs: decide.Inputs,
+    run: Run,
+    accelerator: Accelerator,
+    *,
+    newest: Checkpoint | None,
+    **listeners: Any,
 ) -> tuple[prepare.Prepared, drift.Drift | None]:
-    """What is computed once: the main process fills the caches, the others find them full; and, of the main process,
-    what drift is measured against."""
-    watched = None
+    """What is computed once for the steps after the `newest` checkpoint: the main process fills the caches, the others
+    find them full; and, of the main process, what drift is measured against."""
+    watched, first = None, 0 if newest is None else newest.step
     with accelerator.main_process_first():
         together = run.stored()["pinned"].get("class_images_together")
-        prepared = prepare.prepare(config, family, inputs.pictures, together=together, **listeners)
+        prepared = prepare.prepare(config, family, inputs.pictures, first_step=first, together=together, **listeners)
         if accelerator.is_main_process:
             run.pin("class_images_together", prepared.drawn_together)
             watched = drift.of_base(config, family, prepared.prompts, listeners["stop"])
@@ -235,9 +243,9 @@ def _prepared(
 
 
 def _adapt(
-    config: Resolved, family: Family, inputs: decide.Inputs
+    config: Resolved, family: Family, inputs: decide.Inputs, run: Run
 ) -> tuple[dict[str, nn.Module], dict[str, list[nn.Parameter]]]:
-    """Inject the adapter, and set how the denoiser computes."""
+    """Inject the adapter, whose checkpoints the disk must have room for, and set how the denoiser computes."""
     row = family.architecture
     adapted: dict[str, nn.Module] = {row.denoiser: family.denoiser}
     used: dict[str, int] = {}
@@ -254,6 +262,7 @@ def _adapt(
                 "the same command again."
             )
         inject.load_into_(adapted, storage.read(config.adapter.continue_from))
+    require_free_space(run.folder, _checkpoint_bytes(parameters) * (config.train.keep_last + 2))
     family.prepare_denoiser_(
         gradient_checkpointing=config.train.gradient_checkpointing,
         attention=config.model.attention,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from lora_booth.training.objective import objective_for
 from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 from tests.planning.test_memory import config_of, full_size
+from tests.support import tiny
 
 CARD = Card("of a test", tflops=1.0, gb_per_s=1.0, memory_gib=1)
 
@@ -221,15 +223,19 @@ def test_the_other_prior_is_offered_where_class_images_would_be_drawn(make_confi
     assert other(folder=make_config().subject.images) is None
 
 
-def test_class_images_of_a_folder_and_previews_that_are_off_take_no_time(make_config: MakeConfig) -> None:
+def test_class_images_of_a_folder_and_previews_that_are_off_take_no_time(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     def predicted(config: Config) -> duration.Duration:
         inputs = decide.look(config, Silent())
         modules = Modules.of(config, loading.facts(config.model))
         return duration.predict(modules, decide.filled(config, inputs), inputs.pictures)
 
     alone = predicted(make_config(prior={"loss_weight": 0.0}))
-    folder = predicted(make_config(prior={"folder": make_config().subject.images}))
+    tiny.tiny_pictures(tmp_path / "classes", 9, sizes=[(52, 52)])
+    folder = predicted(make_config(prior={"folder": tmp_path / "classes"}))
     assert alone.class_images_s(CARD) == folder.class_images_s(CARD) == 0
     assert folder.step[0].flops == 2 * alone.step[0].flops
-    assert folder.other[0].flops == 2 * alone.other[0].flops, "as many pictures again are encoded"
+    each = alone.other[0].flops / 5
+    assert folder.other[0].flops == pytest.approx((5 + 4) * each), "one of nine is reached in each of four steps"
     assert len(alone.other) == 2

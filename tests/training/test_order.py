@@ -73,6 +73,13 @@ def test_class_images_of_no_common_bucket_are_still_used() -> None:
     assert Counter(row[1].item.name for row in rows) == {"c0": 2, "c1": 2}
 
 
+def test_what_steps_reach_are_the_items_of_their_rows() -> None:
+    steps = order(num_instances=5, num_classes=12, images_per_step=1)
+    assert {i.name for i in steps.reached(range(2))} == {row.item.name for s in (0, 1) for row in steps.at(s)}
+    assert len(steps.reached(range(2))) == 4 and steps.reached(range(2, 2)) == frozenset()
+    assert steps.reached(range(100)) == {*steps.instances, *steps.classes}
+
+
 @given(
     images_per_step=st.integers(1, 9),
     batch_size=st.integers(1, 8),

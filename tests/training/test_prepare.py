@@ -51,6 +51,12 @@ def test_every_class_image_has_a_place_of_its_own_that_does_not_depend_on_how_ma
     assert not {image.path for image in many} & {image.path for image in wanted(12, fingerprint="other")}
 
 
+def drawn(images: list[class_images.ClassImage], *given: object, **words: object) -> int:
+    """How many of `images` were drawn when all of them are reached."""
+    reached = {image.name for image in images}
+    return class_images.draw_missing(images, reached, *given, **words)[1]  # type: ignore[arg-type]
+
+
 Prompts = dict[str, Conditioning]
 
 
@@ -71,7 +77,7 @@ def test_an_interrupted_drawing_goes_on_where_it_was_and_gives_the_same_bytes(
     config = make_config(memory={"pictures_at_once": 2})
     straight, interrupted = wanted(8, tmp_path / "a"), wanted(8, tmp_path / "b")
     everything = {"together": 2, "report": Silent(), "stop": StopRequest()}
-    assert class_images.draw_missing(straight, family, config, prompts, **everything)[1] == 8
+    assert drawn(straight, family, config, prompts, **everything) == 8
 
     class Killed(Silent):
         def progress(self, task: str, done: int, total: int, **values: object) -> None:
@@ -79,11 +85,11 @@ def test_an_interrupted_drawing_goes_on_where_it_was_and_gives_the_same_bytes(
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        class_images.draw_missing(interrupted, family, config, prompts, together=2, report=Killed(), stop=StopRequest())
+        drawn(interrupted, family, config, prompts, together=2, report=Killed(), stop=StopRequest())
     assert sum(image.path.exists() for image in interrupted) == 4
     rows: list[int] = []
     family.denoiser.register_forward_pre_hook(lambda _, words: rows.append(len(words[0])))
-    assert class_images.draw_missing(interrupted, family, config, prompts, **everything)[1] == 4
+    assert drawn(interrupted, family, config, prompts, **everything) == 4
     assert [i.path.read_bytes() for i in straight] == [i.path.read_bytes() for i in interrupted]
     assert all(torch.equal(a.latents(), b.latents()) for a, b in zip(straight, interrupted, strict=True))
     assert len({image.path.read_bytes() for image in straight}) == 8
@@ -97,7 +103,7 @@ def test_a_stop_is_heeded_between_two_steps_of_the_solver(
     stop.signal_number = 15
     images = wanted(2, tmp_path)
     with pytest.raises(Interrupted):
-        class_images.draw_missing(images, family, make_config(), prompts, together=4, report=Silent(), stop=stop)
+        drawn(images, family, make_config(), prompts, together=4, report=Silent(), stop=stop)
     assert not any(image.path.exists() for image in images)
 
 
@@ -106,14 +112,14 @@ def test_a_picture_without_its_latents_or_with_damaged_ones_is_drawn_again(
 ) -> None:
     recorder, config = Recorder(), make_config()
     listeners = {"together": 4, "report": recorder, "stop": StopRequest()}
-    assert class_images.draw_missing(wanted(4, tmp_path), family, config, prompts, **listeners)[1] == 4
+    assert drawn(wanted(4, tmp_path), family, config, prompts, **listeners) == 4
     first, second, third, _ = wanted(4, tmp_path)
     files = [image.path.with_suffix(".safetensors") for image in (first, second)]
     before = [path.read_bytes() for path in files]
     files[0].unlink()
     files[1].write_bytes(before[1][:-1] + bytes([before[1][-1] ^ 1]))
     third.path.unlink()
-    assert class_images.draw_missing(wanted(4, tmp_path), family, config, prompts, **listeners)[1] == 3
+    assert drawn(wanted(4, tmp_path), family, config, prompts, **listeners) == 3
     assert [path.read_bytes() for path in files] == before
     assert [text for text in recorder.warnings if str(files[1]) in text]
 

@@ -19,11 +19,12 @@ from lora_booth.adapter import inject
 from lora_booth.adapter.weights import delta
 from lora_booth.config import captions
 from lora_booth.config.config import Config, without_token
-from lora_booth.data.subject import find_pictures, plain_prompt, prompts_of
+from lora_booth.data.subject import plain_prompt
 from lora_booth.errors import Interrupted
 from lora_booth.models.families.noise import Diffusion
+from lora_booth.planning import decide
 from lora_booth.run.report import Silent
-from lora_booth.training import loop
+from lora_booth.training import loop, reach
 from lora_booth.training.loop import MicroStep
 from lora_booth.training.objective import Comparison, Draws, Objective, draw
 from lora_booth.training.order import Item, Order
@@ -104,7 +105,7 @@ def test_a_token_that_looks_like_a_pattern_is_a_word_like_others() -> None:
     assert without_token("a (.*) dog", "(.*)") == "a dog"
 
 
-def test_captions_of_files_lose_the_token_too_and_all_prompts_are_encoded(
+def test_captions_of_files_lose_the_token_too_and_all_prompts_are_reached(
     make_config: MakeConfig, tmp_path: Path, pictures: Path
 ) -> None:
     folder = tmp_path / "captioned"
@@ -114,11 +115,14 @@ def test_captions_of_files_lose_the_token_too_and_all_prompts_are_encoded(
     first, second = sorted(folder.glob("*.png"))[:2]
     first.with_suffix(".txt").write_text("{token} {class} in the snow")
     second.with_suffix(".txt").write_text("only snow")
-    config = make_config(prior=MODEL, subject={"images": folder})
-    found = find_pictures(config, Silent())
-    plain = [plain_prompt(config, picture) for picture in found.instances.pictures]
+    config = make_config(prior=MODEL, subject={"images": folder}, train={"steps": 100})
+    inputs = decide.look(config, Silent())
+    plain = [plain_prompt(config, picture) for picture in inputs.pictures.instances.pictures]
     assert plain[:3] == ["dog in the snow", None, "a photo of dog"]
-    assert {"", *GENERICS, "dog in the snow", "only snow", "a photo of dog"} < set(prompts_of(config, found))
+    shape = {"fingerprint": "", "latent_shape": lambda width, height: (4, height, width)}
+    found = reach.of(decide.filled(config, inputs), inputs.pictures, [], **shape)
+    prompts = {item.prompt for item in found.items if item.role == "prior"}
+    assert prompts == {"", *GENERICS, "dog in the snow", "a photo of dog"}
 
 
 def test_the_shipped_captions_are_short_plain_and_name_no_subject() -> None:
@@ -184,7 +188,7 @@ class TestModel:
     def test_each_row_is_compared_at_its_own_place(
         self, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        s = session_of(make_config("sdxl", prior=MODEL), monkeypatch)
+        s = session_of(make_config("sdxl", prior=MODEL, preview={"prompts": ["a cat"]}), monkeypatch)
         moved(s)
         one, other = s.prepared.order.at(0)
         items = [

@@ -110,6 +110,10 @@ class Family(ABC):
         """The prompts that the text encoder cannot see whole, each with the words that are cut off."""
         return next(iter(self._tokens.values())).cut(prompts)
 
+    def latent_shape(self, width_px: int, height_px: int) -> tuple[int, int, int]:
+        """`[C, h, w]` of the latents of a picture of this size."""
+        return self._vae.latent_shape(width_px, height_px)
+
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, scaled, float32 `[B, C, h, w]` each. The VAE runs in float32."""
         return self._vae.encode(pixels)
