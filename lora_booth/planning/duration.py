@@ -18,19 +18,22 @@ from lora_booth.evaluation.prediction import ROWS
 from lora_booth.models.cards import Card
 from lora_booth.planning.memory import Modules
 from lora_booth.planning.work import Work
-from lora_booth.training import candidates, class_images, reach
-from lora_booth.training.order import VALIDATION_ROWS, validation_levels
+from lora_booth.training import candidates, class_images, drift, reach, watching
+from lora_booth.training.order import validation_levels
+from lora_booth.training.watching import Watch
 
 
 @dataclass(frozen=True)
 class Duration:
     """The work of a run, by what it is for. `step`: passes with gradients, and what the base predicts for comparison;
-    `other`: pictures encoded, validation, previews. `num_drawn`: class images, which `class_images` is the work of."""
+    `watching`: validation and drift; `other`: pictures encoded, previews, the choice. `num_drawn`: class images, which
+    `class_images` is the work of."""
 
     step: Sequence[Work]
     num_steps: int
     class_images: Sequence[Work]
     num_drawn: int
+    watching: Sequence[Work]
     other: Sequence[Work]
 
     def step_s(self, card: Card) -> float:
@@ -47,11 +50,18 @@ class Duration:
 
     def other_s(self, card: Card) -> float:
         """Seconds of everything else that the denoiser and the VAE do."""
-        return sum(work.seconds(card) for work in self.other)
+        return sum(work.seconds(card) for work in (*self.watching, *self.other))
 
     def total_s(self, card: Card) -> float:
         """Seconds of the run."""
         return self.training_s(card) + self.class_images_s(card) + self.other_s(card)
+
+    @property
+    def watching_share(self) -> float:
+        """The part of the run's operations that validation and drift are."""
+        training = [work * self.num_steps for work in self.step]
+        everything = (*training, *self.class_images, *self.watching, *self.other)
+        return sum(work.flops for work in self.watching) / sum(work.flops for work in everything)
 
 
 def predict(modules: Modules, config: Filled, pictures: Pictures, bucket: Bucket | None = None) -> Duration:
@@ -66,44 +76,64 @@ def predict(modules: Modules, config: Filled, pictures: Pictures, bucket: Bucket
     if num_drawn:
         drawing = modules.draw_work(config, bucket, prior.sampler_steps, is_guided=prior.guidance_scale > 1)
         drawn = [drawing * num_drawn, modules.decode_work(config, bucket) * num_drawn]
-    num_saves = -(-train.steps // train.save_every_steps)
-    other = [
-        modules.encode_work(bucket) * num_encoded,
-        modules.draw_work(config, bucket, 1, is_guided=False) * (num_saves * _num_validation_rows(pictures)),
-    ]
+    watch = watching.of(config)
+    other = [modules.encode_work(bucket) * num_encoded]
     is_guided = shown.guidance_scale > 1
     num_shown = _num_previews(config)
     if num_shown:
         drawing = modules.draw_work(config, square, shown.sampler_steps, is_guided=is_guided)
         other += [drawing * num_shown, modules.decode_work(config, square) * num_shown]
-    if config.evaluate.choose == "best":
-        num_unrelated, solver_steps = len(candidates.asked(config)[1].unrelated), candidates.solver_steps(config)
-        picture = modules.draw_work(config, square, solver_steps, is_guided=is_guided)
-        look = modules.draw_work(config, square, 1, is_guided=False)
-        num_judged = _num_judged(config, num_saves)
-        other += [picture * num_unrelated, look * (ROWS * (1 + num_saves + num_judged))]
+    num_judged = _num_judged(config)
+    if num_judged:
         num_pictures = candidates.num_pictures(config) * num_judged
+        picture = modules.draw_work(config, square, candidates.solver_steps(config), is_guided=is_guided)
         other += [picture * num_pictures, modules.decode_work(config, square) * num_pictures]
+        other.append(modules.draw_work(config, square, 1, is_guided=False) * (ROWS * num_judged))
     step = [modules.step_work(config, bucket), modules.comparison_work(config, bucket)]
-    return Duration([work for work in step if work is not None], train.steps, drawn, num_drawn, other)
+    watched = _watching(modules, config, watch, bucket, _num_validation_rows(pictures, watch.rows))
+    return Duration([work for work in step if work is not None], train.steps, drawn, num_drawn, watched, other)
+
+
+def _watching(modules: Modules, config: Filled, watch: Watch, bucket: Bucket, num_validation_rows: int) -> list[Work]:
+    """Validation, and where there is drift the pictures that it is measured at, and the looks at them: one at the base,
+    and one at each save."""
+    found = [modules.draw_work(config, bucket, 1, is_guided=False) * (watch.num_saves * num_validation_rows)]
+    if watch.has_drift:
+        square, num_pictures = modules.square(config), len(drift.unrelated(config))
+        found.append(modules.draw_work(config, square, watching.SOLVER_STEPS, is_guided=False) * num_pictures)
+        found.append(modules.draw_work(config, square, 1, is_guided=False) * ((1 + watch.num_saves) * watch.rows))
+    return found
 
 
 def _num_made(modules: Modules, config: Filled, pictures: Pictures) -> tuple[int, int]:
     """Pictures that are encoded, and class images that are drawn: what the steps reach, and who is drawn with them."""
     wanted = reach.class_images_of(config, pictures)
+    rows, size_of = watching.of(config).rows, modules.latent_shape
     found = reach.of(
-        config, pictures, wanted, fingerprint="", latent_shape=lambda *size: modules.latent_shape(Bucket(*size))
+        config,
+        pictures,
+        wanted,
+        fingerprint="",
+        latent_shape=lambda *size: size_of(Bucket(*size)),
+        validation_rows=rows,
     )
     batches = class_images.batches(wanted, found.keys, class_images.most_together(config))
     return len(found.pictures), sum(map(len, batches))
 
 
-def _num_judged(config: Filled, num_saves: int) -> int:
-    """How many are drawn and measured in the end: the base and each candidate, or none. The checkpoint with the lowest
-    validation loss is taken to be another than the last ones that are kept."""
-    kept = range(min(num_saves, config.train.keep_last + 1), 0, -1)
-    found = candidates.candidates(config, list(kept)) if candidates.is_wanted(config) else []
-    return len(found) + 1 if found else 0
+def _num_judged(config: Filled) -> int:
+    """How many are drawn and measured in the end: the base and each candidate, or none."""
+    num_compared, _ = num_candidates(config)
+    return num_compared + 1 if num_compared else 0
+
+
+def num_candidates(config: Filled) -> tuple[int, int]:
+    """How many candidates are compared in the end, and how many there are. The checkpoint with the lowest validation
+    loss is taken to be another than the last ones that are kept."""
+    kept = range(min(watching.of(config).num_saves, config.train.keep_last + 1), 0, -1)
+    if not candidates.is_wanted(config):
+        return 0, 0
+    return len(candidates.candidates(config, list(kept))), len(candidates.possible(config, list(kept)))
 
 
 def with_other_prior(config: Filled) -> Filled | None:
@@ -114,9 +144,9 @@ def with_other_prior(config: Filled) -> Filled | None:
     return config.with_values({"prior": {"mode": "images" if config.has_model_prior else "model"}})
 
 
-def _num_validation_rows(pictures: Pictures) -> int:
-    count = min(len((pictures.held_out or pictures.instances).pictures), VALIDATION_ROWS)
-    return sum(len(validation_levels(number, count)) for number in range(count))
+def _num_validation_rows(pictures: Pictures, wanted: int) -> int:
+    count = len((pictures.held_out or pictures.instances).pictures)
+    return sum(len(validation_levels(number, count, wanted)) for number in range(count))
 
 
 def _num_previews(config: Filled) -> int:

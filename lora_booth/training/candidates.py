@@ -28,15 +28,30 @@ def candidates(config: Filled, steps: Sequence[int]) -> list[tuple[int, float]]:
     `steps`: those kept, the last one first.
     """
     train = config.train
-    if config.optimizer.name != "auto" and OPTIMIZERS[config.optimizer.name].has_modes:
-        steps = steps[:1]  # the weights of the others are those that were updated, not those that are exported
-    strengths = (1.0,) if config.adapter.dora else config.evaluate.strengths
-    ranked = [(i + j, j, step, x) for i, step in enumerate(steps) for j, x in enumerate(strengths)]
     rows = train.images_per_step * (2 if config.has_prior else 1)
     guided = 2 if config.preview.guidance_scale > 1 else 1
     each = num_pictures(config) * solver_steps(config) * guided
     number = int(config.evaluate.max_share * train.steps * rows * BACKWARD / each) - 1
-    return [(step, strength) for _, _, step, strength in sorted(ranked, key=lambda r: r[:2])[: max(0, number)]]
+    return possible(config, steps)[: max(0, number)]
+
+
+def possible(config: Filled, steps: Sequence[int]) -> list[tuple[int, float]]:
+    """All of them, whatever they take."""
+    if config.optimizer.name != "auto" and OPTIMIZERS[config.optimizer.name].has_modes:
+        steps = steps[:1]  # the weights of the others are those that were updated, not those that are exported
+    strengths = (1.0,) if config.adapter.dora else config.evaluate.strengths
+    ranked = [(i + j, j, step, x) for i, step in enumerate(steps) for j, x in enumerate(strengths)]
+    return [(step, strength) for _, _, step, strength in sorted(ranked, key=lambda r: r[:2])]
+
+
+def is_affordable(config: Filled) -> bool:
+    """Whether evaluate.max_share allows one candidate at least."""
+    return bool(candidates(config, [config.train.steps]))
+
+
+def prompts(config: Filled) -> Sequence[str]:
+    """What is asked for to choose among checkpoints; none where nothing is chosen."""
+    return asked(config)[1].all if config.evaluate.choose == "best" and is_affordable(config) else ()
 
 
 def num_pictures(config: Filled) -> int:

@@ -29,7 +29,7 @@ from lora_booth.models.sampling import Sampling
 from lora_booth.run import checkpoints
 from lora_booth.run.report import Report
 from lora_booth.training import session
-from lora_booth.training.candidates import PER_PROMPT, asked, candidates, solver_steps
+from lora_booth.training.candidates import PER_PROMPT, asked, candidates, is_affordable, solver_steps
 from lora_booth.training.session import Session
 
 SHOWN_PICTURES = 8
@@ -67,9 +67,17 @@ class Judge:
 def judge(config: Resolved, pictures: Pictures, report: Report) -> Judge | None:
     """Made before training, so that what is wrong with it is told then, and pictures may go meanwhile.
 
-    The encoder is that of [evaluate], or what suits the base and is installed; None where nothing is to be chosen, or
-    nothing is there, which is told. Raises ConfigError or ModelError for one that was named and cannot be used.
+    The encoder is that of [evaluate], or what suits the base and is installed; None where nothing is to be chosen, not
+    even one candidate could be drawn within evaluate.max_share, or no encoder is there, which is told. Raises
+    ConfigError or ModelError for an encoder that was named and cannot be used.
     """
+    if config.evaluate.choose == "last":
+        return None
+    if not is_affordable(config):
+        report.event(
+            "pictures", "no checkpoints are compared: their pictures would take more than evaluate.max_share allows"
+        )
+        return None
     encoder = _encoder(config, report)
     if encoder is None:
         return None
@@ -80,8 +88,6 @@ def judge(config: Resolved, pictures: Pictures, report: Report) -> Judge | None:
 
 
 def _encoder(config: Resolved, report: Report) -> Encoder | None:
-    if config.evaluate.choose == "last":
-        return None
     named = config.evaluate.encoder
     try:
         (name,) = encoders.default_names(config.model.base) if named is None else (named,)
@@ -98,21 +104,15 @@ def _encoder(config: Resolved, report: Report) -> Encoder | None:
         raise type(error)(str(error).replace("--encoder", "evaluate.encoder")) from None
 
 
-def choose(s: Session, by: Judge) -> Exported | None:
+def choose(s: Session, by: Judge) -> Exported:
     """The best of the kept checkpoints and strengths, left in the denoiser; scores.json and scores.png are written.
 
-    None where not even one candidate could be drawn within evaluate.max_share. Raises Interrupted between two steps of
-    the solver, with the last checkpoint safe on the disk.
+    Raises Interrupted between two steps of the solver, with the last checkpoint safe on the disk.
     """
     last = s.config.train.steps
     list_name, prompts = asked(s.config)
     sampling = _sampling(s)
     wanted = candidates(s.config, _kept(s))
-    if not wanted:
-        s.report.event(
-            "pictures", "no checkpoints are compared: their pictures would take more than evaluate.max_share allows"
-        )
-        return None
     states = _states(s, {step for step, _ in wanted})
     setting = Setting(
         family=s.family,

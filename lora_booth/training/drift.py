@@ -8,16 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_booth.config.resolved import Resolved
+from lora_booth.config.resolved import Filled, Resolved
 from lora_booth.evaluation.prediction import Probe, predictions, probe, relative_change
 from lora_booth.models import devices
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.models.sampling import Sampling, concatenate, sample
 from lora_booth.run.interrupts import StopRequest
-from lora_booth.training import candidates, class_images
-
-MAX_SOLVER_STEPS = 12
-"""Denoiser calls for a picture that nobody looks at, at most."""
+from lora_booth.training import candidates, class_images, watching
 
 
 @dataclass(frozen=True)
@@ -35,20 +32,20 @@ class Drift:
 
 
 @torch.no_grad()
-def of_base(config: Resolved, family: Family, prompts: Mapping[str, Conditioning], stop: StopRequest) -> Drift | None:
-    """Draw the unrelated pictures while the denoiser is still without an adapter; None where nothing is to be chosen.
+def of_base(
+    config: Resolved, family: Family, prompts: Mapping[str, Conditioning], num_rows: int, stop: StopRequest
+) -> Drift:
+    """Draw the unrelated pictures while the denoiser is still without an adapter, and look at `num_rows` of them.
 
     `prompts`: conditioning by prompt. Raises Interrupted between two steps of the solver.
     """
-    if config.evaluate.choose == "last":
-        return None
-    asked, side, preview = candidates.asked(config)[1].unrelated, config.data.resolution, config.preview
+    asked, side = unrelated(config), config.data.resolution
     sampling = Sampling(
         width_px=side,
         height_px=side,
-        sampler=preview.sampler,
-        sampler_steps=min(preview.sampler_steps, MAX_SOLVER_STEPS),
-        guidance_scale=preview.guidance_scale,
+        sampler=config.preview.sampler,
+        sampler_steps=watching.SOLVER_STEPS,
+        guidance_scale=1.0,
         batch_size=config.memory.pictures_at_once,
         on_step=lambda: stop.check(class_images.STOPPED),
     )
@@ -56,6 +53,11 @@ def of_base(config: Resolved, family: Family, prompts: Mapping[str, Conditioning
     seeds = [f"drift {number}" for number in range(len(asked))]
     latents = torch.cat([part.cpu().float() for part in sample(family, rows, prompts[""], sampling, seeds=seeds)])
     geometry = torch.tensor([[side, side, 0, 0, side, side]] * len(asked), dtype=torch.float32)
-    at = probe(family, latents, geometry)
+    at = probe(family, latents, geometry, num_rows=num_rows)
     conditioning = {name: devices.put(t, family.device) for name, t in concatenate(rows).items()}
     return Drift(asked, at, predictions(family, at, conditioning))
+
+
+def unrelated(config: Filled) -> Sequence[str]:
+    """The prompts of the pictures, of each of which the fewest rows have one."""
+    return candidates.asked(config)[1].unrelated[: watching.MIN_ROWS]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from math import lcm
 from typing import Literal
 
 import torch
@@ -28,9 +29,6 @@ Geometry = tuple[int, int, int, int, int, int]
 EMPTY_EVERY = 8
 """As often as in the first measurement of this prior, where "" was one of eight captions."""
 VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
-VALIDATION_ROWS = 16
-"""Images times noise levels, whatever is held out: images share the levels out among them. By count of operations less
-than four steps of two rows each; 64 rows would cost as much as fourteen steps, at every save."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +149,13 @@ def micro_batches(
     ]
 
 
-def validation_levels(number: int, count: int) -> list[float]:
-    """Noise levels of image `number` of `count`, as shares of all: every level for each image if the rows suffice, else
-    images take levels in turn."""
-    rounds = range(min(len(VALIDATION_QUANTILES), -(-(VALIDATION_ROWS - number) // count)))
-    return [VALIDATION_QUANTILES[(number + r) % len(VALIDATION_QUANTILES)] for r in rounds]
+def validation_levels(number: int, count: int, rows: int) -> list[float]:
+    """Noise levels of image `number` of `count`, as shares of all, when `rows` are looked at: images and levels take
+    turns, so that all levels come equally often, and no image has one twice."""
+    num_levels = len(VALIDATION_QUANTILES)
+    rounds = lcm(count, num_levels)  # then images would meet the same levels again
+    places = range(number, min(rows, count * num_levels), count)
+    return [VALIDATION_QUANTILES[(place + place // rounds) % num_levels] for place in places]
 
 
 @lru_cache(maxsize=64)

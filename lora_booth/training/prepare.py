@@ -30,11 +30,11 @@ from lora_booth.run import cache_folder
 from lora_booth.run.cache import TensorCache, require_finite
 from lora_booth.run.interrupts import StopRequest
 from lora_booth.run.report import Report
-from lora_booth.training import candidates, class_images, reach
+from lora_booth.training import class_images, reach, watching
 from lora_booth.training.cache_keys import prompt_key
 from lora_booth.training.class_images import ClassImage
-from lora_booth.training.order import Item, Order
-from lora_booth.training.reach import Reach, TrainingImage
+from lora_booth.training.order import Order
+from lora_booth.training.reach import Reach, TrainingImage, Validation
 
 MAX_HELD_BYTES = 2**28
 """Of pictures cut to size, as `Cuts` holds them: some eighty of 1024 px."""
@@ -50,13 +50,14 @@ class Moments:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the loop trains on. `latents` by latent key; `prompts`: one row each by prompt, under the untrained base.
+    """What the loop trains on. `validation`: what every save looks at; `latents` by latent key; `prompts`: one row each
+    by prompt, under the untrained base.
 
     `drawing_seconds`: what it took to draw class images; `drawn_together`: how many at once.
     """
 
     order: Order
-    validation: tuple[Item, ...]
+    validation: Validation
     latents: Mapping[str, Moments]
     prompts: Mapping[str, Conditioning]
     drawing_seconds: float
@@ -97,12 +98,14 @@ def prepare(
     *,
     report: Report,
     stop: StopRequest,
+    validation_rows: int = watching.MIN_ROWS,
     first_step: int = 0,
+    judged_by: Sequence[str] = (),
     together: int | None = None,
     cuts: Cuts | None = None,
 ) -> Prepared:
-    """Encode the prompts and pictures that the steps from `first_step` on reach, and draw the class images that they
-    reach and that are not there. `cuts`: those of the contact sheet.
+    """Encode the prompts and pictures that the steps from `first_step` on and the validation reach, and draw the class
+    images that they reach and that are not there. `judged_by`: prompts besides; `cuts`: those of the contact sheet.
 
     `together`: how many class images the run has begun to draw at once; by default as many as the config allows, fewer
     where memory does not suffice.
@@ -112,7 +115,9 @@ def prepare(
     """
     root, run_folder = cache_folder.folder_of(config), config.folder
     with cache_folder.in_use(root, run_folder=run_folder, base=_about(config, family)["base"]):
-        prepared = _prepare(config, family, pictures, first_step, together, cuts or Cuts(), report=report, stop=stop)
+        needed = {"validation_rows": validation_rows, "first_step": first_step}
+        given = (config, family, pictures, needed, judged_by, together, cuts or Cuts())
+        prepared = _prepare(*given, report=report, stop=stop)
     cache_folder.trim(root, config.run.cache_limit_gib * 2**30, lambda text: report.event("cache", text))
     return prepared
 
@@ -121,7 +126,8 @@ def _prepare(
     config: Resolved,
     family: Family,
     pictures: Pictures,
-    first_step: int,
+    needed: Mapping[str, int],
+    judged_by: Sequence[str],
     begun_with: int | None,
     cuts: Cuts,
     *,
@@ -130,10 +136,9 @@ def _prepare(
 ) -> Prepared:
     is_offloaded = config.memory.offload_denoiser
     together = begun_with or class_images.most_together(config)
-    wanted, reached = _reach(config, family, pictures, first_step, together)
+    wanted, reached = _reach(config, family, pictures, together, **needed)
     with denoiser_offloaded(family, is_wanted=is_offloaded):
-        texts = [*shown_prompts(config), *sorted(item.prompt for item in reached.items)]
-        texts += candidates.asked(config)[1].all if config.evaluate.choose == "best" else ()
+        texts = [*shown_prompts(config), *sorted(item.prompt for item in reached.items), *judged_by]
         prompts = encode_prompts(config, family, list(dict.fromkeys(texts)), report)
         if not config.adapter.text_encoder:
             family.release_text_encoders()
@@ -149,7 +154,7 @@ def _prepare(
                 raise
         devices.empty_cache(family.device)
         together //= 2  # all of them: fewer together are other pictures, up to rounding
-        wanted, reached = _reach(config, family, pictures, first_step, together)
+        wanted, reached = _reach(config, family, pictures, together, **needed)
     drawing_seconds = time.perf_counter() - began
     if wanted:
         _tell_drawn(config, len(wanted), len(drawn), count, report)
@@ -163,14 +168,14 @@ def _prepare(
 
 
 def _reach(
-    config: Resolved, family: Family, pictures: Pictures, first_step: int, together: int
+    config: Resolved, family: Family, pictures: Pictures, together: int, **needed: int
 ) -> tuple[list[ClassImage], Reach]:
     """The class images that the base draws for the run, `together`, and what of everything its steps reach."""
     fingerprint, root = family.fingerprint, cache_folder.folder_of(config) / "class_images"
     made: dict[str, Any] = {"made_by": class_images.made_by(family, config, together), "root": root}
     made |= {"fingerprint": fingerprint, "about": _about(config, family)}
     wanted, shape = reach.class_images_of(config, pictures, **made), family.latent_shape
-    found = reach.of(config, pictures, wanted, fingerprint=fingerprint, latent_shape=shape, first_step=first_step)
+    found = reach.of(config, pictures, wanted, fingerprint=fingerprint, latent_shape=shape, **needed)
     return wanted, found
 
 

@@ -19,7 +19,10 @@ from lora_booth.data.images import Picture
 from lora_booth.data.subject import Pictures, crops_of, plain_prompt, prompt_of
 from lora_booth.training.cache_keys import latent_key
 from lora_booth.training.class_images import ClassImage, wanted
-from lora_booth.training.order import VALIDATION_ROWS, Item, Order, Role, Shape
+from lora_booth.training.order import Item, Order, Role, Shape, validation_levels
+
+Validation = tuple[tuple[Item, list[float]], ...]
+"""Images with the noise levels at which each is looked at, as shares of all."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,11 @@ class TrainingImage:
 @dataclass(frozen=True)
 class Reach:
     """`images`: all that a run could train on or look at; `order`: all its steps; `validation`: what every save looks
-    at; `items`: what is reached of all that, with the prompts that it comes under."""
+    at, each with its noise levels; `items`: what is reached of all that, with the prompts that it comes under."""
 
     images: Sequence[TrainingImage]
     order: Order
-    validation: tuple[Item, ...]
+    validation: Validation
     items: frozenset[Item]
 
     @cached_property
@@ -69,9 +72,10 @@ def of(
     *,
     fingerprint: str,
     latent_shape: Callable[[int, int], Shape],
+    validation_rows: int,
     first_step: int = 0,
 ) -> Reach:
-    """What the steps from `first_step` on reach, and the validation.
+    """What the steps from `first_step` on reach, and the validation of so many rows.
 
     `drawn`: the class images that the base draws; `fingerprint`: of the base; `latent_shape`: of a picture by its width
     and height in pixels.
@@ -106,8 +110,9 @@ def of(
     captions = tuple(map(config.fill, config.prior.captions)) if config.has_model_prior else ()
     weight, train = config.prior.loss_weight, config.train
     order = Order(items(trained), items(classes), train.images_per_step, weight, train.seed, captions)
-    validation = items(looked_at[:VALIDATION_ROWS])
-    reached = order.reached(range(first_step, train.steps)) | frozenset(validation)
+    levels = [validation_levels(number, len(looked_at), validation_rows) for number in range(len(looked_at))]
+    validation = tuple(pair for pair in zip(items(looked_at), levels, strict=True) if pair[1])
+    reached = order.reached(range(first_step, train.steps)) | {item for item, _ in validation}
     return Reach((*trained, *classes, *looked_at), order, validation, reached)
 
 

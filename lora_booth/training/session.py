@@ -31,7 +31,7 @@ from lora_booth.training.batch import Batch, Reference, sample_losses
 from lora_booth.training.drift import Drift
 from lora_booth.training.flat import Flat
 from lora_booth.training.objective import Draws, Objective
-from lora_booth.training.order import VALIDATION_ROWS, Geometry, Item, validation_levels
+from lora_booth.training.order import Geometry, Item
 from lora_booth.training.prepare import Prepared
 from lora_booth.training.watchdog import Watchdog
 
@@ -190,15 +190,13 @@ def restore(s: Session, checkpoint: Checkpoint | None) -> int:
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
 def validation_loss(s: Session) -> float:
-    """Mean loss over the held-out images (the instance images where there are none) at fixed noise levels.
+    """Mean loss over some held-out images (instance images where there are none) at fixed noise levels.
 
     The noise is the same every time, so that two checkpoints of a run can be compared; two runs cannot.
     """
     set_training_(s, False)
     losses: list[float] = []
-    items = s.prepared.validation[:VALIDATION_ROWS]
-    for number, item in enumerate(items):
-        levels = validation_levels(number, len(items))
+    for number, (item, levels) in enumerate(s.prepared.validation):
         generator = generator_for("validation", number)
         shape = (len(levels), *item.shape)
         timesteps = s.objective.schedule.timesteps_at(levels)

@@ -109,10 +109,11 @@ def _show_prediction(wished: Config, config: Filled, inputs: Inputs, report: Rep
     _show_time(run, shown, report)
     if run.class_images and run.num_drawn < config.prior.num_images:
         told = f"{run.num_drawn} of {config.prior.num_images} class images are drawn, which"
-        report.event("prior", f"prior    {told} {run.num_steps} steps reach", drawn=run.num_drawn)
+        report.event("time", f"         {told} {run.num_steps} steps reach", drawn=run.num_drawn)
     other = duration.with_other_prior(config)
     if other is not None and shown:
         _show_other_prior(run, duration.predict(modules, other, inputs.pictures, bucket), other, shown, report)
+    _show_looks(run, config, report)
     modules.counts.keep()
     _show_choices(wished, decide.completed(devices.decided(config, here)) if card is None else config, report)
 
@@ -147,6 +148,25 @@ def _show_time(run: Duration, shown: Sequence[Card], report: Report) -> None:
         cells = (f"{run.step_s(card):.3f} s", *(str(timedelta(seconds=round(s))) for s in seconds))
         line = f"         {card.name:<18}" + "".join(f"{cell:>14}" for cell in cells)
         report.event("time", line, card=card.name, step_s=round(run.step_s(card), 4), in_all_s=round(seconds[-1], 1))
+
+
+def _show_looks(run: Duration, config: Filled, report: Report) -> None:
+    """What a run looks at on the way, with its share of the work, and what it compares in the end, a line each."""
+    from lora_booth.planning import duration
+    from lora_booth.training import watching
+
+    watch, is_chosen = watching.of(config), config.evaluate.choose == "best"
+    each = f"{watch.rows} rows of validation" + (f" and {watch.rows} of drift" if watch.has_drift else "")
+    text = f"{run.watching_share:.1%} of the work: {each} at each of {watch.num_saves} saves"
+    if is_chosen and not watch.has_drift:
+        text += f"; with drift it would be more than {watching.MAX_SHARE:.0%} of the training"
+    report.event("watching", f"watching {text}", share=round(run.watching_share, 4), rows=watch.rows)
+    if is_chosen:
+        num_compared, num_candidates = duration.num_candidates(config)
+        text = f"{num_compared} of {num_candidates} candidates, kept checkpoints × strengths, are drawn and compared"
+        text += ", as many as evaluate.max_share allows" if num_compared < num_candidates else ""
+        text = text if num_candidates else "nothing, since no encoder that measures pictures is installed"
+        report.event("choosing", f"choosing {text}", compared=num_compared, candidates=num_candidates)
 
 
 def _show_other_prior(run: Duration, other: Duration, changed: Filled, shown: Sequence[Card], report: Report) -> None:

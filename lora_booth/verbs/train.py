@@ -39,7 +39,18 @@ from lora_booth.run.report import Report, Silent
 from lora_booth.run.state import is_begun, is_finished
 from lora_booth.run.stopwatch import Stopwatch
 from lora_booth.run.summary import Summary
-from lora_booth.training import choosing, compiling, drift, ending, loop, optimizers, prepare, session
+from lora_booth.training import (
+    candidates,
+    choosing,
+    compiling,
+    drift,
+    ending,
+    loop,
+    optimizers,
+    prepare,
+    session,
+    watching,
+)
 from lora_booth.training.flat import Flat
 from lora_booth.training.objective import objective_for
 
@@ -234,11 +245,16 @@ def _prepared(
     find them full; and, of the main process, what drift is measured against."""
     watched, first = None, 0 if newest is None else newest.step
     with accelerator.main_process_first():
-        together = run.stored()["pinned"].get("class_images_together")
-        prepared = prepare.prepare(config, family, inputs.pictures, first_step=first, together=together, **listeners)
+        pinned = run.stored()["pinned"]
+        together, watch = pinned.get("class_images_together"), watching.of(config, pinned.get("watched_rows"))
+        needed: dict[str, Any] = {"validation_rows": watch.rows, "first_step": first, "together": together}
+        needed["judged_by"] = [*candidates.prompts(config), *(drift.unrelated(config) if watch.has_drift else ())]
+        prepared = prepare.prepare(config, family, inputs.pictures, **needed, **listeners)
         if accelerator.is_main_process:
             run.pin("class_images_together", prepared.drawn_together)
-            watched = drift.of_base(config, family, prepared.prompts, listeners["stop"])
+            run.pin("watched_rows", watch.rows)
+            if watch.has_drift:
+                watched = drift.of_base(config, family, prepared.prompts, watch.rows, listeners["stop"])
     return prepared, watched
 
 

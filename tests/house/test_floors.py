@@ -141,7 +141,8 @@ from lora_booth.verbs import plan
 
 class Told:
     def event(self, kind, text, **values):
-        assert (kind in ("memory", "time", "config")) == ("torch" in sys.modules), text
+        late = ("memory", "time", "watching", "choosing", "config")
+        assert (kind in late) == ("torch" in sys.modules), text
         told.append(kind)
     def warn(self, text): ...
 
@@ -157,4 +158,4 @@ print(*dict.fromkeys(told))
     words = [sys.executable, "-c", program, str(pictures), str(bases["sd1"])]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     facts = ["subject", "base", "adapter", "prior", "steps", "writes", "picture"]
-    assert done.stdout.split() == ["error", *facts, "memory", "time", "config"], done.stderr
+    assert done.stdout.split() == ["error", *facts, "memory", "time", "watching", "choosing", "config"], done.stderr

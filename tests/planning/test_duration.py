@@ -23,6 +23,7 @@ from lora_booth.planning.tracing import LiveBytes, fused_attention
 from lora_booth.planning.work import Operation, Work
 from lora_booth.run.folder import Run
 from lora_booth.run.report import Silent
+from lora_booth.training import watching
 from lora_booth.training.batch import sample_losses
 from lora_booth.training.objective import objective_for
 from lora_booth.verbs import train
@@ -156,7 +157,7 @@ def test_a_run_passes_as_many_rows_through_its_denoiser_as_predicted(
 
     row = modules.draw_work(filled, modules.square(filled), 1, is_guided=False).flops
     assert rows[True] == 2 * predicted.num_steps == 10
-    drawn = [predicted.class_images[0], predicted.other[1], predicted.other[2]]  # the rest is the VAE's
+    drawn = [predicted.class_images[0], *predicted.watching, predicted.other[1]]  # the rest is the VAE's
     assert rows[False] == round(sum(work.flops for work in drawn) / row)
     assert predicted.total_s(CARD) == pytest.approx(
         predicted.class_images_s(CARD) + predicted.training_s(CARD) + predicted.other_s(CARD)
@@ -182,7 +183,7 @@ def test_what_the_base_predicts_for_comparison_is_counted_as_often_as_it_is_run(
     with_gradients, compared = predicted.step
     assert rows[True] == 3 * 4 and predicted.class_images == []
     assert compared.flops == pytest.approx(4 * without_adapter(modules, filled), rel=1e-6)
-    assert rows[False] == 3 * 4 + round(predicted.other[1].flops / row), "two of each role, and the validation"
+    assert rows[False] == 3 * 4 + round(predicted.watching[0].flops / row), "two of each role, and the validation"
     assert with_gradients.flops == pytest.approx(
         2 * modules.step_work(filled.with_values({"prior": {"mode": "none"}}), None).flops
     )
@@ -191,6 +192,7 @@ def test_what_the_base_predicts_for_comparison_is_counted_as_often_as_it_is_run(
 def test_choosing_a_checkpoint_takes_the_passes_that_are_predicted(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, rows: dict[bool, int]
 ) -> None:
+    monkeypatch.setattr(watching, "MAX_SHARE", 100.0)
     config = make_config(
         prior={"mode": "none"},
         evaluate={"choose": "best", "encoder": "miniature", "max_share": 100.0, "strengths": [1.0, 0.5]},
@@ -201,10 +203,13 @@ def test_choosing_a_checkpoint_takes_the_passes_that_are_predicted(
     filled = decide.filled(config, inputs)
     modules = Modules.of(config, loading.facts(config.model))
     predicted = duration.predict(modules, filled, inputs.pictures)
+    assert len(predicted.watching) == 3, "validation, and drift with its pictures"
     monkeypatch.setattr(Run, "best_step", lambda self: 2)  # another than the last
     train.train(config, report=Silent(), continue_command="")
     row = modules.draw_work(filled, modules.square(filled), 1, is_guided=False).flops
-    assert rows[False] == round(sum(work.flops for work in predicted.other[1:5]) / row)
+    assert rows[False] == round(
+        sum(work.flops for work in (*predicted.watching, predicted.other[1], predicted.other[3])) / row
+    )
     assert rows[False] > 5 * 16 * 3, "the base and four candidates"
 
 
@@ -238,4 +243,4 @@ def test_class_images_of_a_folder_and_previews_that_are_off_take_no_time(
     assert folder.step[0].flops == 2 * alone.step[0].flops
     each = alone.other[0].flops / 5
     assert folder.other[0].flops == pytest.approx((5 + 4) * each), "one of nine is reached in each of four steps"
-    assert len(alone.other) == 2
+    assert len(alone.other) == len(alone.watching) == 1

@@ -467,7 +467,10 @@ def test_plan_prints_every_part_aligned_and_with_a_budget_what_was_chosen_and_wh
     plan.show(make_config(preview={"images_per_prompt": 1}), report)
     start = next(i for i, line in enumerate(report.lines) if "predicted for a CUDA card, not measured" in line)
     end = next(i for i, line in enumerate(report.lines) if line.startswith("time"))
-    *before, choices = report.lines
+    *before, watching, choices = report.lines
+    assert watching.startswith("watching ") and watching.endswith(
+        "% of the work: 4 rows of validation at each of 2 saves"
+    )
     table, (*times, other) = before[start + 1 : end], before[end + 1 :]
     assert other.strip().startswith('with prior.mode = "model" no class images are drawn: 0:')
     assert choices.startswith("chosen   ") and "train.gradient_checkpointing = 0.0" in choices

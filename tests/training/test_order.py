@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_booth.training.order import Item, Order, Role, micro_batches
+from lora_booth.training.order import VALIDATION_QUANTILES, Item, Order, Role, micro_batches, validation_levels
 
 SQUARE, WIDE = (4, 8, 8), (4, 4, 8)
 
@@ -107,3 +107,15 @@ def test_weights_of_a_step_sum_to_one_and_lambda(images_per_step: int) -> None:
     rows = order(images_per_step=images_per_step, loss_weight=0.3).at(11)
     by_role = {role: sum(row.weight for row in rows if row.item.role == role) for role in ("instance", "class")}
     assert by_role == pytest.approx({"instance": 1.0, "class": 0.3})
+
+
+@given(count=st.integers(1, 40), rows=st.integers(4, 16))
+def test_validation_shares_its_rows_among_images_and_noise_levels(count: int, rows: int) -> None:
+    levels = [validation_levels(number, count, rows) for number in range(count)]
+    assert sum(map(len, levels)) == min(rows, 4 * count)
+    assert all(len(set(row)) == len(row) for row in levels), "no image has a level twice"
+    together = Counter(level for row in levels for level in row)
+    assert set(together) == set(VALIDATION_QUANTILES), "every level is looked at"
+    assert max(together.values()) - min(together.values()) <= 1
+    sizes = [len(row) for row in levels]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] - min(sizes) <= 1

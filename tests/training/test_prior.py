@@ -119,7 +119,7 @@ def test_captions_of_files_lose_the_token_too_and_all_prompts_are_reached(
     inputs = decide.look(config, Silent())
     plain = [plain_prompt(config, picture) for picture in inputs.pictures.instances.pictures]
     assert plain[:3] == ["dog in the snow", None, "a photo of dog"]
-    shape = {"fingerprint": "", "latent_shape": lambda width, height: (4, height, width)}
+    shape = {"fingerprint": "", "latent_shape": lambda width, height: (4, height, width), "validation_rows": 4}
     found = reach.of(decide.filled(config, inputs), inputs.pictures, [], **shape)
     prompts = {item.prompt for item in found.items if item.role == "prior"}
     assert prompts == {"", *GENERICS, "dog in the snow", "a photo of dog"}

@@ -27,7 +27,7 @@ from lora_booth.config import toml
 from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, DataError, DiskError, Interrupted, ModelError, NumericError
 from lora_booth.models import devices, loading
-from lora_booth.training import loop, order, session
+from lora_booth.training import loop, session
 from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 from tests.support import tiny
@@ -152,16 +152,6 @@ def test_a_run_continues_from_an_adapter_file(make_config: MakeConfig, tmp_path:
     path = tmp_path / "first" / "sks_dog_diffusers.safetensors"
     second = make_config(name="second", adapter={"continue_from": path}, optimizer={"learning_rate": 1e-12})
     assert_near(first, trained(second), 1e-6)
-
-
-@pytest.mark.parametrize(("count", "rows"), [(1, 4), (3, 12), (4, 16), (5, 16), (16, 16)])
-def test_validation_shares_a_fixed_number_of_rows_among_images_and_noise_levels(count: int, rows: int) -> None:
-    levels = [order.validation_levels(number, count) for number in range(count)]
-    assert sum(map(len, levels)) == rows
-    assert all(len(set(row)) == len(row) >= 1 for row in levels), "an image has no level twice"
-    together = [level for row in levels for level in row]
-    counts = [together.count(level) for level in order.VALIDATION_QUANTILES]
-    assert max(counts) - min(counts) <= 1, "levels are met equally often"
 
 
 def test_gradient_checkpointing_changes_memory_only(make_config: MakeConfig) -> None:
