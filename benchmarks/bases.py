@@ -57,6 +57,21 @@ SMALLER: dict[str, dict[str, dict[str, Any]]] = {
         "text_encoder": _TEXT,
         "text_encoder_2": _TEXT | {"projection_dim": 256},
     },
+    "sdxl_half": {
+        "unet": {
+            "block_out_channels": [160, 320, 640],
+            "attention_head_dim": [5, 5, 10],
+            "cross_attention_dim": 1024,
+            "projection_class_embeddings_input_dim": 6 * 256 + 640,
+        },
+        "text_encoder": {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6},
+        "text_encoder_2": {
+            "hidden_size": 640,
+            "intermediate_size": 2560,
+            "num_attention_heads": 10,
+            "projection_dim": 640,
+        },
+    },
     "sd1_narrow": {
         "unet": {"block_out_channels": [64, 64, 64, 64], "cross_attention_dim": 64},
         "vae": _NARROW_VAE,
@@ -92,8 +107,9 @@ SMALLER: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Changes to the configs of SD 1.5 and SDXL. A quarter of their widths makes UNets of 35 and 160 million parameters, of
-which a CPU core trains a step in seconds. Narrow ones have every layer and hardly any numbers: a step of theirs takes
-what starting its operations takes. Tiny ones have two levels, and exist to try a benchmark: a step takes 0.1 s."""
+which a CPU core trains a step in seconds. Half of SDXL's makes 600 million, with 64 numbers a head as it has. Narrow
+ones have every layer and hardly any numbers: a step of theirs takes what starting its operations takes. Tiny ones have
+two levels, and exist to try a benchmark: a step takes 0.1 s."""
 NOISE_NUMBERS = 1 << 22
 ARCHITECTURE_NAMES = (*SMALLER, "sd1", "sd2_base", "sd2_v", "sdxl")
 
@@ -113,7 +129,7 @@ def random_base(folder: Path, architecture: str) -> Path:
     import transformers
 
     changes = SMALLER.get(architecture, {})
-    architecture = re.sub("_(quarter|narrow|tiny)$", "", architecture)
+    architecture = re.sub("_(quarter|half|narrow|tiny)$", "", architecture)
     shutil.copytree(SHIPPED_CONFIGS / architecture, folder)
     for name, values in changes.items():
         path = folder / name / "config.json"

@@ -11,6 +11,8 @@ from typing import Any
 
 from lora_booth.run.versions import installed
 
+from lora_booth.run import disk
+
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "lora-booth")
 
 
@@ -43,6 +45,6 @@ def device_name() -> str:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """`result` as JSON, with its circumstances."""
+    """`result` as JSON, with its circumstances; the whole of it or, if this is killed, what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result | circumstances(), indent=1) + "\n", encoding="utf-8")
+    disk.write_text(path, json.dumps(result | circumstances(), indent=1) + "\n")

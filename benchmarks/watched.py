@@ -2,6 +2,7 @@
 
 python benchmarks/watched.py peak.json train.py --flag …
 python benchmarks/watched.py peak.json -m lora_booth train …
+python benchmarks/watched.py peak.json --set package.module:NAME=[1,2] train.py …     # a constant beside the script
 
 `peak_device_mib`: most memory of its tensors on a CUDA card; `peak_reserved_mib`: most that torch's allocator held.
 `outside_mib`: what the card holds at the end beyond that allocator, for everybody. `steps_s`: seconds from the start to
@@ -10,6 +11,7 @@ the end of each step of an optimizer, whosever loop it is.
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
@@ -22,6 +24,10 @@ BEGAN = time.perf_counter()
 def main() -> None:
     """Command line; the exit code is that of what was run."""
     out, words = Path(sys.argv[1]).absolute(), sys.argv[2:]
+    constants = []
+    while words[0] == "--set":
+        constants.append(words[1])
+        words = words[2:]
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     steps: list[float] = []
@@ -33,9 +39,17 @@ def main() -> None:
         else:
             sys.argv = words
             sys.path.insert(0, str(Path(words[0]).absolute().parent))
+            for constant in constants:
+                _set(constant)
             runpy.run_path(words[0], run_name="__main__")
     finally:
         out.write_text(json.dumps(_device_memory() | {"steps_s": steps}), encoding="utf-8")
+
+
+def _set(constant: str) -> None:
+    place, _, value = constant.partition("=")
+    module, _, name = place.partition(":")
+    setattr(importlib.import_module(module), name, json.loads(value))
 
 
 def _device_memory() -> dict[str, float | None]:

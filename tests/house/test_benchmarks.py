@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,18 +33,72 @@ def test_a_step_is_the_median_of_what_more_steps_took_longer_and_the_rest_is_the
     assert row["peak_mib"] == 120.0
 
 
+def test_a_benchmark_of_peers_goes_on_where_it_was(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def killed_at(count: int) -> Any:
+        def measure(who: str, command: peers.Command, steps: int, out: Path) -> peers.Run:
+            if len(seen) == count:
+                raise KeyboardInterrupt
+            seen.append((who, steps))
+            (out / "run").mkdir(parents=True, exist_ok=True)
+            (out / "run" / "summary.json").touch()
+            return run(who, steps, 10.0 + steps * {"lora_booth": 1, "lora_booth_warm": 1, "diffusers": 2}[who])
+
+        return measure
+
+    (tmp_path / "train_dreambooth_lora.py").touch()
+    words = ["peers", "--base", str(base), "--resolution", "64", "--few", "2", "--many", "4", "--rounds", "2"]
+    words += ["--diffusers", str(tmp_path), "--kohya", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    results = tmp_path / "peers.json"
+    monkeypatch.setattr(sys, "argv", [*words, "--results", str(results)])
+    with monkeypatch.context() as patch:
+        patch.setattr(peers, "measure", killed_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            peers.main()
+        patch.setattr(peers, "measure", killed_at(-1))
+        peers.main()
+    ours = [("lora_booth", 2), ("lora_booth", 4)]
+    first = [("diffusers", 2), ("diffusers", 4), *ours]
+    warm = [("lora_booth_warm", 2), ("lora_booth_warm", 4)]
+    assert seen == [*first, warm[1], *warm, *first, *warm], "its cache is filled once"
+    (found,) = json.loads(results.read_text())["cases"].values()
+    assert len(found["runs"]) == 12 and found["medians"]["diffusers"]["step_processor_s"] == 2.0
+    assert found["goals"] == {
+        "step_processor_s of lora_booth at most that of diffusers": True,
+        "peak_mib of lora_booth at most that of diffusers": True,
+    }
+    seen.clear()
+    peers.main()
+    assert seen == [], "all is measured"
+
+
+def test_the_goals_of_a_job_are_compared_with_whoever_was_measured() -> None:
+    rows = {
+        name: {"rest_processor_s": rest, "step_processor_s": step, "peak_mib": 100.0}
+        for name, rest, step in (("lora_booth", 30.0, 1.0), ("lora_booth_warm", 9.0, 1.0), ("diffusers", 10.0, 2.0))
+    }
+    assert [value for goal, value in peers.goals("small", rows).items() if "rest" in goal] == [False]
+    assert [value for goal, value in peers.goals("sd1", rows).items() if "rest" in goal] == [True], "kohya is not there"
+    assert all(peers.goals("sdxl_half", rows).values())
+
+
 @pytest.mark.slow
 def test_the_job_of_the_peers_runs_and_is_measured(base: Path, tmp_path: Path) -> None:
-    script = tmp_path / "peer.py"
-    script.write_text(f"import json, sys; json.dump(sys.argv, open({str(tmp_path / 'argv')!r}, 'w'))")
+    script = f"import json, sys; json.dump(sys.argv, open({str(tmp_path / 'argv')!r}, 'w'))"
+    for name in ("train_dreambooth_lora.py", "train_network.py"):
+        (tmp_path / name).write_text(script)
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "original_unet.py").write_text("BLOCK_OUT_CHANNELS = (320,)")
     pictures, classes = tmp_path / "pictures", tmp_path / "classes"
     for folder, count in ((pictures, 3), (classes, 2)):
         folder.mkdir()
         tiny.tiny_pictures(folder, count)
     job = peers.Job(base, pictures, classes, 64, "fp32")
-    arguments = argparse.Namespace(diffusers=script, kohya=script, kohya_python=sys.executable, compiled=True)
+    python = {"diffusers_python": sys.executable, "kohya_python": sys.executable}
+    arguments = argparse.Namespace(diffusers=tmp_path, kohya=tmp_path, compiled=True, **python)
     commands = peers.commands(arguments, job)
-    assert list(commands) == ["diffusers", "kohya", "lora_booth", "lora_booth_compiled"]
+    assert list(commands) == ["diffusers", "kohya", "lora_booth", "lora_booth_warm", "lora_booth_compiled"]
     assert "train.compile=true" in commands.pop("lora_booth_compiled")(1, tmp_path)
     (tmp_path / "out").mkdir()
     found = [peers.measure(who, command, 1, tmp_path / "out" / who) for who, command in commands.items()]
@@ -51,7 +106,7 @@ def test_the_job_of_the_peers_runs_and_is_measured(base: Path, tmp_path: Path) -
     assert all(row.processor_s > 0 and row.peak_mib > 50 for row in found)
     summary = json.loads((tmp_path / "out" / "lora_booth" / "run" / "summary.json").read_text())
     assert summary["steps"] == 1
-    script.write_text("raise SystemExit('no such flag')")
+    (tmp_path / "train_dreambooth_lora.py").write_text("raise SystemExit('no such flag')")
     with pytest.raises(RuntimeError, match="no such flag"):
         peers.measure("diffusers", commands["diffusers"], 1, tmp_path / "out" / "diffusers")
 
