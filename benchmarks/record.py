@@ -9,9 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from lora_booth.run.versions import installed
-
 from lora_booth.run import disk
+from lora_booth.run.versions import installed
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "lora-booth")
 

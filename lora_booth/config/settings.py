@@ -154,7 +154,7 @@ class PriorConfig(Section):
         0.0, ge=0, le=1e6, description="Weight of the update's squared Frobenius norm, in any mode. 0: off."
     )
     num_images: int = Field(
-        200, ge=0, le=100_000, description="Class images to draw. 200: enough in the reference recipes; more is fine."
+        200, ge=0, le=100_000, description="Class images to draw, as far as steps reach them. 200 suffices in general."
     )
     prompts: Texts = Field(("a photo of {class}",), description="What class images show, drawn in turn. Slot: {class}.")
     folder: FilePath | None = Field(None, description="Your own class images; then none are drawn. Never written to.")

@@ -88,8 +88,20 @@ class Order:
         return tuple(rows)
 
     def reached(self, steps: Iterable[int]) -> frozenset[Item]:
-        """Every item of the rows of `steps`, once."""
-        return frozenset(row.item for step in steps for row in self.at(step))
+        """Items of the rows of `steps`, with every image and every prompt that comes; it ends as soon as all are
+        reached, so a long run takes no longer."""
+        captioned = {"", *self.captions, *(item.plain_prompt or "" for item in self.instances)} if self.captions else ()
+        images = {item.latent_key for item in (*self.instances, *self.classes)}
+        prompts = {item.prompt for item in (*self.instances, *self.classes)} | set(captioned)
+        found: set[Item] = set()
+        for step in steps:
+            new = {row.item for row in self.at(step)} - found
+            found |= new
+            images -= {item.latent_key for item in new}
+            prompts -= {item.prompt for item in new}
+            if not images and not prompts:
+                break
+        return frozenset(found)
 
     @cached_property
     def _class_pools(self) -> dict[Shape, list[Item]]:

@@ -246,7 +246,8 @@ def _prepared(
     watched, first = None, 0 if newest is None else newest.step
     with accelerator.main_process_first():
         pinned = run.stored()["pinned"]
-        together, watch = pinned.get("class_images_together"), watching.of(config, pinned.get("watched_rows"))
+        rows = pinned.get("watched_rows", None if newest is None else watching.MAX_ROWS)  # as older versions had
+        together, watch = pinned.get("class_images_together"), watching.of(config, rows)
         needed: dict[str, Any] = {"validation_rows": watch.rows, "first_step": first, "together": together}
         needed["judged_by"] = [*candidates.prompts(config), *(drift.unrelated(config) if watch.has_drift else ())]
         prepared = prepare.prepare(config, family, inputs.pictures, **needed, **listeners)

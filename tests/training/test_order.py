@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -78,6 +79,23 @@ def test_what_steps_reach_are_the_items_of_their_rows() -> None:
     assert {i.name for i in steps.reached(range(2))} == {row.item.name for s in (0, 1) for row in steps.at(s)}
     assert len(steps.reached(range(2))) == 4 and steps.reached(range(2, 2)) == frozenset()
     assert steps.reached(range(100)) == {*steps.instances, *steps.classes}
+    asked = iter(range(10**9))
+    assert steps.reached(asked) == {*steps.instances, *steps.classes} and next(asked) < 100, "all are reached early"
+
+
+@given(num_instances=st.integers(1, 7), num_steps=st.integers(0, 60), is_captioned=st.booleans())
+def test_no_row_of_the_steps_needs_an_image_or_a_prompt_that_is_not_reached(
+    num_instances: int, num_steps: int, is_captioned: bool
+) -> None:
+    plain = [None if n % 3 == 1 else f"plain {n % 2}" for n in range(num_instances)]
+    instances = [replace(item("instance", f"i{n}"), plain_prompt=plain[n]) for n in range(num_instances)]
+    classes = [] if is_captioned else [replace(item("class", f"c{n}"), prompt=f"class {n % 3}") for n in range(9)]
+    captions = ["a cat", "a house", "a tree"] if is_captioned else []
+    steps = Order(instances, classes, 2, 1.0, seed=3, captions=captions)
+    found = steps.reached(range(num_steps))
+    rows = [row.item for step in range(num_steps) for row in steps.at(step)]
+    assert {i.latent_key for i in found} == {i.latent_key for i in rows}
+    assert {i.prompt for i in found} == {i.prompt for i in rows}
 
 
 @given(
