@@ -43,8 +43,8 @@ def lines(cards: Mapping[str, Any]) -> Iterator[str]:
     """The table, line by line; without any card, one line that says so."""
     if not cards:
         yield (
-            f"SD 1.5, 2.1 and SDXL on a GPU: **{NOTHING}**. `make card` measures it on any CUDA card within nine "
-            "minutes\n([benchmarks/README.md](benchmarks/README.md))."
+            f"SD 1.5, 2.1 and SDXL on a GPU: **{NOTHING}**. `make card` measures it on any CUDA card, within nine\n"
+            "minutes ([benchmarks/README.md](benchmarks/README.md))."
         )
         return
     yield "On a card, by `make card`; every figure with its commit in [docs/card.json](docs/card.json):"
