@@ -33,6 +33,7 @@ from lora_booth.errors import DeviceMemoryError
 from lora_booth.models import devices, loading
 from lora_booth.planning import built, memory
 from lora_booth.planning.tracing import held_bytes, tensors_of
+from lora_booth.run import cache_folder
 from lora_booth.run.report import Silent
 from lora_booth.training import optimizers
 from lora_booth.training.objective import objective_for
@@ -99,8 +100,8 @@ def run_within(
 
     Raises SameAgain, before anything is computed, where what is chosen is among the `known`.
     """
-    for part in ("run", "cache"):
-        shutil.rmtree(folder / part, ignore_errors=True)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    cache_folder.remove(cache_folder.entries(folder / "cache"))  # all is made anew; what plan has counted stays
     places = {"memory.budget_gib": budget_gib, "run.folder": folder / "run", "run.cache": folder / "cache"}
     config = toml.load(preset, [f"{key}={value}" for key, value in (FEW_STEPS | dict(settings) | places).items()])
     told, measured, reserved, fits = _Prediction(known), None, None, True
