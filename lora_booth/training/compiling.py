@@ -1,4 +1,4 @@
-"""Whether recording steps as CUDA graphs pays, and compiling blocks: tried before the first step.
+"""Whether recording steps as CUDA graphs pays, and compiling blocks, by a trial before a run.
 
 Compiling *pays* when the steps that are left save more time than it takes. What a trial measured is kept beside the
 caches, so that a later run of the same shape on the same machine knows beforehand. Recording takes no longer than a
