@@ -1,6 +1,6 @@
 """The counts that ship: what planning asks of SD 1.5, SD 2.1 and SDXL with their usual settings.
 
-`python -m tools.counts` counts all anew and writes lora_booth/assets/counts.json; minutes. It is to be done when the
+`python -m tools.counts` counts all anew and writes lora_booth/assets/counts.txt; minutes. It is to be done when the
 versions of constraints.txt change, or what is traced: tests hold the file against new counts.
 """
 

@@ -28,7 +28,7 @@ from lora_booth.run.versions import installed
 from lora_booth.training.optimizers import OPTIMIZERS, chosen_name
 
 PACKAGE = Path(__file__).parents[1]
-SHIPPED = PACKAGE / "assets" / "counts.json"
+SHIPPED = PACKAGE / "assets" / "counts.txt"
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "prodigyopt", "schedulefree")
 """Whose code is traced, or asked for the bytes that it keeps."""
 MAX_GROUPS = 32
@@ -65,8 +65,9 @@ class Counts:
         if not is_kept:
             return Counts(key)
         folder = folder_of(config)
-        known = _read(SHIPPED, stamp()).get(key, {}) | _read(folder / COUNTS, _own_stamp()).get(key, {})
-        return Counts(key, folder, known)
+        found = (_lines(SHIPPED, stamp()), _lines(folder / COUNTS, _own_stamp()))
+        shipped, kept = (_from_line(lines.get(key, "{}")) for lines in found)
+        return Counts(key, folder, shipped | kept)
 
     def add(self, name: str, figure: Figure) -> None:
         """Know one more."""
@@ -76,10 +77,10 @@ class Counts:
         """Write what is new; a file that cannot be written is left alone: all can be counted again."""
         if self.folder is None or not self.has_new:
             return
-        groups = _read(self.folder / COUNTS, _own_stamp())
-        groups[self.key] = groups.pop(self.key, {}) | self.figures
+        lines = _lines(self.folder / COUNTS, _own_stamp())
+        lines[self.key] = _to_line(_from_line(lines.pop(self.key, "{}")) | self.figures)
         try:
-            write(self.folder / COUNTS, _own_stamp(), dict(list(groups.items())[-MAX_GROUPS:]))
+            _write(self.folder / COUNTS, _own_stamp(), dict(list(lines.items())[-MAX_GROUPS:]))
         except (DiskError, OSError):
             return
         self.has_new = False
@@ -128,28 +129,46 @@ def _own_stamp() -> str:
     return f"{stamp()}, lora_booth {digest.hexdigest()}"
 
 
-def write(path: Path, stamped: str, groups: dict[str, Group]) -> None:
+def write(path: Path, stamped: str, groups: Mapping[str, Group]) -> None:
     """Write a file of figures, whole or not at all. Raises DiskError."""
-    body = {key: {name: _to_json(figure) for name, figure in group.items()} for key, group in groups.items()}
-    head = {"of": stamped, "sha256": _digest(body)}
-    lines = [f'"{key}": {json.dumps(group, separators=(",", ":"))}' for key, group in body.items()]
-    disk.write_text(path, json.dumps(head)[:-1] + ', "groups": {\n' + ",\n".join(lines) + "\n}}\n")
+    _write(path, stamped, {key: _to_line(group) for key, group in groups.items()})
 
 
-def _read(path: Path, stamped: str) -> dict[str, Group]:
-    """The figures in a file; none where it is of others, damaged or missing."""
+def read(path: Path, stamped: str) -> dict[str, Group]:
+    """All figures in a file; none where it is of others, damaged or missing."""
+    return {key: _from_line(line) for key, line in _lines(path, stamped).items()}
+
+
+def _write(path: Path, stamped: str, lines: Mapping[str, str]) -> None:
+    body = "".join(f"{key} {line}\n" for key, line in lines.items())
+    disk.write_text(path, json.dumps({"of": stamped, "sha256": _digest(body)}) + "\n" + body)
+
+
+def _lines(path: Path, stamped: str) -> dict[str, str]:
+    """Of each group in a file the line that holds its figures, which takes long to read where there are many."""
     try:
-        found = inputs.read_object(path, "", DiskError)
-        body = found["groups"]
-        if found["of"] != stamped or found["sha256"] != _digest(body):
+        head, _, body = inputs.read_text(path, "", DiskError).partition("\n")
+        if json.loads(head) != {"of": stamped, "sha256": _digest(body)}:
             return {}
-        return {key: {name: _from_json(value) for name, value in group.items()} for key, group in body.items()}
-    except (DiskError, KeyError, TypeError, ValueError, AttributeError):
+        pairs = (line.partition(" ") for line in body.splitlines())
+        return {key: line for key, _, line in pairs}
+    except (DiskError, ValueError, RecursionError):
         return {}
 
 
-def _digest(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def _to_line(group: Group) -> str:
+    return json.dumps({name: _to_json(figure) for name, figure in group.items()}, separators=(",", ":"))
+
+
+def _from_line(line: str) -> Group:
+    try:
+        return {name: _from_json(value) for name, value in json.loads(line).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _to_json(figure: Figure) -> int | list[Any]:

@@ -126,6 +126,7 @@ def check(config: Filled, *, device_type: str | None, facts: BaseFacts) -> Modul
         log.warning("The config cannot be tried beforehand (%s: %s).", type(error).__name__, error)
         return None
     checks.check(config, modules, device_type=device_type)
+    modules.counts.keep()
     return modules
 
 

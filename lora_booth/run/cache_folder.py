@@ -9,7 +9,7 @@ latents/<key>.safetensors                  a picture of the user's; it can be de
 prompts/<key>.safetensors                  the conditioning of a prompt
 class_images/<group>/00000.png .safetensors   a class image, and its latents, which are trained on
 compiling.json                             what trials of compiling have measured
-counts.json                                what planning has counted of passes
+counts.txt                                 what planning has counted of passes
 runs/<id>.json <id>.lock                   a run that used the cache; the lock is held while it prepares
 ```
 
@@ -36,7 +36,7 @@ from lora_booth.errors import DiskError, LoraBoothError
 from lora_booth.run import disk, headers
 
 KINDS = ("latents", "prompts", "class_images")
-TRIALS, COUNTS = "compiling.json", "counts.json"
+TRIALS, COUNTS = "compiling.json", "counts.txt"
 DIGEST = "digest"
 """The field of an entry's metadata; of what older versions wrote it holds no words."""
 _NAMES = {
