@@ -1,4 +1,4 @@
-"""What was counted of a base, kept, so that no pass is traced twice; for usual settings it ships.
+"""What was counted of a base, kept, so that no pass is traced twice; usual settings ship.
 
 What lives here: a group of figures for each base and settings that they depend on, in a file beside the caches, and in
 one of the package's. What does not: counting (`built.py`).
@@ -61,10 +61,10 @@ class Counts:
     @staticmethod
     def of(config: Filled, facts: BaseFacts, *, is_kept: bool = True) -> Counts:
         """Those that are known. Without `is_kept` none are, and none will be."""
-        key = key_of(config, facts)
-        if not is_kept:
+        key, folder = key_of(config, facts), folder_of(config)
+        is_of_run = folder.absolute().is_relative_to(config.folder.absolute())  # which must be empty when a run begins
+        if not is_kept or is_of_run:
             return Counts(key)
-        folder = folder_of(config)
         found = (_lines(SHIPPED, stamp()), _lines(folder / COUNTS, _own_stamp()))
         shipped, kept = (_from_line(lines.get(key, "{}")) for lines in found)
         return Counts(key, folder, shipped | kept)

@@ -1,4 +1,4 @@
-"""Micro-steps as CUDA graphs: forward, loss and backward of a shape are recorded once and then started as one.
+"""Micro-steps as CUDA graphs: recorded once for each shape, and then started as one operation.
 
 A card that computes a step faster than Python starts its thousands of operations waits for Python; a graph is started
 in one call (https://pytorch.org/docs/stable/notes/cuda.html, CUDA graphs). It reads its inputs and writes its

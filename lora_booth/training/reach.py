@@ -1,4 +1,4 @@
-"""What a run trains on and looks at, in which order: known before any picture is encoded or drawn.
+"""What a run trains on and looks at, and when: known before anything is encoded or drawn.
 
 So a run of 20 steps encodes the pictures of 20 steps, and no others.
 """

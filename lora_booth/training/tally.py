@@ -1,4 +1,4 @@
-"""What steps brought, read one step late, so that the device computes the next step while the last one is told.
+"""What steps brought, read one step late, so that the device computes the next one meanwhile.
 
 Numbers that are not finite end the run there, before anything of that step or the one after it is kept.
 """

@@ -186,6 +186,18 @@ def test_only_so_many_groups_are_kept_and_clearing_the_cache_takes_them(
     assert not path.exists()
 
 
+@pytest.mark.parametrize("inside", [".", "cache"])
+def test_a_cache_in_the_runs_own_folder_is_left_alone_before_the_run_begins(
+    inside: str, alone: MakeConfig, tmp_path: Path
+) -> None:
+    config = alone(run={"folder": tmp_path / "run", "cache": tmp_path / "run" / inside})
+    told(config)
+    decide.check(
+        decide.filled(config, decide.look(config, Silent())), device_type="cpu", facts=loading.facts(config.model)
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_words_that_may_be_cut_are_looked_at_by_the_tokenizer(alone: MakeConfig, built: list[str]) -> None:
     told(alone())
     told(alone(subject={"class_noun": "cat"}))

@@ -111,6 +111,10 @@ class ToyFamily(Family):
     def text_encoders(self) -> dict[str, nn.Module]:
         return {}
 
+    @property
+    def window(self) -> int:
+        return LETTERS + 2  # it marks neither start nor end
+
     def words_cut(self, prompts: Sequence[str]) -> dict[str, str]:
         return {prompt: prompt[LETTERS:] for prompt in prompts if len(prompt) > LETTERS and "wet" in prompt}
 
