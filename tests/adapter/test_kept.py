@@ -18,7 +18,7 @@ from lora_booth.config import toml
 from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.run.folder import Run
-from lora_booth.training import loop
+from lora_booth.training import loop, tally
 from lora_booth.verbs import export as verb_export
 from lora_booth.verbs import train
 from tests.conftest import MakeConfig
@@ -176,7 +176,7 @@ def test_layers_without_a_gradient_are_looked_for_at_the_first_step_that_does_no
     looked: list[int] = []
     honest = loop._reduce_and_clip_
     norms = iter([float("inf"), float("inf")])
-    monkeypatch.setattr(loop, "_require_gradients", lambda s: looked.append(len(skipped)))
+    monkeypatch.setattr(tally, "_require_gradients", lambda s: looked.append(len(skipped)))
     monkeypatch.setattr(loop, "_reduce_and_clip_", lambda s: honest(s) * 0 + next(norms, 1.0))
     recorder = Recorder()
     skipped = recorder.events

@@ -100,7 +100,7 @@ def test_what_was_computed_alike_within_less_memory_is_not_measured_again(tmp_pa
     first = jobs[small.name]()
     Results(of.results, CARD).put("memory", small.name, "done", figures=first)
     assert first["fits"] and first["predicted_gib"] > 0 and first["measured"] == "not offered on the CPU"
-    counts, latents = of.out / "memory" / "cache" / "counts.json", of.out / "memory" / "cache" / "latents"
+    counts, latents = of.out / "memory" / "cache" / "counts.txt", of.out / "memory" / "cache" / "latents"
     assert counts.is_file() and list(latents.iterdir())
     again = jobs[large.name]()
     assert counts.is_file(), "nothing is counted twice"
