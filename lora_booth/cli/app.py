@@ -52,7 +52,7 @@ def main() -> None:
     from lora_booth.config.inputs import reason
     from lora_booth.errors import DiskError
 
-    imports.leave_out_("bitsandbytes")  # who trains with it or quantises by it imports it by its name
+    imports.leave_out_("bitsandbytes", "scipy")  # who trains, quantises or compares by them imports them by name
     with lasting() as output:
         _speak_plainly()
         code, message = _ending(sys.argv[1:])
@@ -161,7 +161,6 @@ def plan(
     from lora_booth.models import cards
     from lora_booth.verbs import plan as verb
 
-    imports.leave_out_("scipy")  # nothing is drawn or compared
     config = _config(settings, subject, class_noun, token, base, prior, vram, out)
     with _listening(as_json, False) as report:
         verb.show(config, report, None if card is None else cards.named(card))

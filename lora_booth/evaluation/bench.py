@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_booth.evaluation import metrics
 from lora_booth.evaluation.choice import choose
-from lora_booth.evaluation.drawing import Condition, count, draw_all, pixels_of
+from lora_booth.evaluation.drawing import Condition, draw_all, pixels_of
 from lora_booth.evaluation.features import Encoder
 from lora_booth.evaluation.intervals import mean_interval
 from lora_booth.evaluation.measure import Drawn, Features, Values, candidate_of, features_of, intervals, values_of
@@ -47,7 +47,7 @@ class Setting:
     @property
     def each(self) -> int:
         """Pictures of one candidate."""
-        return count(self.prompts, self.per_prompt)
+        return self.prompts.num_pictures(self.per_prompt)
 
     def drawing(self, base: str, list_name: str, token: str) -> dict[str, Any]:
         """What pictures depend on besides the adapter, as JSON values without a path. `base`: fingerprint of it;

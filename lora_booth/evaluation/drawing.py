@@ -19,11 +19,6 @@ Condition = Callable[[Sequence[str]], Conditioning]
 """Prompts to their conditioning, on the denoiser's device."""
 
 
-def count(prompts: Prompts, per_prompt: int) -> int:
-    """How many pictures `draw_all` draws."""
-    return len(prompts.subject) * per_prompt + len(prompts.classes) + len(prompts.unrelated)
-
-
 @torch.no_grad()
 def draw_all(
     family: Family,

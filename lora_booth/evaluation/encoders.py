@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_booth.errors import ConfigError
 from lora_booth.evaluation import efficientnet, miniature
-from lora_booth.evaluation.features import Encoder
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_booth.evaluation.features import Encoder
 
 SHIPPED = (miniature.NAME, efficientnet.NAME)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lora_booth.errors import ModelError
-from lora_booth.evaluation.features import Tower, pooled, record_of
 from lora_booth.models.bases.sources import EMBEDDED
-from lora_booth.models.families.prompts import Tokens
-from lora_booth.run import disk, imports, safetensors
+from lora_booth.run import disk, imports
 from lora_booth.run.versions import VERSION
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lora_booth.evaluation.features import Tower
 
 NAME = "miniature"
 SIDE_PX = 64
@@ -25,6 +26,12 @@ def miniature(device: torch.device) -> Tower:
 
     Raises ModelError where the package lacks a file of it.
     """
+    import torch
+
+    from lora_booth.evaluation.features import Tower, pooled, record_of
+    from lora_booth.models.families.prompts import Tokens
+    from lora_booth.run import safetensors
+
     with imports.sparing():
         from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_booth.evaluation.prompts import PREDICTED_ROWS
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.run.randomness import generator_for
 
 LEVELS = (0.125, 0.375, 0.625, 0.875)
 """Shares of the way from clean to noise at which predictions are compared."""
-ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def probe(
     *,
     seed: int = 0,
     levels: Sequence[float] = LEVELS,
-    num_rows: int = ROWS,
+    num_rows: int = PREDICTED_ROWS,
 ) -> Probe:
     """`num_rows` noised rows of `latents` `[N, C, h, w]`, scaled, with their `geometry` `[N, 6]`; float32, on the CPU.
 

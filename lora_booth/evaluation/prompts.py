@@ -19,6 +19,8 @@ FOLDER = Path(__file__).parents[1] / "assets" / "prompts"
 LISTS = ("objects", "living", "miniature")
 MAX_PROMPTS = 1000
 SLOTS = ("token", "class")
+PREDICTED_ROWS = 16
+"""Noised pictures of the base at which its predictions are compared with an adapter's."""
 _LIVING = "animal baby bear bird boy cat child cow dog fish fox girl horse kitten lion man monkey person pet pig pony"
 _LIVING += " puppy rabbit sheep tiger wolf woman"
 LIVING = frozenset(_LIVING.split())
@@ -37,6 +39,10 @@ class Prompts:
     def all(self) -> tuple[str, ...]:
         """Every one of them."""
         return (*self.subject, *self.classes, *self.unrelated)
+
+    def num_pictures(self, per_prompt: int) -> int:
+        """How many are drawn: `per_prompt` of each prompt of the subject, one of each other."""
+        return len(self.subject) * per_prompt + len(self.classes) + len(self.unrelated)
 
 
 def filled(templates: Sequence[str], unrelated: Sequence[str], *, token: str, class_noun: str) -> Prompts:

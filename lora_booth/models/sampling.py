@@ -13,12 +13,9 @@ from torch import Tensor
 
 from lora_booth.errors import NumericError, lacks_memory
 from lora_booth.models import devices
+from lora_booth.models.at_once import PICTURES_AT_ONCE
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.run.randomness import generator_for
-
-PICTURES_AT_ONCE = 4
-"""Pictures that are denoised together where nobody says how many; large ones are decoded one by one
-(`vae.PIXELS_AT_ONCE`)."""
 
 
 def concatenate(rows: Sequence[Conditioning]) -> Conditioning:

@@ -7,10 +7,6 @@ that cannot be made. What does not: contradictions between settings (`config/con
 
 from __future__ import annotations
 
-import torch
-
-from lora_booth.adapter.files import storage
-from lora_booth.adapter.files.family import family_of
 from lora_booth.config.config import Config
 from lora_booth.config.inputs import shown
 from lora_booth.config.resolved import Filled
@@ -26,10 +22,14 @@ def check(config: Filled, modules: Modules, *, device_type: str | None) -> None:
     """
     _require_visible(config, modules)
     if device_type is not None or not modules.knows_optimizer(config):
+        import torch
+
         parameter = torch.nn.Parameter(torch.zeros(8))
         optimizers.make([{"params": [parameter], "lr": 1e-6}], config.optimizer, device_type=device_type or "cuda")
     if config.adapter.continue_from is not None:
         from lora_booth.adapter import inject
+        from lora_booth.adapter.files import storage
+        from lora_booth.adapter.files.family import family_of
 
         path, family = config.adapter.continue_from, modules.facts.family
         weights = storage.read(path)

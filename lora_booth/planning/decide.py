@@ -18,7 +18,8 @@ from lora_booth.config.resolved import Filled, Resolved
 from lora_booth.data.buckets import Bucket
 from lora_booth.data.subject import Pictures, crops_of, find_pictures, tell_small
 from lora_booth.errors import ConfigError, LoraBoothError, ModelError
-from lora_booth.models import loading
+from lora_booth.models import abilities, loading
+from lora_booth.models.at_once import PICTURES_AT_ONCE
 from lora_booth.models.bases import sources
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.run import disk, identity
@@ -147,7 +148,7 @@ def resolve(
     """
     from lora_booth.models import devices
 
-    decided = filled(devices.decided(config, device), inputs)
+    decided = filled(abilities.decided(config, devices.abilities(device)), inputs)
     tell_small(decided, inputs.pictures, report)
     budget_gib = decided.memory.budget_gib or free_gib
     if budget_gib is not None:
@@ -157,8 +158,6 @@ def resolve(
 
 def completed(config: Filled) -> Resolved:
     """`config`, decided for a device, with what is usual where nothing was chosen for its memory."""
-    from lora_booth.models.sampling import PICTURES_AT_ONCE
-
     values, memory, share = config.model_dump(), config.memory, config.train.gradient_checkpointing
     values["train"]["gradient_checkpointing"] = share or 0.0
     values["memory"] |= {

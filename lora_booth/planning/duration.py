@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Bucket
 from lora_booth.data.subject import Pictures
-from lora_booth.evaluation.prediction import ROWS
+from lora_booth.evaluation.prompts import PREDICTED_ROWS
+from lora_booth.models import at_once
 from lora_booth.models.cards import Card
 from lora_booth.planning.memory import Modules
 from lora_booth.planning.work import Work
-from lora_booth.training import candidates, class_images, drift, reach, watching
+from lora_booth.training import candidates, class_images, reach, watching
 from lora_booth.training.order import validation_levels
 from lora_booth.training.watching import Watch
 
@@ -88,7 +89,7 @@ def predict(modules: Modules, config: Filled, pictures: Pictures, bucket: Bucket
         num_pictures = candidates.num_pictures(config) * num_judged
         picture = modules.draw_work(config, square, candidates.solver_steps(config), is_guided=is_guided)
         other += [picture * num_pictures, modules.decode_work(config, square) * num_pictures]
-        other.append(modules.draw_work(config, square, 1, is_guided=False) * (ROWS * num_judged))
+        other.append(modules.draw_work(config, square, 1, is_guided=False) * (PREDICTED_ROWS * num_judged))
     step = [modules.step_work(config, bucket), modules.comparison_work(config, bucket)]
     watched = _watching(modules, config, watch, bucket, _num_validation_rows(pictures, watch.rows))
     return Duration([work for work in step if work is not None], train.steps, drawn, num_drawn, watched, other)
@@ -99,7 +100,7 @@ def _watching(modules: Modules, config: Filled, watch: Watch, bucket: Bucket, nu
     and one at each save."""
     found = [modules.draw_work(config, bucket, 1, is_guided=False) * (watch.num_saves * num_validation_rows)]
     if watch.has_drift:
-        square, num_pictures = modules.square(config), len(drift.unrelated(config))
+        square, num_pictures = modules.square(config), len(candidates.drifted(config))
         found.append(modules.draw_work(config, square, watching.SOLVER_STEPS, is_guided=False) * num_pictures)
         found.append(modules.draw_work(config, square, 1, is_guided=False) * ((1 + watch.num_saves) * watch.rows))
     return found
@@ -117,7 +118,7 @@ def _num_made(modules: Modules, config: Filled, pictures: Pictures) -> tuple[int
         latent_shape=lambda *size: size_of(Bucket(*size)),
         validation_rows=rows,
     )
-    batches = class_images.batches(wanted, found.keys, class_images.most_together(config))
+    batches = class_images.batches(wanted, found.keys, at_once.class_images_at_once(config))
     return len(found.pictures), sum(map(len, batches))
 
 

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 
 from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Bucket
+from lora_booth.models import at_once
+from lora_booth.models.at_once import PICTURES_AT_ONCE
 from lora_booth.models.bases.identify import BaseFacts
-from lora_booth.models.families.vae import num_at_once
-from lora_booth.models.sampling import PICTURES_AT_ONCE
 from lora_booth.planning.counts import Counts, Pass
 from lora_booth.planning.work import Work
 from lora_booth.training import candidates
-from lora_booth.training.class_images import most_together
 from lora_booth.training.optimizers import chosen_name
 from lora_booth.training.order import VALIDATION_QUANTILES
 
@@ -55,7 +54,7 @@ def needed_gib(phases: Iterable[Phase]) -> float:
 
 def class_images_at_once(config: Filled) -> int:
     """Class images that are drawn together."""
-    return min(most_together(config), config.prior.num_images)
+    return min(at_once.class_images_at_once(config), config.prior.num_images)
 
 
 def draws(config: Filled) -> bool:
@@ -288,7 +287,7 @@ class Modules:
         return max(decoding, denoising, key=lambda parts: sum(parts.values()))
 
     def _decoding(self, config: Filled, together: int, bucket: Bucket) -> Pass:
-        count = min(together, num_at_once(bucket.width_px, bucket.height_px))
+        count = min(together, at_once.decoded_at_once(bucket.width_px, bucket.height_px))
         is_tiled = bool(config.memory.tiled_decoding)
         name = f"decode {count} {bucket}{' in tiles' * is_tiled}"
         return self._pass(name, lambda built: built.decode(count, bucket, is_tiled=is_tiled))

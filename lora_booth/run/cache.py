@@ -13,15 +13,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_booth.errors import DiskError, NumericError
 from lora_booth.run import disk, headers
 from lora_booth.run.cache_folder import DIGEST, digest_and_words, with_words
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_FILE_BYTES = 2**30
 """Of a file of the cache; latents of 4096 px take 34 MB."""
@@ -36,6 +35,8 @@ def key(*parts: str | int | float | bool) -> str:
 
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise NumericError if a tensor holds NaN or infinity. `what` names the source, e.g. "latents of dog1.jpg"."""
+    import torch
+
     for name, tensor in tensors.items():
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
@@ -91,6 +92,8 @@ class TensorCache:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Store `tensors` under `key`, all or nothing: a reader sees the old file or the whole new one."""
+        import safetensors.torch
+
         plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         path, digest = self.path(key), _digest(key, plain, self.about)
         data = safetensors.torch.save(plain, {DIGEST: with_words(digest, self.about)})
@@ -114,6 +117,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def _digest(key: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     """SHA-256 over the key, the words, and name, type, shape and bytes of every tensor."""
+    import torch
+
     digest = hashlib.sha256(json.dumps([key, sorted(about.items())]).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -124,6 +129,9 @@ def _digest(key: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -
 
 def _checked(data: bytes, key: str) -> dict[str, Tensor] | None:
     """The tensors in a file's `data`, or None unless it is whole and was written for `key`."""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
     try:
         # Copies, because views into the file's bytes are not aligned, and CPU kernels round by alignment.
         tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}

@@ -4,7 +4,7 @@ What lives here: what is hidden while transformers, PEFT and diffusers are impor
 it for absent, so only a command of our own hides anything: code of somebody else that imports lora_booth finds all.
 
 bitsandbytes loads torch's compiler, a second of a processor; PEFT and diffusers import it to know its layers when they
-meet one. scipy takes half a second; diffusers draws by it with some solvers.
+meet one. scipy takes half a second; diffusers needs it for sigmas of a beta distribution, which no solver here has.
 """
 
 from __future__ import annotations

@@ -54,6 +54,11 @@ def installed(name: str) -> str | None:
     return found
 
 
+def is_torch_for_cpus_alone() -> bool:
+    """Whether the installed torch was built without any other device, as the name of its version says."""
+    return (installed("torch") or "").endswith("+cpu")
+
+
 def needs() -> list[Need]:
     """What the installed lora_booth asks for here, extras of developers left out; empty where it is not installed.
 

@@ -5,12 +5,15 @@ A key holds all that a picture's latents, or a prompt's conditioning, depend on.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from lora_booth.data.buckets import Crop
 from lora_booth.run.cache import key
 
-LATENTS_VERSION = 1
+if TYPE_CHECKING:
+    import torch
+
+LATENTS_VERSION = 2
 """Raise it when the way from a picture's bytes to the pixels that are encoded changes."""
 
 
@@ -18,10 +21,10 @@ PROMPT_VERSION = 1
 """Raise it when the way from a prompt to its conditioning changes."""
 
 
-def latent_key(fingerprint: str, picture_sha256: str, crop: Crop, *, dtype: torch.dtype, is_flipped: bool) -> str:
-    """Key of the latents of one picture, cut in one way, under the base with this fingerprint."""
+def latent_key(fingerprint: str, picture_sha256: str, crop: Crop, *, is_flipped: bool) -> str:
+    """Key of the float32 latents of one picture, cut in one way, under the base with this fingerprint."""
     window = (*crop.geometry, crop.resized_width_px, crop.resized_height_px)
-    return key("latents", LATENTS_VERSION, fingerprint, picture_sha256, *window, str(dtype), is_flipped)
+    return key("latents", LATENTS_VERSION, fingerprint, picture_sha256, *window, "torch.float32", is_flipped)
 
 
 def prompt_key(fingerprint: str, prompt: str, *, dtype: torch.dtype) -> str:

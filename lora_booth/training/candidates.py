@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from lora_booth.config.resolved import Filled
 from lora_booth.errors import ConfigError
 from lora_booth.evaluation import encoders
-from lora_booth.evaluation.drawing import count
 from lora_booth.evaluation.prompts import Prompts, few
+from lora_booth.training import watching
 from lora_booth.training.optimizers import OPTIMIZERS
 
 MAX_SOLVER_STEPS = 12
@@ -56,7 +56,7 @@ def prompts(config: Filled) -> Sequence[str]:
 
 def num_pictures(config: Filled) -> int:
     """Of one candidate, or the base."""
-    return count(asked(config)[1], PER_PROMPT)
+    return asked(config)[1].num_pictures(PER_PROMPT)
 
 
 def solver_steps(config: Filled) -> int:
@@ -78,3 +78,8 @@ def asked(config: Filled) -> tuple[str, Prompts]:
     """What is drawn to choose among checkpoints: the name of the list, and its prompts."""
     subject = config.subject
     return few(config.model.base, token=subject.token, class_noun=subject.class_noun)
+
+
+def drifted(config: Filled) -> Sequence[str]:
+    """What is asked for to measure drift at every save; of each there is one of the fewest rows."""
+    return asked(config)[1].unrelated[: watching.MIN_ROWS]

@@ -2,6 +2,8 @@
 
 Trained on beside the subject, they keep the base from forgetting the class.
 
+What lives here: which class images a run has, and where each lies. What does not: drawing them (`class_drawing.py`).
+
 What is trained on are the latents as the solver left them. The picture of the same name beside them is to be looked at:
 nothing goes through the VAE twice. Neither counts without the other, so what a run sees does not depend on what a cache
 has lost. Those of one prompt and size are always drawn in the same batches, because rounding depends on the batch size;
@@ -15,22 +17,17 @@ from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-from lora_booth.config.resolved import Filled, Resolved
 from lora_booth.config.settings import PriorConfig
 from lora_booth.data.buckets import Bucket
-from lora_booth.models.families.family import Conditioning, Family
-from lora_booth.models.sampling import PICTURES_AT_ONCE, Sampling, decode, sample
 from lora_booth.run import disk
 from lora_booth.run.cache import TensorCache, key, writing
-from lora_booth.run.interrupts import StopRequest
-from lora_booth.run.report import Report
 
-STOPPED = "stopped while preparing; what was done is kept, and the same command goes on from there"
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class ClassImage:
 
     def save(self, picture: Image.Image, latents: Tensor) -> Tensor:
         """Write both, the picture last; the latents as they would be read."""
-        stored = latents.to("cpu", torch.float32, copy=True).contiguous()
+        stored = latents.float().to("cpu", copy=True).contiguous()
         self.cache.put(self.path.stem, {"latents": stored})
         with writing(self.path):
             disk.write_png(self.path, picture)
@@ -99,70 +96,6 @@ def wanted(
     return images
 
 
-def most_together(config: Filled) -> int:
-    """Class images that a run draws together unless it has begun with fewer: `PICTURES_AT_ONCE`, halved until the
-    config allows it.
-
-    More would be faster on a large card, but then what is drawn would depend on its free memory.
-    """
-    together = PICTURES_AT_ONCE
-    while together > (config.memory.pictures_at_once or PICTURES_AT_ONCE):
-        together //= 2
-    return together
-
-
-def made_by(family: Family, config: Resolved, together: int) -> tuple[str | int, ...]:
-    """All that class images depend on besides base, prompt, size, sampler and seed: number type, kind of device, noise
-    schedule, and how many are drawn `together`, because a device rounds by it."""
-    dtype = next(family.denoiser.parameters()).dtype
-    return (str(dtype), family.device.type, int(config.objective.zero_terminal_snr), together)
-
-
-def draw_missing(
-    images: Sequence[ClassImage],
-    reached: Container[str],
-    family: Family,
-    config: Resolved,
-    prompts: Mapping[str, Conditioning],
-    *,
-    together: int,
-    report: Report,
-    stop: StopRequest,
-) -> tuple[dict[str, Tensor], int]:
-    """The latents of those of `images` whose names are `reached`, by name, and how many had to be drawn for them: the
-    batches of those that are not there yet, each image written whole. Nothing is read again, so a cache that is cleared
-    meanwhile loses nothing.
-
-    `prompts` holds the conditioning of every reached image's prompt and of "". Images of one prompt and size are drawn
-    in the same batches whether they are drawn for the first time or again after a kill, because rounding depends on the
-    batch size. Raises Interrupted between two steps of the solver; what was being drawn then is drawn again. Raises
-    what the device raises when its memory does not suffice for so many `together`.
-    """
-    found: dict[str, Tensor] = {}
-    missing: list[tuple[list[ClassImage], set[str]]] = []
-    for batch in batches(images, reached, together):
-        stored = {image.name: image.latents() for image in batch if image.name in reached}
-        if None in stored.values():
-            stored |= {image.name: image.latents() for image in batch if image.name not in reached}
-            missing.append((batch, {name for name, latents in stored.items() if latents is None}))
-        found |= {name: latents for name, latents in stored.items() if latents is not None}
-    for path in (path for cache in {id(i.cache): i.cache for i in images}.values() for path in cache.damaged):
-        report.warn(f"{path} was damaged; its class image is drawn again.")
-    done, total = 0, sum(len(names) for _, names in missing)
-    for batch, names in missing:
-        sampling = _sampling(config, batch[0].bucket, together, stop)
-        seeds = [image.seed for image in batch]
-        conditioning = [prompts[batch[0].prompt]] * len(batch)
-        for latents in sample(family, conditioning, prompts[""], sampling, seeds=seeds):
-            pictures = decode(family, latents, sampling, seeds=[image.name for image in batch])
-            for image, row, picture in zip(batch, latents, pictures, strict=True):
-                if image.name in names:
-                    found[image.name] = image.save(picture, row)
-                    done += 1
-                    report.progress("draw class images", done, total)
-    return {name: latents for name, latents in found.items() if name in reached}, done
-
-
 def batches(images: Sequence[ClassImage], reached: Container[str], together: int) -> list[list[ClassImage]]:
     """`images` of one prompt and size, so many `together`, wherever one of them is `reached`."""
     alike: dict[tuple[str, Bucket], list[ClassImage]] = {}
@@ -170,18 +103,3 @@ def batches(images: Sequence[ClassImage], reached: Container[str], together: int
         alike.setdefault((image.prompt, image.bucket), []).append(image)
     groups = [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
     return [group for group in groups if any(image.name in reached for image in group)]
-
-
-def _sampling(config: Resolved, bucket: Bucket, together: int, stop: StopRequest) -> Sampling:
-    return Sampling(
-        width_px=bucket.width_px,
-        height_px=bucket.height_px,
-        sampler=config.prior.sampler,
-        sampler_steps=config.prior.sampler_steps,
-        guidance_scale=config.prior.guidance_scale,
-        batch_size=together,
-        is_divisible=False,
-        is_tiled=config.memory.tiled_decoding,
-        is_denoiser_offloaded=config.memory.offload_denoiser,
-        on_step=lambda: stop.check(STOPPED),
-    )

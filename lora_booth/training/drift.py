@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_booth.config.resolved import Filled, Resolved
+from lora_booth.config.resolved import Resolved
 from lora_booth.evaluation.prediction import Probe, predictions, probe, relative_change
 from lora_booth.models import devices
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.models.sampling import Sampling, concatenate, sample
 from lora_booth.run.interrupts import StopRequest
-from lora_booth.training import candidates, class_images, watching
+from lora_booth.training import candidates, class_drawing, watching
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def of_base(
 
     `prompts`: conditioning by prompt. Raises Interrupted between two steps of the solver.
     """
-    asked, side = unrelated(config), config.data.resolution
+    asked, side = candidates.drifted(config), config.data.resolution
     sampling = Sampling(
         width_px=side,
         height_px=side,
@@ -47,7 +47,7 @@ def of_base(
         sampler_steps=watching.SOLVER_STEPS,
         guidance_scale=1.0,
         batch_size=config.memory.pictures_at_once,
-        on_step=lambda: stop.check(class_images.STOPPED),
+        on_step=lambda: stop.check(class_drawing.STOPPED),
     )
     rows = [prompts[prompt] for prompt in asked]
     seeds = [f"drift {number}" for number in range(len(asked))]
@@ -56,8 +56,3 @@ def of_base(
     at = probe(family, latents, geometry, num_rows=num_rows)
     conditioning = {name: devices.put(t, family.device) for name, t in concatenate(rows).items()}
     return Drift(asked, at, predictions(family, at, conditioning))
-
-
-def unrelated(config: Filled) -> Sequence[str]:
-    """The prompts of the pictures, of each of which the fewest rows have one."""
-    return candidates.asked(config)[1].unrelated[: watching.MIN_ROWS]

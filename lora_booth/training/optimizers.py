@@ -6,13 +6,15 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_booth.config.settings import OptimizerConfig
 from lora_booth.errors import ConfigError
-from lora_booth.training.flat import Flat
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_booth.training.flat import Flat
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -65,6 +67,8 @@ def flatten(
 ) -> list[Flat]:
     """What the optimizer of `config` updates: all `parameters` as one vector, or each by itself where shapes matter.
     `read_in`: as `Flat` has it."""
+    from lora_booth.training.flat import Flat
+
     row = OPTIMIZERS[chosen_name(config, device_type)]
     groups = [parameters] if row.is_elementwise else [[parameter] for parameter in parameters]
     return [Flat(group, read_in) for group in groups]

@@ -11,13 +11,12 @@ that does not name the subject.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import lcm
 from typing import Literal
-
-import torch
 
 from lora_booth.run.randomness import generator_for
 
@@ -103,6 +102,13 @@ class Order:
                 break
         return frozenset(found)
 
+    def has_all(self, num_steps: int) -> bool:
+        """Whether the first `num_steps` come to every image, as far as counting tells: nothing is shuffled, so a "no"
+        may be wrong."""
+        epochs = num_steps * self.images_per_step // len(self.instances)
+        per_epoch = Counter(item.shape for item in self.instances)
+        return epochs > 0 and all(epochs * per_epoch[shape] >= len(pool) for shape, pool in self._class_pools.items())
+
     @cached_property
     def _class_pools(self) -> dict[Shape, list[Item]]:
         pools: dict[Shape, list[Item]] = {}
@@ -172,5 +178,7 @@ def validation_levels(number: int, count: int, rows: int) -> list[float]:
 
 @lru_cache(maxsize=64)
 def _shuffled(seed: int, stream: str, epoch: int, count: int) -> tuple[int, ...]:
+    import torch
+
     generator = generator_for(seed, "order", stream, epoch)
     return tuple(torch.randperm(count, generator=generator).tolist())

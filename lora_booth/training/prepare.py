@@ -23,6 +23,7 @@ from lora_booth.data.sheet import contact_sheet
 from lora_booth.data.subject import Pictures, crops_of, prompt_of, shown_prompts
 from lora_booth.errors import lacks_memory
 from lora_booth.models import devices
+from lora_booth.models.at_once import class_images_at_once
 from lora_booth.models.bases.sources import is_local
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.models.sampling import denoiser_offloaded
@@ -30,7 +31,7 @@ from lora_booth.run import cache_folder
 from lora_booth.run.cache import TensorCache, require_finite
 from lora_booth.run.interrupts import StopRequest
 from lora_booth.run.report import Report
-from lora_booth.training import class_images, reach, watching
+from lora_booth.training import class_drawing, reach, watching
 from lora_booth.training.cache_keys import prompt_key
 from lora_booth.training.class_images import ClassImage
 from lora_booth.training.order import Order
@@ -135,7 +136,7 @@ def _prepare(
     stop: StopRequest,
 ) -> Prepared:
     is_offloaded = config.memory.offload_denoiser
-    together = begun_with or class_images.most_together(config)
+    together = begun_with or class_images_at_once(config)
     wanted, reached = _reach(config, family, pictures, together, **needed)
     with denoiser_offloaded(family, is_wanted=is_offloaded):
         texts = [*shown_prompts(config), *sorted(item.prompt for item in reached.items), *judged_by]
@@ -147,7 +148,7 @@ def _prepare(
     while True:
         try:
             given = (wanted, reached.keys, family, config, prompts)
-            drawn, count = class_images.draw_missing(*given, together=together, report=report, stop=stop)
+            drawn, count = class_drawing.draw_missing(*given, together=together, report=report, stop=stop)
             break
         except (RuntimeError, MemoryError) as error:
             if together == 1 or begun_with is not None or not lacks_memory(error):
@@ -172,7 +173,7 @@ def _reach(
 ) -> tuple[list[ClassImage], Reach]:
     """The class images that the base draws for the run, `together`, and what of everything its steps reach."""
     fingerprint, root = family.fingerprint, cache_folder.folder_of(config) / "class_images"
-    made: dict[str, Any] = {"made_by": class_images.made_by(family, config, together), "root": root}
+    made: dict[str, Any] = {"made_by": class_drawing.made_by(family, config, together), "root": root}
     made |= {"fingerprint": fingerprint, "about": _about(config, family)}
     wanted, shape = reach.class_images_of(config, pictures, **made), family.latent_shape
     found = reach.of(config, pictures, wanted, fingerprint=fingerprint, latent_shape=shape, **needed)
@@ -219,7 +220,7 @@ def _encode(
     cache = TensorCache(cache_folder.folder_of(config) / "latents", _about(config, family))
     encoded = {}
     for done, image in enumerate(pictures, start=1):
-        stop.check(class_images.STOPPED)
+        stop.check(class_drawing.STOPPED)
         encoded[image.key] = _encode_image(family, cache, image, cuts)
         report.progress("encode images", done, len(pictures))
     for path in cache.damaged:

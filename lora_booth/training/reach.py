@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Crop, assign
 from lora_booth.data.images import Picture
@@ -47,17 +45,25 @@ class TrainingImage:
 @dataclass(frozen=True)
 class Reach:
     """`images`: all that a run could train on or look at; `order`: all its steps; `validation`: what every save looks
-    at, each with its noise levels; `items`: what is reached of all that, with the prompts that it comes under."""
+    at, each with its noise levels; `steps`: those that will be run."""
 
     images: Sequence[TrainingImage]
     order: Order
     validation: Validation
-    items: frozenset[Item]
+    steps: range
+
+    @cached_property
+    def items(self) -> frozenset[Item]:
+        """What is reached of all that, with the prompts that it comes under."""
+        return self.order.reached(self.steps) | {item for item, _ in self.validation}
 
     @cached_property
     def keys(self) -> frozenset[str]:
         """Of the latents of every image that is reached."""
-        return frozenset(item.latent_key for item in self.items)
+        if self.steps.start or not self.order.has_all(self.steps.stop):
+            return frozenset(item.latent_key for item in self.items)
+        looked_at = (item for item, _ in self.validation)
+        return frozenset(item.latent_key for item in (*self.order.instances, *self.order.classes, *looked_at))
 
     @property
     def pictures(self) -> list[TrainingImage]:
@@ -82,7 +88,7 @@ def of(
     """
 
     def of_user(role: Role, picture: Picture, crop: Crop, prompt: str, *, is_flipped: bool = False) -> TrainingImage:
-        key = latent_key(fingerprint, picture.sha256, crop, dtype=torch.float32, is_flipped=is_flipped)
+        key = latent_key(fingerprint, picture.sha256, crop, is_flipped=is_flipped)
         name = picture.path.name + (" (mirrored)" if is_flipped else "")
         plain = plain_prompt(config, picture) if role == "instance" else None
         return TrainingImage(role, name, key, crop, prompt, picture, is_flipped, plain)
@@ -112,8 +118,7 @@ def of(
     order = Order(items(trained), items(classes), train.images_per_step, weight, train.seed, captions)
     levels = [validation_levels(number, len(looked_at), validation_rows) for number in range(len(looked_at))]
     validation = tuple(pair for pair in zip(items(looked_at), levels, strict=True) if pair[1])
-    reached = order.reached(range(first_step, train.steps)) | {item for item, _ in validation}
-    return Reach((*trained, *classes, *looked_at), order, validation, reached)
+    return Reach((*trained, *classes, *looked_at), order, validation, range(first_step, train.steps))
 
 
 def class_images_of(

@@ -13,7 +13,8 @@ from lora_booth.config.resolved import Filled
 MAX_SHARE = 0.03
 """Of the passes of training, all saves together."""
 MIN_ROWS, MAX_ROWS = 4, 16
-"""Of either, at one save: every noise level once, or four times. Shorter runs take the fewest, whatever their share."""
+"""Of either, at one save: every noise level once, or four times. Shorter runs take the fewest, whatever their share.
+With one save alone nothing is compared, so a single row of validation will do."""
 FORWARD_AND_BACKWARD = 2
 """Passes that a row with gradients costs at least: the base is frozen, so nothing is computed for its weights."""
 SOLVER_STEPS = 4
@@ -45,7 +46,8 @@ def of(config: Filled, begun_with: int | None = None) -> Watch:
     drawn = MIN_ROWS * SOLVER_STEPS
     with_drift = (allowed - drawn) // (2 * num_saves + 1)  # the base is looked at too, once
     has_drift = config.evaluate.choose == "best" and with_drift >= MIN_ROWS
-    rows = min(max(with_drift if has_drift else allowed // num_saves, MIN_ROWS), MAX_ROWS)
-    if isinstance(begun_with, int) and MIN_ROWS <= begun_with <= MAX_ROWS:
+    fewest = MIN_ROWS if num_saves > 1 else 1
+    rows = min(max(with_drift if has_drift else allowed // num_saves, fewest), MAX_ROWS)
+    if isinstance(begun_with, int) and 1 <= begun_with <= MAX_ROWS:
         rows = begun_with
     return Watch(num_saves, rows, has_drift)

@@ -355,14 +355,15 @@ def _probe(names: Sequence[str], asks_devices: bool) -> None:
 def _devices_here() -> list[dict[str, Any]]:
     import torch
 
-    from lora_booth.models import devices
+    from lora_booth.models import abilities, devices
 
     here = devices.here()
     count = 0 if here.type == "cpu" else torch.accelerator.device_count()
     found = []
     for device in [torch.device(here.type, index) for index in range(count)] + [torch.device("cpu")]:
-        values: dict[str, Any] = {"device": str(device), "name": devices.name(device), "lacks": devices.lacks(device)}
-        choices = {"precision": devices.best_precision(device), "optimizer": devices.best_optimizer(device)}
+        able = devices.abilities(device)
+        values: dict[str, Any] = {"device": str(device), "name": devices.name(device), "lacks": able.missing}
+        choices = {"precision": abilities.best_precision(able), "optimizer": abilities.best_optimizer(able)}
         found.append({**values, **choices, "free_gib": devices.free_gib(device)})
     return found
 

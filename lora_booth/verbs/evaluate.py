@@ -24,10 +24,11 @@ from lora_booth.evaluation.prompts import Prompts
 from lora_booth.evaluation.scores import Scores
 from lora_booth.evaluation.sheet import SHOWN_PROMPTS, sheet
 from lora_booth.models import devices, loading
+from lora_booth.models.at_once import PICTURES_AT_ONCE
 from lora_booth.models.bases.sources import fingerprint
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.models.families.noise import Diffusion
-from lora_booth.models.sampling import PICTURES_AT_ONCE, Sampling, denoiser_offloaded
+from lora_booth.models.sampling import Sampling, denoiser_offloaded
 from lora_booth.run import disk
 from lora_booth.run.interrupts import stop_requests
 from lora_booth.run.report import Report, Silent

@@ -22,9 +22,10 @@ from lora_booth.data.buckets import Bucket
 from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import ConfigError, DeviceMemoryError, LoraBoothError, lacks_memory
 from lora_booth.models import devices, loading
+from lora_booth.models.at_once import PICTURES_AT_ONCE
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.families.family import Family
-from lora_booth.models.sampling import PICTURES_AT_ONCE, Sampling, denoiser_offloaded, draw
+from lora_booth.models.sampling import Sampling, denoiser_offloaded, draw
 from lora_booth.planning import budget
 from lora_booth.run import disk
 from lora_booth.run.report import Report, Silent

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_booth.config.config import Config
 from lora_booth.config.inputs import reason
@@ -15,10 +15,11 @@ from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Crop
 from lora_booth.data.subject import Pictures, crops_of, tell_small
 from lora_booth.errors import LoraBoothError, lacks_memory
-from lora_booth.models import cards
+from lora_booth.models import abilities, cards
+from lora_booth.models.abilities import Abilities
 from lora_booth.models.cards import Card
 from lora_booth.planning import decide
-from lora_booth.run import imports
+from lora_booth.run import imports, versions
 from lora_booth.run.report import Report
 from lora_booth.run.state import is_begun, is_finished
 
@@ -76,12 +77,13 @@ def _show_prediction(wished: Config, config: Filled, inputs: Inputs, report: Rep
     Then the time: on `card`, or the one that is here, or on usual ones with enough memory. Then what was chosen.
     """
     with imports.sparing():
-        from lora_booth.models import devices
         from lora_booth.planning import budget, duration, memory
 
-    bucket, here = decide.largest_bucket(config, inputs.pictures), devices.here(config.memory.device)
-    config = devices.without_moving(config, here) if card is None else config
-    budget_gib = config.memory.budget_gib or (devices.free_gib(here) if card is None else card.memory_gib)
+    bucket, here = decide.largest_bucket(config, inputs.pictures), None if card else _looked_at(config)
+    config = abilities.without_moving(config, here.abilities) if here else config
+    known = here.card if here else card
+    free_gib = here.free_gib if here else card.memory_gib if card else None
+    budget_gib = config.memory.budget_gib or free_gib
     checked = decide.check(config, device_type=None, facts=inputs.facts)
     if budget_gib is None:
         modules, notes = checked or memory.Modules.of(config, inputs.facts), []
@@ -101,8 +103,7 @@ def _show_prediction(wished: Config, config: Filled, inputs: Inputs, report: Rep
     for line in [*_table(phases), *notes]:
         report.event("memory", f"         {line}")
     run = duration.predict(modules, config, inputs.pictures, bucket)
-    known = devices.card(here) if card is None else card
-    for fault in devices.faults_of(config, here) if card is None else ():
+    for fault in abilities.faults_of(config, here.abilities) if here else ():
         report.warn(f"here this run would be refused: {fault}")
     usual = [other for other in map(cards.named, cards.USUAL) if other.memory_gib >= gib]
     shown = usual if known is None else [known]
@@ -115,7 +116,25 @@ def _show_prediction(wished: Config, config: Filled, inputs: Inputs, report: Rep
         _show_other_prior(run, duration.predict(modules, other, inputs.pictures, bucket), other, shown, report)
     _show_looks(run, config, report)
     modules.counts.keep()
-    _show_choices(wished, decide.completed(devices.decided(config, here)) if card is None else config, report)
+    _show_choices(wished, decide.completed(abilities.decided(config, here.abilities)) if here else config, report)
+
+
+class _Here(NamedTuple):
+    """The device of this machine: what it can do, which card it is where that is known, and its free memory."""
+
+    abilities: Abilities
+    card: Card | None
+    free_gib: float | None
+
+
+def _looked_at(config: Config) -> _Here:
+    """The device that `train` would take. torch is asked only where it could know another than the CPU."""
+    if config.memory.device == "cpu" or versions.is_torch_for_cpus_alone():
+        return _Here(abilities.CPU, None, None)
+    from lora_booth.models import devices
+
+    device = devices.here(config.memory.device)
+    return _Here(devices.abilities(device), devices.card(device), devices.free_gib(device))
 
 
 def _show_choices(wished: Config, chosen: Filled, report: Report) -> None:

@@ -24,7 +24,7 @@ from lora_booth.errors import (
     ProcessLostError,
     lacks_memory,
 )
-from lora_booth.models import devices, loading
+from lora_booth.models import abilities, devices, loading
 from lora_booth.models.bases.architectures import is_text
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.devices import dtype_for
@@ -76,8 +76,7 @@ def train(
     inputs = inputs or decide.look(config, report)
     accelerator = _accelerator(config, report)
     device = accelerator.device
-    devices.require(config, device)
-    wished = devices.without_moving(config, device)
+    wished = _allowed(config, device)
     if (finished := _finished_before(wished, inputs, accelerator, report)) is not None:
         return finished
     config = _resolved(wished, inputs, report, device)
@@ -122,11 +121,18 @@ def train(
         return ending.finish(s, stopwatch, judge)
 
 
+def _allowed(config: Config, device: torch.device) -> Config:
+    """`config` without what gains nothing on `device`. Raises ConfigError for what it cannot do."""
+    able = devices.abilities(device)
+    abilities.require(config, able)
+    return abilities.without_moving(config, able)
+
+
 def _resolved(config: Config, inputs: decide.Inputs, report: Report, device: torch.device) -> Resolved:
     """`config` with every choice made; what can be wrong with it is found first, where the run does not exist yet."""
     modules = None
     if not is_begun(config.folder):
-        filled = decide.filled(devices.decided(config, device), inputs)
+        filled = decide.filled(abilities.decided(config, devices.abilities(device)), inputs)
         modules = decide.check(filled, device_type=device.type, facts=inputs.facts)
     return decide.resolve(config, inputs, report, device=device, free_gib=devices.free_gib(device), modules=modules)
 
@@ -249,7 +255,7 @@ def _prepared(
         rows = pinned.get("watched_rows", None if newest is None else watching.MAX_ROWS)  # as older versions had
         together, watch = pinned.get("class_images_together"), watching.of(config, rows)
         needed: dict[str, Any] = {"validation_rows": watch.rows, "first_step": first, "together": together}
-        needed["judged_by"] = [*candidates.prompts(config), *(drift.unrelated(config) if watch.has_drift else ())]
+        needed["judged_by"] = [*candidates.prompts(config), *(candidates.drifted(config) if watch.has_drift else ())]
         prepared = prepare.prepare(config, family, inputs.pictures, **needed, **listeners)
         if accelerator.is_main_process:
             run.pin("class_images_together", prepared.drawn_together)

@@ -16,8 +16,8 @@ import torch
 
 from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, ModelError, lacks_memory
-from lora_booth.models import devices
-from lora_booth.models.devices import LACKS, NAMES
+from lora_booth.models import abilities, devices
+from lora_booth.models.abilities import LACKS, NAMES
 from lora_booth.run import systems
 from lora_booth.verbs import plan, train
 from tests.conftest import MakeConfig
@@ -58,7 +58,7 @@ def config(**sections: Mapping[str, Any]) -> Config:
 
 def test_every_kind_has_a_row_a_name_and_a_question() -> None:
     assert LACKS.keys() == NAMES.keys() == devices._BY_MODEL.keys()
-    needed = set(devices._NEEDS.values()) | {"fast bf16", "compiling", "pinned memory", "memory of its own"}
+    needed = set(abilities.NEEDS.values()) | {"fast bf16", "compiling", "pinned memory", "memory of its own"}
     assert {ability for row in LACKS.values() for ability in row} <= needed | {"dropout in recomputed blocks"}
 
 
@@ -85,10 +85,10 @@ def test_what_is_chosen_is_what_the_device_can(
     answer: Any, device: torch.device, driver: dict[str, Any], precision: str, optimizer: str
 ) -> None:
     answer(**driver)
-    assert devices.best_precision(device) == precision
-    assert devices.best_optimizer(device) == optimizer
+    assert abilities.best_precision(devices.abilities(device)) == precision
+    assert abilities.best_optimizer(devices.abilities(device)) == optimizer
     chosen = config(model={"precision": precision}, optimizer={"name": optimizer})
-    assert devices.faults_of(chosen, device) == []
+    assert abilities.faults_of(chosen, devices.abilities(device)) == []
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_what_a_device_lacks_is_told_with_what_to_set_instead(
 ) -> None:
     answer(**driver)
     with pytest.raises(ConfigError) as caught:
-        devices.require(config(**settings), device)
+        abilities.require(config(**settings), devices.abilities(device))
     message = str(caught.value)
     key = next(f"{section}.{name}" for section, values in settings.items() for name in values)
     assert message.startswith(f"{key} is ") and told in message and remedy in message and "\n" not in message
@@ -121,19 +121,19 @@ def test_what_a_device_lacks_is_told_with_what_to_set_instead(
 
 def test_dropout_is_fine_where_nothing_is_computed_again(answer: Any) -> None:
     settings = config(adapter={"dropout": 0.1}, train={"gradient_checkpointing": 0})
-    assert devices.faults_of(settings, MPS) == []
-    assert devices.faults_of(config(adapter={"dropout": 0.1}), CUDA) == []
+    assert abilities.faults_of(settings, devices.abilities(MPS)) == []
+    assert abilities.faults_of(config(adapter={"dropout": 0.1}), devices.abilities(CUDA)) == []
 
 
 def test_nothing_is_moved_to_main_memory_where_that_is_all_there_is(answer: Any) -> None:
-    memory = devices.without_moving(config(), MPS).memory
+    memory = abilities.without_moving(config(), devices.abilities(MPS)).memory
     assert memory.offload_denoiser is False and memory.offload_activations is False
-    assert all(devices.without_moving(config(), device) == config() for device in (CUDA, XPU, CPU))
+    assert all(abilities.without_moving(config(), devices.abilities(device)) == config() for device in (CUDA, XPU, CPU))
 
 
 def test_all_that_a_device_lacks_is_told_at_once(answer: Any) -> None:
     settings = config(optimizer={"name": "lion8bit"}, model={"attention": "xformers"})
-    assert len(devices.faults_of(settings, MPS)) == 2
+    assert len(abilities.faults_of(settings, devices.abilities(MPS))) == 2
 
 
 def test_a_device_without_a_row_is_told(answer: Any) -> None:

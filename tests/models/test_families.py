@@ -21,7 +21,7 @@ import transformers
 
 from lora_booth.config.settings import ModelConfig
 from lora_booth.errors import ConfigError, LoraBoothError, lacks_memory
-from lora_booth.models import devices, loading
+from lora_booth.models import at_once, devices, loading
 from lora_booth.models.families import components, vae
 from lora_booth.models.families import family as families
 from lora_booth.models.families import quantize as quantized
@@ -169,7 +169,7 @@ def test_vae_works_in_chunks_with_the_same_result(family: Family, monkeypatch: p
     hooks = [
         part.register_forward_pre_hook(lambda _, x: seen.append(len(x[0]))) for part in (module.encoder, module.decoder)
     ]
-    monkeypatch.setattr(vae, "PIXELS_AT_ONCE", 2 * 32 * 32)
+    monkeypatch.setattr(at_once, "PIXELS_AT_ONCE", 2 * 32 * 32)
     torch.testing.assert_close(family.encode_images(pixels(3)), whole, **CLOSE)
     family.decode_latents(whole[0])
     for hook in hooks:
@@ -521,3 +521,12 @@ def test_a_lack_of_memory_while_loading_is_not_taken_for_a_damaged_file(number: 
     assert lacks_memory(caught.value)
     assert torch.get_default_dtype() is torch.float32
     assert not isinstance(caught.value, LoraBoothError)
+
+
+def test_a_tokenizer_is_parsed_once_until_its_files_change(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(bases["sd1"] / "tokenizer", tmp_path / "tokenizer")
+    first = components._tokenizer(folder)
+    assert components._tokenizer(folder) is first
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(settings.read_text() + " ")
+    assert components._tokenizer(folder) is not first

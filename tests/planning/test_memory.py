@@ -254,8 +254,7 @@ def test_large_pictures_are_drawn_together_but_decoded_one_by_one(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_booth.config.settings import ModelConfig
-    from lora_booth.models import sampling
-    from lora_booth.models.families import vae
+    from lora_booth.models import at_once, sampling
 
     family = loading.load(ModelConfig(base=str(bases["sd1"])), device="cpu", dtype=torch.float32)
     prompt = family.encode_prompts(["a dog"])
@@ -264,7 +263,7 @@ def test_large_pictures_are_drawn_together_but_decoded_one_by_one(
     decoder.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
     settings = sampling.Sampling(32, 32, "ddim", 1, 5.0)
     together = list(sampling.draw(family, [prompt] * 3, prompt, settings, seeds=[1, 2, 3]))
-    monkeypatch.setattr(vae, "PIXELS_AT_ONCE", 32 * 32)
+    monkeypatch.setattr(at_once, "PIXELS_AT_ONCE", 32 * 32)
     alone = list(sampling.draw(family, [prompt] * 3, prompt, settings, seeds=[1, 2, 3]))
     assert seen == [3, 1, 1, 1]
     for one, other in zip(together, alone, strict=True):

@@ -18,7 +18,7 @@ from lora_booth.adapter import inject
 from lora_booth.config import toml
 from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, DataError, DiskError, Interrupted, ModelError
-from lora_booth.models import devices
+from lora_booth.models import abilities, devices
 from lora_booth.models.bases import sources
 from lora_booth.planning import decide
 from lora_booth.run import identity
@@ -212,7 +212,9 @@ def test_what_is_auto_is_settled_before_it_is_kept(begun: Path, monkeypatch: pyt
     assert (stored.optimizer.name, stored.model.precision, stored.train.compile) == ("adamw", "fp32", False)
     assert stored.memory.device == "auto", "the file may go to a machine that has another one"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
-    cuda = devices.decided(config_of(begun).with_values({"model": {"precision": "bf16"}}), torch.device("cuda"))
+    cuda = abilities.decided(
+        config_of(begun).with_values({"model": {"precision": "bf16"}}), devices.abilities(torch.device("cuda"))
+    )
     assert (cuda.optimizer.name, cuda.train.compile) == ("adamw8bit", "trial")
 
 

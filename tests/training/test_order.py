@@ -137,3 +137,20 @@ def test_validation_shares_its_rows_among_images_and_noise_levels(count: int, ro
     assert max(together.values()) - min(together.values()) <= 1
     sizes = [len(row) for row in levels]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] - min(sizes) <= 1
+
+
+@given(
+    num_instances=st.integers(1, 9),
+    num_classes=st.integers(0, 12),
+    per_step=st.integers(1, 4),
+    steps=st.integers(0, 30),
+)
+def test_what_counting_says_is_reached_is_reached(
+    num_instances: int, num_classes: int, per_step: int, steps: int
+) -> None:
+    made = order(num_instances, num_classes, per_step)
+    found = {item.latent_key for item in made.reached(range(steps))}
+    everything = {item.latent_key for item in (*made.instances, *made.classes)}
+    assert not made.has_all(steps) or found == everything
+    if num_instances >= 3:  # then every class image has instance images of its size
+        assert made.has_all(9 * 12), "sooner or later it says yes"

@@ -24,7 +24,7 @@ from lora_booth.models.sampling import Sampling, sample
 from lora_booth.planning import decide
 from lora_booth.run.interrupts import StopRequest
 from lora_booth.run.report import Silent
-from lora_booth.training import class_images, prepare
+from lora_booth.training import class_drawing, class_images, prepare
 from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 from tests.support.runs import Recorder
@@ -54,7 +54,7 @@ def test_every_class_image_has_a_place_of_its_own_that_does_not_depend_on_how_ma
 def drawn(images: list[class_images.ClassImage], *given: object, **words: object) -> int:
     """How many of `images` were drawn when all of them are reached."""
     reached = {image.name for image in images}
-    return class_images.draw_missing(images, reached, *given, **words)[1]  # type: ignore[arg-type]
+    return class_drawing.draw_missing(images, reached, *given, **words)[1]  # type: ignore[arg-type]
 
 
 Prompts = dict[str, Conditioning]
@@ -241,7 +241,7 @@ def test_a_damaged_cache_file_is_told_and_made_again(make_config: MakeConfig, tm
 def test_more_memory_does_not_draw_more_class_images_together(
     at_once: int | None, together: int, make_config: MakeConfig
 ) -> None:
-    assert class_images.most_together(make_config(memory={"pictures_at_once": at_once})) == together
+    assert at_once.class_images_at_once(make_config(memory={"pictures_at_once": at_once})) == together
 
 
 def test_class_images_of_another_type_schedule_or_company_are_others(
@@ -251,9 +251,9 @@ def test_class_images_of_another_type_schedule_or_company_are_others(
     single, half = (loading.load(base, device="cpu", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     plain, rescaled = make_config("sd2"), make_config("sd2", objective={"zero_terminal_snr": True})
     kinds = [(single, plain, 4), (half, plain, 4), (single, rescaled, 4), (single, plain, 2)]
-    assert len({class_images.made_by(*kind) for kind in kinds}) == len(kinds)
+    assert len({class_drawing.made_by(*kind) for kind in kinds}) == len(kinds)
     more = make_config("sd2", memory={"pictures_at_once": 8})
-    assert class_images.made_by(single, more, 4) == class_images.made_by(single, plain, 4)
+    assert class_drawing.made_by(single, more, 4) == class_drawing.made_by(single, plain, 4)
 
 
 def test_a_run_stays_with_the_company_that_it_drew_class_images_in(

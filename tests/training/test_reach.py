@@ -100,7 +100,7 @@ def test_a_killed_run_makes_only_what_is_left_of_it(make_config: MakeConfig, tmp
         train.train(killed, report=At(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     shutil.rmtree(tmp_path / "two")  # nothing in a cache is ever needed
     assert_equal(trained(killed), expected)
-    assert made(killed)[0] == 4 < made(straight)[0], "those that the validation looks at, and one of them for the step"
+    assert made(killed)[0] == 2 < made(straight)[0], "that which the validation looks at, and that of the last step"
     assert made(killed)[1] == 4 < made(straight)[1], "one batch, for the last step"
 
 

@@ -145,3 +145,12 @@ def test_plan_says_what_is_looked_at_and_how_many_candidates_are_compared(
     assert lines["watching"].endswith(told or " at each of 2 saves")
     compared = "0 of 6" if steps == 4 else "6 of 6"
     assert lines["choosing"].startswith(f"choosing {compared} candidates, kept checkpoints × strengths, are drawn")
+
+
+def test_with_one_save_nothing_is_compared_and_few_rows_do(make_config: MakeConfig) -> None:
+    def rows(steps: int, every: int) -> int:
+        inputs = decide.look(config := make_config(train={"steps": steps, "save_every_steps": every}), Silent())
+        return watching.of(decide.filled(config, inputs)).rows
+
+    assert rows(5, 5) == 1 and rows(5, 4) == watching.MIN_ROWS
+    assert 1 < rows(60, 60) <= watching.MAX_ROWS

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PIXELS_AT_ONCE = 512 * 512
-"""Pixels that go through the VAE together: one picture of SD 1.5's size, whose decoding holds 0.76 GiB by count
-(`planning/memory.py`). Four would hold more than a training step; larger pictures go one by one anyhow."""
+from lora_booth.models import at_once
+
 TILE_PX = 768
 """Side of a tile. A picture of SDXL's size has 4 of them, which overlap by a quarter, and decoding one holds 1.7 GiB by
 count where the whole picture holds 3.0. Smaller tiles save more and look less alike: each has its own norms."""
@@ -59,7 +58,7 @@ class Vae:
 
     def _chunks(self, batch: Tensor, pixels_per_cell: int) -> tuple[Tensor, ...]:
         height, width = (cells * pixels_per_cell for cells in batch.shape[-2:])
-        chunks: tuple[Tensor, ...] = batch.split(num_at_once(width, height))
+        chunks: tuple[Tensor, ...] = batch.split(at_once.decoded_at_once(width, height))
         return chunks
 
     @property
@@ -76,11 +75,6 @@ class Vae:
         """Pixels per latent, along a side."""
         num_levels: int = len(self.module.config.block_out_channels)
         return int(2 ** (num_levels - 1))
-
-
-def num_at_once(width_px: int, height_px: int) -> int:
-    """Pictures of this size that are encoded or decoded together."""
-    return max(1, PIXELS_AT_ONCE // (width_px * height_px))
 
 
 def _cast_what_is_decoded_(module: nn.Module) -> None:
