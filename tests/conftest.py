@@ -107,7 +107,7 @@ def make_config(bases: dict[str, Path], pictures: Path, shared_cache: Path, tmp_
             "train": {"steps": 4, "save_every_steps": 2},
             "preview": {"images_per_prompt": 0},
             "evaluate": {"choose": "last"},
-            "run": {"folder": tmp_path / name, "cache": shared_cache},
+            "run": {"folder": tmp_path / name, "cache": shared_cache, "report": False},  # a second of every run
         }
         for section, pairs in sections.items():
             values.setdefault(section, {}).update(pairs)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- tree: python -m tools.tree --write -->\n```\n", "```\n<!-- end of tree -->"
-ORDER = ("config", "run", "data", "models", "adapter", "evaluation", "training", "planning", "verbs", "cli")
+ORDER = ("config", "run", "data", "models", "adapter", "evaluation", "training", "planning", "report", "verbs", "cli")
 """The folders of the package as the law has them: each imports only from those before it."""
 MAX_COLUMNS = 120
 NAME_COLUMNS = 27

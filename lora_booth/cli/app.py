@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_booth.cli import adapters, evaluation, parsing
+from lora_booth.cli import report as report_command
 from lora_booth.cli.adapters import Json, LeaveOut, Quiet
 from lora_booth.run import imports, systems
 
@@ -281,6 +282,7 @@ for _command in (
     adapters.resize,
     adapters.extract,
     evaluation.evaluate,
+    report_command.report,
 ):
     app.command()(_command)
 
@@ -353,6 +355,9 @@ def _show_summary(summary: Summary, report: Any) -> None:
         )
     if summary.before_and_after is not None:
         lines.append(f"before and after: {summary.before_and_after}")
+    page = Path(summary.folder) / "report.html"
+    if page.is_file():
+        lines.append(f"report: {page}")
     for line in lines:
         report.event("summary", line)
 

@@ -94,15 +94,20 @@ def require_plain_file(path: Path, remedy: str, error: type[LoraBoothError]) -> 
     return path
 
 
-def read_text(path: Path, remedy: str, error: type[LoraBoothError], *, max_bytes: int = MAX_BYTES) -> str:
-    """The UTF-8 text of a small plain file. Raises `error`, with the path, why, and `remedy`, for anything else."""
+def read_text(
+    path: Path, remedy: str, error: type[LoraBoothError], *, max_bytes: int = MAX_BYTES, errors: str = "strict"
+) -> str:
+    """The UTF-8 text of a small plain file. Raises `error`, with the path, why, and `remedy`, for anything else.
+
+    `errors`: as `bytes.decode` has it, what is done about bytes that are no UTF-8.
+    """
     require_plain_file(path, remedy, error)
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
         if len(data) > max_bytes:
             raise ValueError(f"it has more than {max_bytes >> 20} MiB")
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig", errors)
     except (OSError, ValueError) as fault:
         raise error(f"{shown_path(path)} cannot be read ({reason(fault)}); {remedy}.") from fault
 

@@ -385,9 +385,7 @@ class RunConfig(Section):
     """[run] — where things are written."""
 
     folder: FilePath | None = Field(None, description="Run folder. Default: runs/<token>_<class>.")
-    cache: FilePath | None = Field(
-        None, description="Shared latents, embeddings, class images. Default: the user's cache folder."
-    )
+    cache: FilePath | None = Field(None, description="Shared latents, embeddings, class images. Default: the user's.")
     cache_limit_gib: float = Field(
         20.0,
         gt=0,
@@ -398,3 +396,4 @@ class RunConfig(Section):
     trackers: Annotated[tuple[Literal["tensorboard"], ...], Field(strict=False)] = Field(
         (), description="Besides metrics.jsonl. tensorboard needs lora-booth[tracking]."
     )
+    report: bool = Field(True, description="Keep report.html at saves, in at most 2 % of a run's time, and in the end.")

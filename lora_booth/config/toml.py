@@ -76,14 +76,15 @@ def to_toml(config: Config, *, is_kept: bool = False) -> str:
         for section, model in config:
             for key, value in model:
                 if isinstance(value, Path) and key in values[section]:
-                    values[section][key] = _from_home(value)
+                    values[section][key] = from_home(value)
         values["model"]["base"] = (
-            _from_home(Path(config.model.base)) if Path(config.model.base).is_absolute() else config.model.base
+            from_home(Path(config.model.base)) if Path(config.model.base).is_absolute() else config.model.base
         )
     return tomli_w.dumps(values)
 
 
-def _from_home(path: Path) -> str:
+def from_home(path: Path) -> str:
+    """`path` as others may see it: what lies in the user's home begins with "~"."""
     try:
         return f"~/{path.relative_to(Path.home()).as_posix()}"
     except (ValueError, RuntimeError):  # it lies elsewhere, or nobody's home is known

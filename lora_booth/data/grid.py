@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from lora_booth.data.sheet import fitted
 
 _GAP, _MARGIN, _LABEL, _LINE = 10, 24, 30, 18
-_MIN_SIDE = 192
+MIN_SIDE = 192
+"""Smaller pictures are enlarged by a whole factor."""
 _PAPER, _INK, _FAINT = "#f7f6f3", "#22211f", "#6f6c66"
 
 
@@ -33,7 +34,7 @@ def labelled_grid(
         "rows must have equally many pictures"
     )
     sample = rows[0][1][0]
-    factor = max(1, -(-_MIN_SIDE // min(sample.size)))
+    factor = max(1, -(-MIN_SIDE // min(sample.size)))
     width, height = (max(p.size[axis] for _, pictures in rows for p in pictures) * factor for axis in (0, 1))
     count = len(rows[0][1])
     num_lines = max((caption.count("\n") + 1 for row in captions for caption in row), default=0)
@@ -60,6 +61,19 @@ def labelled_grid(
                 under = top + _LABEL + height + 4 + number * _LINE
                 _write(pen, (left, under), line, width, font_px=14, fill=_FAINT)
     return paper
+
+
+def cut(picture: Image.Image, *, rows: int, columns: int, has_columns: bool = True) -> list[list[Image.Image]]:
+    """The pictures of a `labelled_grid` with a title, which are square, row by row, as large as they are in it; empty
+    where `picture` is no grid of so many. `has_columns`: whether it has column names."""
+    head = _MARGIN + 36 + (_LABEL if has_columns else 0)
+    side, odd = divmod(picture.width - 2 * _MARGIN - (columns - 1) * _GAP, columns)
+    stride, uneven = divmod(picture.height - head - _MARGIN + _GAP, rows)
+    if odd or uneven or side < 1 or stride < _LABEL + side + _GAP:
+        return []
+    lefts = [_MARGIN + column * (side + _GAP) for column in range(columns)]
+    tops = [head + row * stride + _LABEL for row in range(rows)]
+    return [[picture.crop((left, top, left + side, top + side)) for left in lefts] for top in tops]
 
 
 def _write(pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int, *, font_px: int, fill: str) -> None:

@@ -3,10 +3,13 @@
 ```
 config.toml            the resolved config
 inputs.json            digests of all that was read, and what was found when the run began (`identity.py`)
+notes.json             what was chosen and left out, and by which versions (`notes.py`)
 metrics.jsonl          one line per step
+saves.jsonl            one line per checkpoint, also of those that were dropped: what was measured then
 checkpoints/step-000400/   adapter.safetensors, optimizer.safetensors, state.json, manifest.json (written last)
 previews/step-000400.png
 summary.json           written once, when the run is finished
+report.html            all of it as one page, made of these files alone
 ```
 
 A run writes into its folder through `Run`, which asks first whether the folder is there and still its own. A disk
@@ -36,7 +39,7 @@ from PIL import Image
 from lora_booth.config import inputs, toml
 from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, DiskError
-from lora_booth.run import checkpoints, disk, identity
+from lora_booth.run import checkpoints, disk, identity, lines
 from lora_booth.run.checkpoints import Checkpoint
 from lora_booth.run.identity import Inputs
 from lora_booth.run.summary import Summary
@@ -44,8 +47,6 @@ from lora_booth.run.summary import Summary
 OWNER_FILE = ".owner.json"
 OWN_BEFORE_CONFIG = re.compile(r"\.lock|(\.owner|inputs)\.json|\.(\.owner\.json|inputs\.json|config\.toml)\..+\.tmp")
 """What a run killed in its first moment may leave before its config is written."""
-MAX_METRICS_BYTES = 2**30
-"""Of metrics.jsonl; two million steps write less."""
 CHECKPOINT_NAME = re.compile("step-[0-9]{1,18}")
 
 
@@ -89,6 +90,11 @@ class Run:
     def metrics_path(self) -> Path:
         """One JSON object per line and step."""
         return self.folder / "metrics.jsonl"
+
+    @property
+    def saves_path(self) -> Path:
+        """One JSON object per line and checkpoint."""
+        return self.folder / "saves.jsonl"
 
     @property
     def sheet_path(self) -> Path:
@@ -145,9 +151,12 @@ class Run:
         """
         if self._owner_seen is None or _signature(self.folder / OWNER_FILE) != self._owner_seen:
             self.require_taken()
-        self._require_own_metrics()
-        with disk.writing(self.metrics_path), self.metrics_path.open("ab") as file:
-            file.write(json.dumps(values).encode() + b"\n")
+        lines.append(self.metrics_path, values)
+
+    def append_save(self, values: dict[str, Any]) -> None:
+        """Add one line to saves.jsonl, before its checkpoint is written. Raises DiskError as `append_metrics`."""
+        self.require_taken()
+        lines.append(self.saves_path, values)
 
     def forget_metrics_after(self, step: int) -> int:
         """Drop the lines of steps after the checkpoint that is continued from; returns how many before it are lost.
@@ -155,26 +164,10 @@ class Run:
         Raises DiskError as `append_metrics`.
         """
         self.require_taken()
-        self._require_own_metrics()
-        if not self.metrics_path.exists():
+        lines.forget_after(self.saves_path, step)
+        if not os.path.lexists(self.metrics_path):
             return step
-        with disk.writing(self.metrics_path):
-            lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = {number: line for line in lines if (number := _step_of(line)) is not None and number <= step}
-        disk.write_text(self.metrics_path, "".join(line + "\n" for line in kept.values()))
-        return step - len(kept)
-
-    def _require_own_metrics(self) -> None:
-        """Raises DiskError where metrics.jsonl is no plain file, is larger than any run makes it, or is a link, which
-        may lead out of the run folder."""
-        path = self.metrics_path
-        why = "it is a link" if path.is_symlink() else inputs.why_unreadable(path)
-        if why is None:
-            with disk.writing(path):
-                size = path.stat().st_size
-            why = f"it has more than {MAX_METRICS_BYTES >> 20} MiB" if size > MAX_METRICS_BYTES else None
-        if why not in (None, inputs.MISSING):
-            raise DiskError(f"{path} cannot be written: {why}; remove it, and the same command goes on.")
+        return step - lines.forget_after(self.metrics_path, step)
 
     def has_picture(self, path: Path) -> bool:
         """Whether `path` holds a whole PNG; one that was damaged is drawn again."""
@@ -379,15 +372,6 @@ def _owner_of(folder: Path) -> dict[str, Any]:
 def _told(owner: dict[str, Any]) -> str:
     pid, host, started = (inputs.shown(owner[key] or "?") for key in ("pid", "host", "started"))
     return f"process {pid} on {host} since {started}"
-
-
-def _step_of(line: str) -> int | None:
-    """The step of a line of metrics.jsonl; None for one that is torn, as the last of a killed process, or damaged."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return step if inputs.is_kind(step, int) and step > 0 else None
 
 
 def _step_of_folder(folder: Path) -> int:

@@ -42,6 +42,7 @@ FREE_TO_CHANGE = (
     "run.cache",
     "run.cache_limit_gib",
     "run.trackers",
+    "run.report",
     "subject.images",
     "evaluate.choose",
     "evaluate.encoder",

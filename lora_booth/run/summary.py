@@ -22,6 +22,8 @@ class Summary:
     num_parameters: int
     validation_loss: float
     seconds_of: dict[str, float] = field(default_factory=dict)
+    peak_gib_of: dict[str, float] | None = None
+    """Most memory, as `peak_gib`, by the end of each part; None where an older version wrote it."""
     best_step: int | None = None
     """Of the kept checkpoints the one with the lowest validation loss."""
     exported_step: int | None = None

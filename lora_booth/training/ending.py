@@ -11,8 +11,6 @@ from lora_booth.adapter import delivery, inject, kept
 from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.data.grid import labelled_grid
-from lora_booth.models import devices
-from lora_booth.run import systems
 from lora_booth.run.report import Silent
 from lora_booth.run.stopwatch import Stopwatch
 from lora_booth.run.summary import Summary
@@ -49,10 +47,11 @@ def finish(s: Session, stopwatch: Stopwatch, judge: Judge | None) -> Summary:
         before_and_after=None if comparison is None else str(comparison),
         steps=steps,
         seconds=sum(stopwatch.seconds_of.values()),
-        peak_gib=devices.peak_gib(s.accelerator.device) or systems.peak_memory_bytes() / 2**30,
+        peak_gib=stopwatch.peak_gib(),
         num_parameters=sum(parameter.numel() for parameter in s.parameters),
         validation_loss=validation_loss,
         seconds_of=stopwatch.seconds_of,
+        peak_gib_of=stopwatch.peak_gib_of,
         best_step=s.run.best_step(),
         **({} if chosen is None else chosen.told),
     )

@@ -161,6 +161,7 @@ def save(s: Session, done: int) -> None:
         broken += [f"{name} of the optimizer" for name, t in _optimizer_tensors(s) if not t.isfinite().all()]
         if broken:
             raise NumericError(f"{broken[0]} is not finite after step {done}; {LOWER_RATE}")
+        s.run.append_save({"step": done, "validation_loss": loss, "prediction_drift": drift})
         path = s.run.save(checkpoint, keep_last=s.config.train.keep_last)
         told = "" if drift is None else f", drift {drift:.3f}"
         s.report.event("saved", f"step {done} saved, validation loss {loss:.4f}{told}", step=done, path=str(path))

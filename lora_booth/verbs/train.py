@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +32,11 @@ from lora_booth.models.devices import dtype_for
 from lora_booth.models.families.family import Family
 from lora_booth.models.families.noise import Diffusion
 from lora_booth.planning import decide
-from lora_booth.run import identity, systems
+from lora_booth.run import identity, notes, systems, versions
 from lora_booth.run.checkpoints import Checkpoint
 from lora_booth.run.folder import Run, require_free_space
 from lora_booth.run.interrupts import stop_requests
+from lora_booth.run.notes import Notes
 from lora_booth.run.report import Report, Silent
 from lora_booth.run.state import is_begun, is_finished
 from lora_booth.run.stopwatch import Stopwatch
@@ -83,6 +85,8 @@ def train(
     with stop_requests() as stop, _opened(config, inputs, accelerator) as run:
         if (finished := _told_finished(run, report)) is not None:  # by another process, while this one looked around
             return finished
+        stopwatch.peak_gib = partial(_peak_gib, device)
+        report, refresh = _reported(wished, config, inputs, run, accelerator, report)
         cuts = _drawn_sheet(config, inputs, run, accelerator)
         dtype = dtype_for(config.model.precision, device)
         judge = choosing.judge(config, inputs.pictures, report) if accelerator.is_main_process else None
@@ -114,11 +118,18 @@ def train(
         accelerator.init_trackers("lora_booth")
         start = session.restore(s, newest)
         del cuts, newest  # nothing needs them any more
-        session.draw_preview(s, start)  # of a run killed between a checkpoint and its pictures
-        with compiling.where_it_pays(s, start) as run_pass:
-            loop.optimize(s, start, run_pass)
-        stopwatch.lap("steps and previews")
-        return ending.finish(s, stopwatch, judge)
+        summary = _trained(s, start, stopwatch, judge)
+        refresh()
+        return summary
+
+
+def _trained(s: session.Session, start: int, stopwatch: Stopwatch, judge: choosing.Judge | None) -> Summary:
+    """The steps from `start` on, and the end."""
+    session.draw_preview(s, start)  # of a run killed between a checkpoint and its pictures
+    with compiling.where_it_pays(s, start) as run_pass:
+        loop.optimize(s, start, run_pass)
+    stopwatch.lap("steps and previews")
+    return ending.finish(s, stopwatch, judge)
 
 
 def _allowed(config: Config, device: torch.device) -> Config:
@@ -227,6 +238,38 @@ def _told_plainly(config: Filled, inputs: decide.Inputs, accelerator: Accelerato
             f"process {accelerator.process_index} of {accelerator.num_processes} lost another one, whose own output "
             "says why it ended; every checkpoint so far is good, and the same command goes on from the last."
         ) from error
+
+
+def _notes(wished: Config, config: Resolved, inputs: decide.Inputs, device: torch.device) -> Notes:
+    """What this run chose and left out, and what it runs on."""
+    found, installed = inputs.pictures.all, versions.versions()
+    return Notes(
+        chosen=notes.choices(wished, config),
+        left_out=notes.by_name((fault.path.name, fault.reason) for one in found for fault in one.left_out),
+        remarks=notes.by_name((fault.path.name, fault.reason) for one in found for fault in one.warnings),
+        versions={name: text for name, text in installed.items() if name != "platform"},
+        device=devices.name(device),
+    )
+
+
+def _reported(
+    wished: Config, config: Resolved, inputs: decide.Inputs, run: Run, accelerator: Accelerator, report: Report
+) -> tuple[Report, Callable[[], None]]:
+    """`report`, or one that also keeps report.html, and what makes that anew; the notes for it are written (main
+    process)."""
+    if accelerator.is_main_process:
+        _notes(wished, config, inputs, accelerator.device).write(run.folder)
+    if not config.run.report or not accelerator.is_main_process:
+        return report, lambda: None
+    from lora_booth.report.write import Refreshing  # a room that runs do without
+
+    refreshing = Refreshing(report, run)
+    return refreshing, refreshing.refresh
+
+
+def _peak_gib(device: torch.device) -> float:
+    """Most device memory of tensors so far; on a CPU, most memory of this process."""
+    return devices.peak_gib(device) or systems.peak_memory_bytes() / 2**30
 
 
 def _drawn_sheet(config: Resolved, inputs: decide.Inputs, run: Run, accelerator: Accelerator) -> prepare.Cuts:

