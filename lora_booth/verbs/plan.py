@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from textwrap import wrap
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_booth.config.config import Config
 from lora_booth.config.inputs import reason
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 
 CHOICES_COLUMNS = 110
+MAX_LISTED = 4
+"""Of a list, how many are shown."""
 UNBROKEN = "\N{NO-BREAK SPACE}"
 """Where a line of choices may not end."""
 
@@ -144,13 +146,19 @@ def _show_choices(wished: Config, chosen: Filled, report: Report) -> None:
     """
     before, settings = wished.model_dump(mode="json"), chosen.model_dump(mode="json")
     choices = [
-        f"{section}.{key} = {json.dumps(value)}".replace(" ", UNBROKEN)
+        f"{section}.{key} = {_value(value)}".replace(" ", UNBROKEN)
         for section, pairs in settings.items()
         for key, value in pairs.items()
         if value != before[section][key]
     ]
     lines = wrap(", ".join(choices), CHOICES_COLUMNS, initial_indent="chosen   ", subsequent_indent=" " * 9)
     report.event("config", "\n".join(lines).replace(UNBROKEN, " "), settings=settings)
+
+
+def _value(value: Any) -> str:
+    """As one would write it; of a long list how many there are."""
+    is_long = isinstance(value, list) and len(value) > MAX_LISTED
+    return f"[{len(value)} of them]" if is_long else json.dumps(value)
 
 
 def _show_time(run: Duration, shown: Sequence[Card], report: Report) -> None:

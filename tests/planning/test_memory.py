@@ -461,6 +461,13 @@ class Lines:
 
 
 @pytest.mark.usefixtures("_modules_once")
+def test_of_a_long_list_plan_tells_the_length(make_config: MakeConfig) -> None:
+    report = Lines()
+    plan.show(make_config(prior={"mode": "model"}), report)
+    assert "prior.captions = [64 of them]" in report.lines[-1] and "bicycle" not in report.lines[-1]
+
+
+@pytest.mark.usefixtures("_modules_once")
 def test_plan_prints_every_part_aligned_and_with_a_budget_what_was_chosen_and_why(make_config: MakeConfig) -> None:
     report = Lines()
     plan.show(make_config(preview={"images_per_prompt": 1}), report)
