@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lora_booth.adapter import inject
 from lora_booth.config.settings import AdapterConfig, ModelConfig
-from lora_booth.evaluation.prediction import LEVELS, ROWS, predictions, probe, relative_change
+from lora_booth.evaluation.prediction import LEVELS, predictions, probe, relative_change
+from lora_booth.evaluation.prompts import PREDICTED_ROWS
 from lora_booth.models import loading
 from lora_booth.models.families.family import Family
 from lora_booth.run.randomness import generator_for
@@ -57,7 +58,7 @@ def prediction_drift(
 
 def test_an_untrained_adapter_moves_no_prediction(adapted: Adapted) -> None:
     family, modules = adapted
-    assert prediction_drift(family, modules, **inputs(family)) == [0.0] * ROWS
+    assert prediction_drift(family, modules, **inputs(family)) == [0.0] * PREDICTED_ROWS
 
 
 def test_a_row_is_the_relative_square_of_the_difference(adapted: Adapted) -> None:
@@ -79,7 +80,7 @@ def test_a_row_is_the_relative_square_of_the_difference(adapted: Adapted) -> Non
     with inject.disabled(modules):
         base = predict()
     assert found[row] == pytest.approx(float(((moved - base) ** 2).sum() / (base**2).sum()), rel=1e-4)
-    assert len(found) == ROWS and len(set(found)) == ROWS and min(found) > 0
+    assert len(found) == PREDICTED_ROWS and len(set(found)) == PREDICTED_ROWS and min(found) > 0
 
 
 def test_a_stronger_adapter_moves_predictions_more_and_each_call_gives_the_same(adapted: Adapted) -> None:
@@ -89,7 +90,7 @@ def test_a_stronger_adapter_moves_predictions_more_and_each_call_gives_the_same(
         randomise_(modules, std=std)
         first, second = (prediction_drift(family, modules, **inputs(family)) for _ in range(2))
         assert first == second
-        means.append(sum(first) / ROWS)
+        means.append(sum(first) / PREDICTED_ROWS)
     assert means == sorted(means) and means[2] > 2 * means[0]
     few = prediction_drift(family, modules, **inputs(family), rows_at_once=1)
     assert few == pytest.approx(first, rel=1e-4)

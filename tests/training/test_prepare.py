@@ -18,7 +18,7 @@ from lora_booth.data import subject
 from lora_booth.data.buckets import Bucket
 from lora_booth.data.subject import crops_of, find_pictures
 from lora_booth.errors import Interrupted
-from lora_booth.models import loading
+from lora_booth.models import at_once, loading
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.models.sampling import Sampling, sample
 from lora_booth.planning import decide
@@ -237,11 +237,11 @@ def test_a_damaged_cache_file_is_told_and_made_again(make_config: MakeConfig, tm
     assert victim.read_bytes() == good
 
 
-@pytest.mark.parametrize(("at_once", "together"), [(None, 4), (8, 4), (4, 4), (3, 2), (2, 2), (1, 1)])
+@pytest.mark.parametrize(("wished", "together"), [(None, 4), (8, 4), (4, 4), (3, 2), (2, 2), (1, 1)])
 def test_more_memory_does_not_draw_more_class_images_together(
-    at_once: int | None, together: int, make_config: MakeConfig
+    wished: int | None, together: int, make_config: MakeConfig
 ) -> None:
-    assert at_once.class_images_at_once(make_config(memory={"pictures_at_once": at_once})) == together
+    assert at_once.class_images_at_once(make_config(memory={"pictures_at_once": wished})) == together
 
 
 def test_class_images_of_another_type_schedule_or_company_are_others(

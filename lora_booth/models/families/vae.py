@@ -35,8 +35,8 @@ class Vae:
             posteriors = [
                 self.module.encode(p.to(self.device, torch.float32)).latent_dist for p in self._chunks(pixels, 1)
             ]
-        mean = torch.cat([posterior.mean for posterior in posteriors])
-        std = torch.cat([posterior.std for posterior in posteriors])
+        mean = torch.cat([posterior.mean for posterior in posteriors]).contiguous()  # as they come from a cache
+        std = torch.cat([posterior.std for posterior in posteriors]).contiguous()
         shift, scale = self._shift.to(mean), self._scale.to(mean)
         return (mean - shift) * scale, std * scale
 
