@@ -22,6 +22,7 @@ from lora_booth.models import abilities, loading
 from lora_booth.models.at_once import PICTURES_AT_ONCE
 from lora_booth.models.bases import sources
 from lora_booth.models.bases.identify import BaseFacts
+from lora_booth.planning.naming import tell_token
 from lora_booth.run import disk, identity
 from lora_booth.run.report import Report
 
@@ -150,6 +151,7 @@ def resolve(
 
     decided = filled(abilities.decided(config, devices.abilities(device)), inputs)
     tell_small(decided, inputs.pictures, report)
+    tell_token(decided, inputs.facts, report)
     budget_gib = decided.memory.budget_gib or free_gib
     if budget_gib is not None:
         decided = _within(decided, inputs, budget_gib, report, modules)
