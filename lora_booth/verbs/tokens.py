@@ -135,5 +135,6 @@ def _tell(proposals: Sequence[Proposal], noun: str, report: Report) -> None:
     report.event(
         "note",
         f'lower is better but for the id; a prompt is "a photo of … {noun}". A word that means little keeps its old '
-        "meaning out of the subject; it is hygiene, and no large gain. Names and abbreviations that our list lacks may be left.",
+        "meaning out of the subject; it is hygiene, and no large gain. Names and abbreviations that our list lacks may "
+        "be left.",
     )
