@@ -1,4 +1,4 @@
-"""What a base's text encoders make of single words: how far one is from all others, and what it does to a prompt.
+"""What a base's text encoders make of single words: how isolated, and what a prompt becomes.
 
 What lives here: two measures over embeddings and conditioning. What does not: which words are asked about
 (`bases/identifiers.py`).

@@ -62,7 +62,8 @@ class Inputs:
 
 
 def look(config: Config, report: Report, *, needs_weights: bool = True) -> Inputs:
-    """Find and check pictures and base; what is wrong with them is told before torch or a model is loaded.
+    """Find and check pictures and base; what is wrong with them, or odd about the token, is told before torch or a
+    model is loaded.
 
     Without `needs_weights`, those of a base that is not on this machine are not downloaded. Raises DataError or
     ModelError.
@@ -73,6 +74,7 @@ def look(config: Config, report: Report, *, needs_weights: bool = True) -> Input
     home = sources.Found(Path(), pinned.get("repository"), pinned.get("revision"))
     facts = loading.facts(config.model, needs_weights=needs_weights, pinned=home)
     _require_objective(config, facts)
+    tell_token(config, facts, report)
     return Inputs(pictures, facts, pinned, continued_adapter(config))
 
 
@@ -151,7 +153,6 @@ def resolve(
 
     decided = filled(abilities.decided(config, devices.abilities(device)), inputs)
     tell_small(decided, inputs.pictures, report)
-    tell_token(decided, inputs.facts, report)
     budget_gib = decided.memory.budget_gib or free_gib
     if budget_gib is not None:
         decided = _within(decided, inputs, budget_gib, report, modules)

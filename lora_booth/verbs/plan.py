@@ -19,7 +19,6 @@ from lora_booth.models import abilities, cards
 from lora_booth.models.abilities import Abilities
 from lora_booth.models.cards import Card
 from lora_booth.planning import decide
-from lora_booth.planning.naming import tell_token
 from lora_booth.run import imports, versions
 from lora_booth.run.report import Report
 from lora_booth.run.state import is_begun, is_finished
@@ -44,7 +43,6 @@ def show(wished: Config, report: Report, card: Card | None = None) -> None:
     inputs = decide.look(wished, report, needs_weights=False)
     config, pictures = decide.filled(wished, inputs), inputs.pictures
     tell_small(config, pictures, report)
-    tell_token(config, inputs.facts, report)
     crops = crops_of(config, pictures.instances.pictures)
     train, adapter = config.train, config.adapter
     seen = train.steps * train.images_per_step / len(crops)

@@ -1,4 +1,4 @@
-"""Words that could name a subject: rare, one token, and meaning little to the base, with the reason for each."""
+"""Words that could name a subject: rare, one token, and meaning little, each with the reason."""
 
 from __future__ import annotations
 

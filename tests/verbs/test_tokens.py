@@ -16,7 +16,7 @@ from lora_booth.models import loading, meanings
 from lora_booth.models.bases import identifiers, vocabulary
 from lora_booth.models.bases.sources import SHIPPED_CONFIGS
 from lora_booth.models.families.components import shipped_tokenizer
-from lora_booth.planning.naming import tell_token
+from lora_booth.planning import decide
 from lora_booth.verbs.tokens import tokens
 from tests.conftest import MakeConfig
 from tests.support.runs import Recorder
@@ -116,12 +116,11 @@ def test_pictures_of_each_word_are_drawn_once_alone_and_once_with_the_noun(tmp_p
         assert picture.width == 2 * 24 + 8 * 192 + 7 * 10
 
 
-def test_a_run_is_warned_once_and_a_good_word_is_not(make_config: MakeConfig) -> None:
-    facts = loading.facts(ModelConfig(base="sd15"), needs_weights=False)
-    for token, count in (("sks", 1), ("ohwx", 0)):
+def test_a_run_is_warned_once_and_a_good_word_and_the_miniature_are_not(make_config: MakeConfig) -> None:
+    for base, token, count in (("sd15", "sks", 1), ("sd15", "ohwx", 0), ("booth-mini", "sks", 0)):
         heard = Recorder()
-        tell_token(make_config(subject={"token": token}), facts, heard)
-        assert len(heard.warnings) == count
+        decide.look(make_config(subject={"token": token}, model={"base": base}), heard, needs_weights=False)
+        assert len([text for text in heard.warnings if "subject.token" in text]) == count
 
 
 @pytest.mark.parametrize("number", [0, 10**9])
