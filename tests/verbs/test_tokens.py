@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,8 @@ def test_the_noun_is_in_no_proposal_and_no_proposal_in_the_noun() -> None:
 
 def test_a_word_that_is_another_has_no_isolation_and_one_that_changes_nothing_no_distance() -> None:
     family = meanings.readers(loading.facts(ModelConfig(base="booth-mini")))
-    table = family.text_encoders()["text_encoder"].get_input_embeddings().weight
+    encoder: Any = family.text_encoders()["text_encoder"]
+    table = encoder.get_input_embeddings().weight
     ids = {
         word: family.tokenizers()["text_encoder"](word, add_special_tokens=False).input_ids[0]
         for word in ("hen", "das")

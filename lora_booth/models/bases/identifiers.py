@@ -1,4 +1,4 @@
-"""Words of a vocabulary that could name a subject, and what speaks against a chosen one.
+"""Words that could name a subject, and what speaks against a chosen one.
 
 A good one is a single piece, rare, and no word, name or part of one. What lives here: what spelling and id tell. What
 does not: what a text encoder makes of it (`models/meanings.py`). No torch.

@@ -1,4 +1,4 @@
-"""The words of a base's tokenizers, without their library: how a word is cut, and how rare it is.
+"""A base's tokenizers without their library: how a word is cut, and how rare it is.
 
 What lives here: byte pair encoding as CLIP does it (openai/CLIP `simple_tokenizer.py`), and what an id says. What does
 not: ids of whole prompts (`families/prompts.py`). No torch, and a tenth of a second, so that `plan` can ask.
