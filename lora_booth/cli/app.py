@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_booth.cli import adapters, evaluation, parsing
+from lora_booth.cli import adapters, evaluation, parsing, tokens
 from lora_booth.cli import report as report_command
 from lora_booth.cli.adapters import Json, LeaveOut, Quiet
 from lora_booth.run import imports, systems
@@ -283,6 +283,7 @@ for _command in (
     adapters.extract,
     evaluation.evaluate,
     report_command.report,
+    tokens.tokens,
 ):
     app.command()(_command)
 

@@ -22,6 +22,7 @@ from lora_booth.models import abilities, loading
 from lora_booth.models.at_once import PICTURES_AT_ONCE
 from lora_booth.models.bases import sources
 from lora_booth.models.bases.identify import BaseFacts
+from lora_booth.planning.naming import tell_token
 from lora_booth.run import disk, identity
 from lora_booth.run.report import Report
 
@@ -61,7 +62,8 @@ class Inputs:
 
 
 def look(config: Config, report: Report, *, needs_weights: bool = True) -> Inputs:
-    """Find and check pictures and base; what is wrong with them is told before torch or a model is loaded.
+    """Find and check pictures and base; what is wrong with them, or odd about the token, is told before torch or a
+    model is loaded.
 
     Without `needs_weights`, those of a base that is not on this machine are not downloaded. Raises DataError or
     ModelError.
@@ -72,6 +74,7 @@ def look(config: Config, report: Report, *, needs_weights: bool = True) -> Input
     home = sources.Found(Path(), pinned.get("repository"), pinned.get("revision"))
     facts = loading.facts(config.model, needs_weights=needs_weights, pinned=home)
     _require_objective(config, facts)
+    tell_token(config, facts, report)
     return Inputs(pictures, facts, pinned, continued_adapter(config))
 
 

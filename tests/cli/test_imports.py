@@ -63,6 +63,7 @@ def imported(*words: str | Path) -> tuple[str, set[str]]:
         "resize",
         "extract",
         "evaluate",
+        "tokens",
         "demo",
     ],
 )

@@ -104,11 +104,11 @@ def without_weights(facts: BaseFacts, dtype: torch.dtype) -> Components:
 
     For finding out what a run needs. Raises ModelError when the configs cannot be built.
     """
-    import transformers
-
     row = facts.architecture
     modules: dict[str, nn.Module] = {}
     with quiet(), torch.device("meta"):
+        import transformers  # not before `quiet`, which hides from it what it would look for
+
         for name in (row.denoiser, "vae", *row.text_encoders):
             with readable(facts.configs / name):
                 if is_text(name):
