@@ -39,7 +39,7 @@ def diffusers_words(job: Job, steps: int, out: Path) -> list[str]:
         "pretrained_model_name_or_path": job.base,
         "instance_data_dir": job.subject,
         "class_data_dir": job.classes,
-        "instance_prompt": "a sks dog",
+        "instance_prompt": "a yql dog",
         "class_prompt": "a dog",
         "num_class_images": len(list(job.classes.iterdir())),
         "output_dir": out,
@@ -62,7 +62,7 @@ def kohya_words(job: Job, steps: int, out: Path) -> list[str]:
     """Flags of kohya's script, with the pictures in the folders that it reads: repeats and words in their names."""
     data, tokenizers = out.parent / "kohya_data", out.parent / "kohya_tokenizers"
     _write_tokenizers(tokenizers)
-    for kind, folder, name in (("train", job.subject, "1_sks dog"), ("reg", job.classes, "1_dog")):
+    for kind, folder, name in (("train", job.subject, "1_yql dog"), ("reg", job.classes, "1_dog")):
         if not (data / kind / name).exists():
             shutil.copytree(folder, data / kind / name)
     flags = {

@@ -59,8 +59,8 @@ def export(
 ) -> None:
     """Write an adapter in other formats, and tell what each program will do with it and where to put it.
 
-    lora-booth export runs/sks_dog/sks_dog_diffusers.safetensors --out for_comfyui --format kohya
-    lora-booth export runs/sks_dog --step best
+    lora-booth export runs/yql_dog/yql_dog_diffusers.safetensors --out for_comfyui --format kohya
+    lora-booth export runs/yql_dog --step best
     """
     with imports.sparing():
         from lora_booth.verbs.export import export as verb
@@ -156,7 +156,7 @@ def resize(
 ) -> None:
     """Make a plain LoRA of another rank out of an adapter of any kind, and tell the error of each block.
 
-    lora-booth resize sks_dog.safetensors --rank 8
+    lora-booth resize yql_dog.safetensors --rank 8
     """
     with imports.sparing():
         from lora_booth.verbs.resize import resize as verb

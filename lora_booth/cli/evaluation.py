@@ -79,8 +79,8 @@ def evaluate(
 ) -> None:
     """Measure likeness, what was forgotten, and which checkpoint at which strength is the best.
 
-    lora-booth evaluate runs/sks_dog
-    lora-booth evaluate my_dog.safetensors --base sd15 --subject ./more_of_my_dog --class-noun dog --token sks
+    lora-booth evaluate runs/yql_dog
+    lora-booth evaluate my_dog.safetensors --base sd15 --subject ./more_of_my_dog --class-noun dog --token yql
     """
     from lora_booth.cli.console import listening
     from lora_booth.errors import ConfigError

@@ -19,8 +19,8 @@ Out = Annotated[
 def report(runs: Runs, out: Out = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Make the report of a run anew: one HTML file with pictures, curves, choices and how to use the adapter.
 
-    lora-booth report runs/sks_dog
-    lora-booth report runs/sks_dog runs/sks_dog_rank8 --out ranks.html
+    lora-booth report runs/yql_dog
+    lora-booth report runs/yql_dog runs/yql_dog_rank8 --out ranks.html
     """
     from lora_booth.cli.console import listening
     from lora_booth.run import imports

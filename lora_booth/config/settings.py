@@ -97,7 +97,7 @@ class SubjectConfig(Section):
         description='What the subject is, in one plain noun: "dog". The paper\'s likeness falls from .744 to .303 '
         "without it (DreamBooth, table 4).",
     )
-    token: str = Field("sks", min_length=1, description="Rare word that will name the subject in prompts.")
+    token: str = Field("yql", min_length=1, description="Rare word that will name the subject in prompts.")
     prompt: str = Field(
         "a photo of {token} {class}",
         min_length=1,

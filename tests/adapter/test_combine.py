@@ -201,7 +201,7 @@ def written(path: Path, seed: int, *, width: int = 768, family: str = "sd1", **h
 
 def test_a_merged_file_says_what_went_in_and_keeps_what_the_others_agree_on(tmp_path: Path) -> None:
     header = {"modelspec.resolution": "512x512", "ss_base_model_version": "sd_v1"}
-    one = written(tmp_path / "dog.safetensors", 1, **header, **{"modelspec.trigger_phrase": "sks dog"})
+    one = written(tmp_path / "dog.safetensors", 1, **header, **{"modelspec.trigger_phrase": "yql dog"})
     two = written(tmp_path / "cat.safetensors", 2, **header, **{"modelspec.trigger_phrase": "ohwx cat"})
     recorder = Recorder()
     out = merge_adapters(
@@ -216,7 +216,7 @@ def test_a_merged_file_says_what_went_in_and_keeps_what_the_others_agree_on(tmp_
         assert torch.allclose(delta(storage.read(path)["unet"][LAYER]), expected, atol=1e-5)
         found = storage.read_metadata(path)
         assert found["modelspec.merged_from"] == "dog.safetensors, cat.safetensors"
-        assert found["modelspec.trigger_phrase"] == "sks dog, ohwx cat"
+        assert found["modelspec.trigger_phrase"] == "yql dog, ohwx cat"
         assert found["modelspec.architecture"] == "stable-diffusion-v1/lora"
         assert (found["ss_base_model_version"], found["ss_v2"]) == ("sd_v1", "False")
         assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("4", "4.0")

@@ -23,7 +23,7 @@ from tests.support import adapted
 from tests.support.runs import Recorder
 
 HEADER = {
-    "modelspec.trigger_phrase": "sks dog",
+    "modelspec.trigger_phrase": "yql dog",
     "modelspec.prediction_type": "epsilon",
     "modelspec.author": "Ada",
     "ss_base_model_version": "sd_v1",
@@ -69,11 +69,11 @@ def test_a_conversion_keeps_updates_header_and_name_and_adds_what_programs_show(
         assert (
             header["sshs_model_hash"] != storage.read_metadata(source)["sshs_model_hash"] or path == paths["diffusers"]
         )
-    assert json.loads((tmp_path / "out" / "dog.json").read_text())["activation text"] == "sks dog"
+    assert json.loads((tmp_path / "out" / "dog.json").read_text())["activation text"] == "yql dog"
     text = "\n".join(line for _, line in recorder.events)
     for program in ("AUTOMATIC1111", "ComfyUI", "InvokeAI", "stable-diffusion.cpp"):
         assert program in text
-    assert 'write "sks dog" in the prompt' in text
+    assert 'write "yql dog" in the prompt' in text
 
 
 def test_the_scales_that_stood_in_the_header_are_in_the_tensors_now_and_not_twice(source: Path, tmp_path: Path) -> None:

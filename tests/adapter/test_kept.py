@@ -44,12 +44,12 @@ def test_any_kept_checkpoint_is_exported_by_its_step(finished: Config, tmp_path:
     folder = tmp_path / "run"
     last = verb_export.export(file=folder, step="last", dtype="fp32")
     assert {path.name for path in last.values()} == {
-        "sks_dog-000004.safetensors",
-        "sks_dog-000004_diffusers.safetensors",
+        "yql_dog-000004.safetensors",
+        "yql_dog-000004_diffusers.safetensors",
     }
     assert all(same(path, folder / path.name.replace("-000004", "")) for path in last.values())
-    header, own = (storage.read_metadata(p) for p in (last["kohya"], folder / "sks_dog.safetensors"))
-    assert header["modelspec.trigger_phrase"] == "sks dog"
+    header, own = (storage.read_metadata(p) for p in (last["kohya"], folder / "yql_dog.safetensors"))
+    assert header["modelspec.trigger_phrase"] == "yql dog"
     assert header["lora_booth.identity"] == own["lora_booth.identity"]
     recorder = Recorder()
     second = verb_export.export(file=folder, step="2", out=tmp_path / "second", dtype="fp32", report=recorder)
@@ -79,7 +79,7 @@ def test_a_step_that_is_not_kept_or_damaged_is_told(finished: Config, tmp_path: 
         ):
             verb_export.export(file=folder, step=step)
     with pytest.raises(ConfigError, match="is no run folder; leave it out"):
-        verb_export.export(file=folder / "sks_dog.safetensors", step="2")
+        verb_export.export(file=folder / "yql_dog.safetensors", step="2")
     (folder / "checkpoints" / "step-000002" / "adapter.safetensors").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"step-000002 is damaged .*; choose another --step"):
         verb_export.export(file=folder, step="2")
@@ -112,7 +112,7 @@ def test_a_checkpoint_says_all_that_the_adapter_is(
 
 def test_a_run_that_is_finished_again_gives_the_same_bytes(finished: Config, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    files = {path: path.read_bytes() for path in folder.glob("sks_dog*")}
+    files = {path: path.read_bytes() for path in folder.glob("yql_dog*")}
     assert len(files) == 3
     for path in (*files, folder / "summary.json"):
         path.unlink()
@@ -122,14 +122,14 @@ def test_a_run_that_is_finished_again_gives_the_same_bytes(finished: Config, tmp
 
 def test_two_equal_runs_differ_in_their_start_alone(finished: Config, make_config: MakeConfig, tmp_path: Path) -> None:
     train.train(finished.with_values({"run": {"folder": tmp_path / "twin"}, "memory": {"pictures_at_once": 8}}))
-    for name in ("sks_dog.safetensors", "sks_dog_diffusers.safetensors"):
+    for name in ("yql_dog.safetensors", "yql_dog_diffusers.safetensors"):
         one, other = (storage.read_metadata(tmp_path / run / name) for run in ("run", "twin"))
         apart = {key for key in one | other if one.get(key) != other.get(key)}
         assert apart <= {"ss_training_started_at", "modelspec.date"}
 
 
 def test_mirrored_pictures_are_counted_once(finished: Config, tmp_path: Path) -> None:
-    header = storage.read_metadata(tmp_path / "run" / "sks_dog.safetensors")
+    header = storage.read_metadata(tmp_path / "run" / "yql_dog.safetensors")
     assert header["ss_num_train_images"] == "5"
     assert header["ss_optimizer"] == "adamw", "and auto is told as what it meant"
 

@@ -19,7 +19,7 @@ from lora_booth.config.config import Config
 def config(**sections: dict[str, Any]) -> Config:
     values: dict[str, dict[str, Any]] = {
         "model": {"base": "/home/alice/models/my_base.safetensors"},
-        "subject": {"images": Path("/home/alice/photos/rex"), "class_noun": "dog", "token": "sks"},
+        "subject": {"images": Path("/home/alice/photos/rex"), "class_noun": "dog", "token": "yql"},
         "run": {"folder": Path("/home/alice/runs/rex"), "cache": Path("C:\\Users\\alice\\cache")},
         "adapter": {"rank": 16, "alpha": 8.0, "continue_from": Path("old/alice.safetensors")},
     }
@@ -54,9 +54,9 @@ def test_every_key_and_value_is_text() -> None:
 
 def test_fields_that_programs_parse_have_the_types_they_parse() -> None:
     fields = metadata(facts())
-    key = "1_sks dog"  # SD.Next splits repeats and tag at the first underscore
+    key = "1_yql dog"  # SD.Next splits repeats and tag at the first underscore
     assert json.loads(fields["ss_dataset_dirs"]) == {key: {"n_repeats": 1, "img_count": 12}}
-    assert json.loads(fields["ss_tag_frequency"]) == {key: {"sks dog": 12}}
+    assert json.loads(fields["ss_tag_frequency"]) == {key: {"yql dog": 12}}
     assert json.loads(fields["ss_bucket_info"]) == {
         "buckets": {"0": {"resolution": [512, 768], "count": 10}, "1": {"resolution": [512, 512], "count": 2}},
         "mean_img_ar_error": 0.0,
@@ -64,13 +64,13 @@ def test_fields_that_programs_parse_have_the_types_they_parse() -> None:
     assert float(fields["ss_training_started_at"]) == 1763750000.0
     assert fields["ss_resolution"] == "(512, 512)"
     assert fields["ss_clip_skip"] == "None"
-    assert fields["ss_output_name"] == "sks_dog"
+    assert fields["ss_output_name"] == "yql_dog"
     assert fields["ss_text_encoder_lr"] == "None"
     assert fields["modelspec.sai_model_spec"] == "1.0.1"
     assert fields["modelspec.date"] == datetime.fromtimestamp(int(facts().started_at), UTC).strftime(
         "%Y-%m-%dT%H:%M:%S"
     )
-    assert fields["modelspec.trigger_phrase"] == "sks dog"
+    assert fields["modelspec.trigger_phrase"] == "yql dog"
     assert fields["modelspec.resolution"] == "512x512"
     names = ("ss_output_name", "ss_sd_model_name", "modelspec.title", "modelspec.trigger_phrase")
     assert not [name for name in names if fields[name].startswith("{")], "A1111 would take it for JSON"

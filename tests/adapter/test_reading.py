@@ -100,12 +100,12 @@ def glora(count: int) -> dict[str, Tensor]:
 
 def test_what_cannot_be_read_is_one_sentence_with_counts_first_names_and_what_to_do(tmp_path: Path) -> None:
     tensors = pair(NAME.replace("down_blocks_0", "down_blocks_1")) | glora(2)
-    tensors |= {"bundle_emb.sks.string_to_param.*": numbers(2, 32), "lora_unet_conv_in.x": numbers(2)}
+    tensors |= {"bundle_emb.yql.string_to_param.*": numbers(2, 32), "lora_unet_conv_in.x": numbers(2)}
     file, recorder = saved(tmp_path / "a.safetensors", tensors), Recorder()
     inspect(file, recorder)
     (warning,) = recorder.warnings
     assert f"10 keys of GLoRA, which is not computed here, first {NAME}.a1.weight" in warning
-    assert "1 key of a bundled embedding, first bundle_emb.sks" in warning and "first lora_unet_conv_in.x" in warning
+    assert "1 key of a bundled embedding, first bundle_emb.yql" in warning and "first lora_unet_conv_in.x" in warning
     assert "--leave-out unknown,embedding" in warning
     with pytest.raises(ModelError, match=r"10 keys of GLoRA.+--leave-out unknown,embedding"):
         storage.read_any(file)

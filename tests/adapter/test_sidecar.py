@@ -22,10 +22,10 @@ def photograph(size: tuple[int, int]) -> Image.Image:
 
 @pytest.mark.parametrize(("family", "version"), [("sd1", "SD1"), ("sd2", "SD2"), ("sdxl", "SDXL")])
 def test_the_json_has_the_keys_that_programs_ask_for(family: str, version: str, tmp_path: Path) -> None:
-    path = write_sidecar(tmp_path / "é dog.safetensors", family=family, trigger="sks dog", strength=0.8)
+    path = write_sidecar(tmp_path / "é dog.safetensors", family=family, trigger="yql dog", strength=0.8)
     assert path.name == "é dog.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
-    assert fields["activation text"] == "sks dog"
+    assert fields["activation text"] == "yql dog"
     assert fields["preferred weight"] == 0.8
     assert fields["sd version"] == version
     assert {"description", "negative text", "notes"} <= fields.keys()

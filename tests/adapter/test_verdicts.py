@@ -348,9 +348,9 @@ def test_dora_in_diffusers_own_file_is_exact_but_for_text_encoders_under_pefts_k
 
 def test_a_bundled_embedding_makes_diffusers_refuse_and_others_pass_it_by() -> None:
     file = File("sd1").add(plain())
-    file.shapes["bundle_emb.sks.string_to_param.*"] = (2, 768)
+    file.shapes["bundle_emb.yql.string_to_param.*"] = (2, 768)
     found = file.verdicts()
-    assert found[DIFFUSERS].matched == 0 and "bundle_emb.sks" in text_of(found[DIFFUSERS])
+    assert found[DIFFUSERS].matched == 0 and "bundle_emb.yql" in text_of(found[DIFFUSERS])
     assert all(found[name].matched == 264 and found[name].is_exact for name in ALL if name != DIFFUSERS)
     assert found[A1111].notes == found[SDNEXT].notes == ()
     assert "embedding in the file is not read" in text_of(found[COMFYUI])

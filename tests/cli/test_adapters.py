@@ -14,7 +14,7 @@ from lora_booth.adapter.files import storage
 from tests.cli.test_app import in_process
 from tests.support import adapted
 
-HEADER = {"modelspec.trigger_phrase": "sks dog", "ss_base_model_version": "sd_v1"}
+HEADER = {"modelspec.trigger_phrase": "yql dog", "ss_base_model_version": "sd_v1"}
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def test_inspect_tells_and_draws(dog: str, run: Run, tmp_path: Path) -> None:
     code, text, _ = in_process(["inspect", dog, "--picture", "norms.png"], *run)
     assert code == 0
-    for part in ("kohya naming, LoRA", "sks dog", "mid_block", "ComfyUI", "norms.png"):
+    for part in ("kohya naming, LoRA", "yql dog", "mid_block", "ComfyUI", "norms.png"):
         assert part in text
     assert (tmp_path / "norms.png").stat().st_size > 5000
     code, text, _ = in_process(["inspect", dog, "--json"], *run)

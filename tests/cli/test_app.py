@@ -226,7 +226,7 @@ def test_plan_shows_what_would_happen_and_writes_nothing(
 ) -> None:
     code, text, _ = in_process(["plan", *short, "--out", str(tmp_path / "run")], capsys, monkeypatch)
     assert code == 0
-    assert all(part in text for part in ('"sks dog"', "5 pictures", "picture_00.png: 48×48 to 32×32", "a new run:"))
+    assert all(part in text for part in ('"yql dog"', "5 pictures", "picture_00.png: 48×48 to 32×32", "a new run:"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -270,8 +270,8 @@ def test_config_prints_a_file_that_train_takes(
 def test_train_runs_from_a_process_of_its_own_and_is_finished_the_second_time(short: list[str], tmp_path: Path) -> None:
     first = lora_booth("train", *short, folder=tmp_path)
     assert first.returncode == 0, first.stderr
-    folder = tmp_path / "runs" / "sks_dog"
-    for name in ("sks_dog.safetensors", "sks_dog_diffusers.safetensors", "before_after.png", "contact_sheet.png"):
+    folder = tmp_path / "runs" / "yql_dog"
+    for name in ("yql_dog.safetensors", "yql_dog_diffusers.safetensors", "before_after.png", "contact_sheet.png"):
         assert (folder / name).stat().st_size > 0
         assert name in first.stdout or name == "contact_sheet.png"
     assert "\x1b" not in first.stdout
@@ -302,4 +302,4 @@ def test_a_signal_saves_prints_the_command_that_continues_and_exits_by_its_numbe
     message = process.stderr.read()
     assert process.wait(timeout=120) == 128 + number
     assert "everything is saved; continue with: lora-booth train" in message
-    assert len(list((tmp_path / "runs" / "sks_dog" / "checkpoints").glob("step-*"))) == 1
+    assert len(list((tmp_path / "runs" / "yql_dog" / "checkpoints").glob("step-*"))) == 1

@@ -107,7 +107,7 @@ def test_files_of_adapters_need_torch_alone(tmp_path: Path) -> None:
 def test_a_base_is_planned_trained_and_drawn_without_torchs_compiler(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(train={"steps": 1}, optimizer={"name": "adamw"}, run={"cache": tmp_path / "cache"})
     (tmp_path / "config.toml").write_text(toml.to_toml(config))
-    base, file = str(config.model.base), tmp_path / "run" / "sks_dog.safetensors"
+    base, file = str(config.model.base), tmp_path / "run" / "yql_dog.safetensors"
     drawing = ["generate", "--base", base, "--adapter", file, "--prompt", "a dog", "--size", "32x32", "--steps", "1"]
     commands = [
         ("memory", ["plan", tmp_path / "config.toml", "train.steps=99"], MODELS),

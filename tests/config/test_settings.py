@@ -98,7 +98,7 @@ def test_a_contradiction_or_wrong_value_is_one_clear_line(override: str, expecte
         (["prior.mode=none", "prior.norm_weight=1e-3"], 'set prior.mode = "weights".'),
         (["prior.norm_weight=1e-3", "adapter.dora=true"], "prior.norm_weight is 0.001 but adapter.dora is true"),
         (["prior.mode=model", 'prior.captions=["a cat", " "]'], "prior.captions has an empty caption"),
-        (["prior.mode=model", 'prior.captions=["a SKS cat"]'], 'prior.captions "a SKS cat" names the subject'),
+        (["prior.mode=model", 'prior.captions=["a YQL cat"]'], 'prior.captions "a YQL cat" names the subject'),
         (["prior.mode=model", 'prior.captions=["a {token}"]'], "has the slot {token}; the slots are {class}."),
     ],
 )
@@ -108,7 +108,7 @@ def test_a_contradiction_within_the_prior_is_one_clear_line(overrides: list[str]
 
 
 def test_captions_of_another_mode_do_no_harm() -> None:
-    toml.load(None, [*GOOD, "prior.mode=images", 'prior.captions=["a sks cat"]'])
+    toml.load(None, [*GOOD, "prior.mode=images", 'prior.captions=["a yql cat"]'])
 
 
 def test_offloading_the_inputs_of_blocks_that_recompute_nothing_is_refused() -> None:

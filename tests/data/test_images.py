@@ -177,16 +177,16 @@ def test_symlinks_to_pictures_are_followed(tmp_path: Path) -> None:
 
 def test_sub_folders_with_pictures_are_named_and_not_entered(tmp_path: Path) -> None:
     put(tmp_path / "dog.jpg")
-    for name in ("10_sks dog", "empty", "x.png"):
+    for name in ("10_yql dog", "empty", "x.png"):
         (tmp_path / name).mkdir()
-    put(tmp_path / "10_sks dog" / "a.jpg")
-    put(tmp_path / "10_sks dog" / "._a.jpg")
-    put(tmp_path / "10_sks dog" / "b.PNG", 1, "PNG")
+    put(tmp_path / "10_yql dog" / "a.jpg")
+    put(tmp_path / "10_yql dog" / "._a.jpg")
+    put(tmp_path / "10_yql dog" / "b.PNG", 1, "PNG")
     (tmp_path / "self").symlink_to(".")
     found = look(tmp_path)
     assert names(found) == ["dog.jpg"]
     assert [str(fault).split(",")[0] for fault in found.warnings] == [
-        "10_sks dog is a sub-folder with 2 pictures",
+        "10_yql dog is a sub-folder with 2 pictures",
         "self is a sub-folder with 2 pictures",
         "x.png is a folder with the name of a picture; rename or remove it.",
     ]

@@ -74,7 +74,7 @@ def test_its_adapter_is_written_under_its_names_read_again_and_inspected(
     base: Path, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     train.train(make_config(**values(base)))
-    portable, native = (tmp_path / "run" / f"sks_dog{end}.safetensors" for end in ("", "_diffusers"))
+    portable, native = (tmp_path / "run" / f"yql_dog{end}.safetensors" for end in ("", "_diffusers"))
     assert "lora_toy_steps_0_query.lora_down.weight" in load_file(portable)
     assert "transformer.steps.0.query.lora_A.weight" in load_file(native)
     read = [storage.read(path) for path in (portable, native)]

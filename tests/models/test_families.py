@@ -31,7 +31,7 @@ from tests.support.tiny import PROMPT_TOKENS, tiny_sd, tiny_sd2, tiny_sdxl
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 """float32 kernels sum in another order for another batch size; values are of order 1."""
-PROMPT = "a photo of sks dog"
+PROMPT = "a photo of yql dog"
 SAMPLERS = ("dpm++", "ddim", "euler", "base")
 
 

@@ -117,7 +117,7 @@ def test_training_on_it_resumes_exactly_and_moves_the_adapter_as_the_plain_base_
     ups = sorted(name for name in plain if "lora_B" in name)
     moved, expected = (torch.cat([found[name].flatten() for name in ups]) for found in (straight, plain))
     assert 0.6 < float(torch.nn.functional.cosine_similarity(moved, expected, dim=0)) < 0.9999
-    files = [load_file(tmp_path / name / "sks_dog_diffusers.safetensors") for name in ("plain", "straight")]
+    files = [load_file(tmp_path / name / "yql_dog_diffusers.safetensors") for name in ("plain", "straight")]
     assert {key: tensor.shape for key, tensor in files[0].items()} == {k: t.shape for k, t in files[1].items()}
 
 

@@ -108,14 +108,14 @@ def test_an_adapter_that_cannot_be_continued_is_told_before_anything_is_written(
     small = {"adapter": {"rank": 2, "targets": r"regex:.*attn2\.to_k"}, "train": {"steps": 1}}
     for family in ("sd1", "sdxl"):
         train.train(make_config(family, name=family, **small))
-    start = tmp_path / "sd1" / "sks_dog_diffusers.safetensors"
+    start = tmp_path / "sd1" / "yql_dog_diffusers.safetensors"
     junk = tmp_path / "junk.safetensors"
     junk.write_bytes(b"no adapter")
     cases = [
         (start, {"rank": 4}, "has rank 2, expected 4; change adapter.rank"),
         (start, {"rank": 2, "dora": True}, "is plain LoRA; change adapter.dora"),
         (start, {"targets": "attention"}, "lacks 112 of 128"),
-        (tmp_path / "sdxl" / "sks_dog.safetensors", {"rank": 2}, "is of sdxl, but model.base is of sd1"),
+        (tmp_path / "sdxl" / "yql_dog.safetensors", {"rank": 2}, "is of sdxl, but model.base is of sd1"),
         (junk, {"rank": 2}, "not a whole safetensors file"),
         (tmp_path, {"rank": 2}, "adapter.continue_from .* cannot be read: it is a folder"),
     ]

@@ -50,7 +50,7 @@ def test_two_runs_stand_beside_each_other(run: Path, copied: Copied) -> None:
         *["train.seed", "0", "7"],
     ]
     alts = [image["alt"] for image in found.all("img")]
-    assert alts[:3] == ["“a sks dog” by the base", "“a sks dog” with run", "“a sks dog” with other"]
+    assert alts[:3] == ["“a yql dog” by the base", "“a yql dog” with run", "“a yql dog” with other"]
     assert len(alts) == 6
     assert all("run: " in svg["aria-label"] and "other: " in svg["aria-label"] for svg in found.all("svg"))
     assert found.under["At a glance"].count("± 0.") >= 4
@@ -81,7 +81,7 @@ def test_scores_that_say_nothing_of_each_other_are_marked(
 
 
 def test_a_run_that_has_hardly_begun_stands_beside_a_finished_one(run: Path, copied: Copied) -> None:
-    young = copied("young", without=("summary.json", "scores.*", "*.png", "sks_dog*", "*.jsonl", "notes.json"))
+    young = copied("young", without=("summary.json", "scores.*", "*.png", "yql_dog*", "*.jsonl", "notes.json"))
     _, found = compared(run, young)
     assert "Not a step is done yet." in found.under["At a glance"] and "–" in found.under["At a glance"]
     assert "The same prompts and seeds" not in found.under, "only one has pictures"

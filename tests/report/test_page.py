@@ -65,7 +65,7 @@ class TestWhatItSays:
     def test_before_and_after_are_pairs_of_one_prompt_and_seed(self, found: Page) -> None:
         told = [re.fullmatch("“(.*)” (without|with) the adapter, seed ([0-9]+)", i["alt"]) for i in found.all("img")]
         pairs = [match.groups() for match in told if match]
-        shown = [pair for pair in pairs if pair[0] == "a sks dog"][-4:]  # the first one also stands on top
+        shown = [pair for pair in pairs if pair[0] == "a yql dog"][-4:]  # the first one also stands on top
         assert [(kind, seed) for _, kind, seed in shown] == [
             ("without", "1"),
             ("with", "1"),
@@ -76,7 +76,7 @@ class TestWhatItSays:
 
     def test_steps_go_from_the_base_to_what_was_exported(self, found: Page) -> None:
         alts = [image["alt"] for image in found.all("img")]
-        steps = [alt.rpartition("”, ")[2] for alt in alts if alt.startswith("“a sks dog”, ")]
+        steps = [alt.rpartition("”, ")[2] for alt in alts if alt.startswith("“a yql dog”, ")]
         assert steps[:2] == ["the base", "step 2"] and len(steps) == 3
         assert re.fullmatch(r"exported: step [1-4]( at strength 0\.[68])?", steps[2])
 
@@ -116,8 +116,8 @@ class TestWhatItSays:
         words = found.under["How to use it"]
         assert {loader.name for loader in LOADERS} == set(usage.HOW)
         assert all(loader.name in words and loader.folder in words for loader in LOADERS)
-        assert words.count("<lora:sks_dog:1> sks dog") == 4
-        assert "lora-booth generate --base" in words and "--adapter sks_dog.safetensors" in words
+        assert words.count("<lora:yql_dog:1> yql dog") == 4
+        assert "lora-booth generate --base" in words and "--adapter yql_dog.safetensors" in words
 
     def test_its_command_trains_the_same_settings_into_a_new_folder(self, found: Page, run: Path) -> None:
         (line,) = re.findall(r"lora-booth train .*?-again", found.under["Make it again"])
@@ -161,7 +161,7 @@ class TestWhatItHolds:
 
 class TestRunsThatAreNotWhole:
     def test_a_run_on_its_way_says_how_far_it_is(self, copied: Copied) -> None:
-        folder = copied(without=("summary.json", "scores.*", "before_after.png", "sks_dog*"))
+        folder = copied(without=("summary.json", "scores.*", "before_after.png", "yql_dog*"))
         lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
         (folder / "metrics.jsonl").write_text("".join(lines[:3]))
         found = read(folder)
@@ -172,7 +172,7 @@ class TestRunsThatAreNotWhole:
 
     def test_a_run_before_its_first_step_is_no_fault(self, copied: Copied) -> None:
         folder = copied(
-            without=("summary.json", "scores.*", "*.png", "sks_dog*", "*.jsonl", "notes.json", "checkpoints")
+            without=("summary.json", "scores.*", "*.png", "yql_dog*", "*.jsonl", "notes.json", "checkpoints")
         )
         found = read(folder)
         assert "Not a step is done yet." in found.under[""]

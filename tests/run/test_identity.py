@@ -42,7 +42,7 @@ def begun(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
         first.with_suffix(".txt").write_text(f"a {{token}} {{class}} of {name}")
     first = config_of(root, run="first", steps=1, continued=False)
     train.train(first)
-    shutil.copy(root / "first" / "sks_dog_diffusers.safetensors", root / "start.safetensors")
+    shutil.copy(root / "first" / "yql_dog_diffusers.safetensors", root / "start.safetensors")
     with pytest.raises(Interrupted):
         train.train(config_of(root), report=At(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     return root

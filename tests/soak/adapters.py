@@ -23,7 +23,7 @@ from tests.soak.bench import Result
 from tests.soak.mutants import MUTATIONS, mutant
 from tests.support import adapted, tiny
 
-HEADER = {"modelspec.trigger_phrase": "sks dog", "ss_base_model_version": "sd_v1"}
+HEADER = {"modelspec.trigger_phrase": "yql dog", "ss_base_model_version": "sd_v1"}
 MAX_GROWTH_BYTES = 1 << 30
 """Of the process; torch's own arenas take some hundred MB."""
 SOUND_AFTER = {

@@ -103,7 +103,7 @@ def _bench(folder: Path) -> Bench:
         first.with_suffix(".txt").write_text(f"a {{token}} {{class}} of {pictures}")
     before = Bench(folder / "before", read)
     assert before.straight.run.folder is not None
-    shutil.copy(before.straight.run.folder / "sks_dog_diffusers.safetensors", folder / "read" / "start.safetensors")
+    shutil.copy(before.straight.run.folder / "yql_dog_diffusers.safetensors", folder / "read" / "start.safetensors")
     adapter = {"continue_from": folder / "read" / "start.safetensors", "rank": 2, "targets": FEW_LAYERS}
     return Bench(folder, read, prior={"folder": folder / "read" / "classes"}, adapter=adapter)
 

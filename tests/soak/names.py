@@ -99,7 +99,7 @@ def _trained(where: Path, base: Path, stems: tuple[str, ...], name: str) -> Path
     file = where / f"{name}.toml"
     file.write_bytes(os.fsencode(toml.to_toml(config)))
     _command("train", str(file))
-    return places["run"] / "sks_dog.safetensors"
+    return places["run"] / "yql_dog.safetensors"
 
 
 def _look_at_and_export(file: Path, where: Path, name: str) -> None:

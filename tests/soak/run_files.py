@@ -19,7 +19,7 @@ from tests.soak.pipes import job
 
 FILES = (
     "summary.json", "inputs.json", "config.toml", "metrics.jsonl", "contact_sheet.png", ".owner.json", ".lock",
-    "previews/step-000000.png", "previews/step-000001.png", "before_after.png", "sks_dog.safetensors", "sks_dog.json",
+    "previews/step-000000.png", "previews/step-000001.png", "before_after.png", "yql_dog.safetensors", "yql_dog.json",
     "saves.jsonl", "notes.json", "report.html",
 )  # fmt: skip
 VALUES = (None, True, 0, -1, 1.5, 1e308, 10**400, "", "x", "x" * 5000, [], [1], {}, {"a": None}, {"a": {"b": []}})
@@ -28,7 +28,7 @@ VALUES = (None, True, 0, -1, 1.5, 1e308, 10**400, "", "x", "x" * 5000, [], [1], 
 def run_files(count: int, folder: Path, seed: int = 0) -> Result:
     """Files of a run outside of checkpoints/ with other shapes, cut, or no files: the same adapter, or told by name."""
     sound, rng, failures = job(folder / "sound"), random.Random(seed), []
-    expected = load_file(sound / "run" / "sks_dog.safetensors")
+    expected = load_file(sound / "run" / "yql_dog.safetensors")
     finished = folder / "finished"
     shutil.copytree(sound, finished)
     assert commands.run(["train", "job.toml"], finished).code == 0
@@ -49,7 +49,7 @@ def run_files(count: int, folder: Path, seed: int = 0) -> Result:
         is_another_run = says_another and "holds a run of another config" in ended.err
         if not fault and ended.code and path.name not in ended.err and not is_another_run:
             fault = f"{path.name} is not named: {ended.err}"
-        made = where / "run" / "sks_dog.safetensors"
+        made = where / "run" / "yql_dog.safetensors"
         if not fault and ended.code == 0 and path != made:
             found = load_file(made)
             same = found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in expected)

@@ -18,7 +18,7 @@ WORDS = (
     "a",
     "photo",
     "of",
-    "sks",
+    "yql",
     "dog",
     "cat",
     "the",

@@ -93,7 +93,7 @@ def test_the_chosen_one_is_exported_with_its_strength_in_the_tensors(
     assert summary.scores.startswith("likeness ") and summary.scores.endswith("; by miniature")
 
     run = tmp_path / "run"
-    exported, header = storage.read(run / "sks_dog.safetensors"), storage.read_metadata(run / "sks_dog.safetensors")
+    exported, header = storage.read(run / "yql_dog.safetensors"), storage.read_metadata(run / "yql_dog.safetensors")
     assert (header["lora_booth.strength"], header["ss_steps"]) == ("0.6", "2")
     kept = export.export(file=run / "checkpoints" / "step-000002", out=tmp_path / "two", dtype="fp32")
     plain = storage.read(kept["kohya"])["unet"]
@@ -102,7 +102,7 @@ def test_the_chosen_one_is_exported_with_its_strength_in_the_tensors(
         expected = 0.6 * delta(plain[path])
         assert torch.allclose(delta(layer), expected, atol=2e-3 * float(expected.abs().max()))
     again = export.export(file=run, out=tmp_path / "best", step="best")
-    one, other = load_file(run / "sks_dog.safetensors"), load_file(again["kohya"])
+    one, other = load_file(run / "yql_dog.safetensors"), load_file(again["kohya"])
     assert_equal(one, other)
     assert len(scores.read(run / "scores.json").encoders[0].candidates) == 2
     with Image.open(run / "scores.png") as picture:
@@ -138,7 +138,7 @@ def test_a_run_killed_while_it_chooses_ends_as_one_that_was_not(make_config: Mak
     assert not (tmp_path / "stopped" / "summary.json").exists()
     again = train.train(best(make_config, "stopped"))
     assert (again.exported_step, again.exported_strength) == (straight.exported_step, straight.exported_strength)
-    name = "sks_dog.safetensors"
+    name = "yql_dog.safetensors"
     assert_equal(load_file(tmp_path / "straight" / name), load_file(tmp_path / "stopped" / name))
     one, other = (scores.read(tmp_path / run / "scores.json") for run in ("straight", "stopped"))
     assert one.encoders[0].candidates == other.encoders[0].candidates

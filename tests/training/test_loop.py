@@ -95,7 +95,7 @@ def test_a_run_killed_without_warning_resumes_to_the_same_bytes(make_config: Mak
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     assert_equal(expected, trained(killed))
     assert straight.run.folder is not None and killed.run.folder is not None
-    name = "sks_dog_diffusers.safetensors"
+    name = "yql_dog_diffusers.safetensors"
     assert_equal(load_file(straight.run.folder / name), load_file(killed.run.folder / name))
 
 
@@ -127,7 +127,7 @@ def test_the_loss_from_cached_inputs_equals_the_loss_without_a_cache(
     with torch.no_grad():
         mean, std = fresh.encode_images(pixels)
         draws, latent_noise = draw(0, 0, [row.position], row.item.shape, fresh.schedule)
-        conditioning = fresh.encode_prompts(["a photo of sks dog"])
+        conditioning = fresh.encode_prompts(["a photo of yql dog"])
         geometry = torch.tensor([crop.geometry], dtype=torch.float32)
         expected = s.objective.loss(
             lambda noisy, t: fresh.predict(noisy, t, conditioning, geometry), mean + std * latent_noise, draws

@@ -51,7 +51,7 @@ def moved(s: Session, size: float = 0.05) -> None:
 
 def item(number: int, plain: str | None = "a dog") -> Item:
     name = f"i{number}"
-    return Item("instance", name, name, (4, 8, 8), "a sks dog", (64, 64, 0, 0, 64, 64), plain)
+    return Item("instance", name, name, (4, 8, 8), "a yql dog", (64, 64, 0, 0, 64, 64), plain)
 
 
 class TestRows:
@@ -87,18 +87,18 @@ class TestRows:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a photo of sks dog", "a photo of dog"),
-        ("a SKS dog", "a dog"),
-        ("sks", ""),
-        ("a dog, sks.", "a dog, ."),
-        ("a photo of sks", "a photo of"),
+        ("a photo of yql dog", "a photo of dog"),
+        ("a YQL dog", "a dog"),
+        ("yql", ""),
+        ("a dog, yql.", "a dog, ."),
+        ("a photo of yql", "a photo of"),
         ("a husks dog", "a husks dog"),
-        ("sks-like sks", "-like"),
+        ("yql-like yql", "-like"),
         ("a dog", "a dog"),
     ],
 )
 def test_the_token_is_left_out_as_a_word(text: str, expected: str) -> None:
-    assert without_token(text, "sks") == expected
+    assert without_token(text, "yql") == expected
 
 
 def test_a_token_that_looks_like_a_pattern_is_a_word_like_others() -> None:

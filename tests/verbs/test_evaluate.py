@@ -236,7 +236,7 @@ def test_an_adapter_of_another_base_is_refused_before_a_picture_is_drawn(
     tmp_path: Path, bases: dict[str, Path], clip: str
 ) -> None:
     report = Recorder()
-    asked = Asked(base=str(bases["sdxl"]), token="sks", class_noun="dog")
+    asked = Asked(base=str(bases["sdxl"]), token="yql", class_noun="dog")
     with pytest.raises(ModelError, match="does not fit the base"):
         evaluate(_file(tmp_path), asked, Method(encoder_names=[clip], wishes=FAST), report)
     assert "pictures" not in report.tasks and not (tmp_path / "a_scores").exists()
@@ -246,7 +246,7 @@ def test_without_pictures_of_the_subject_drift_is_measured_alone(
     tmp_path: Path, bases: dict[str, Path], clip: str, prompt_file: Path
 ) -> None:
     report = Recorder()
-    asked = Asked(base=str(bases["sd1"]), token="sks", class_noun="dog")
+    asked = Asked(base=str(bases["sd1"]), token="yql", class_noun="dog")
     method = Method(encoder_names=[clip], prompt_file=prompt_file, strengths=[1.0], wishes=FAST)
     found = evaluate(_file(tmp_path), asked, method, report)
     metrics = found.encoders[0].candidates[0].metrics
@@ -270,7 +270,7 @@ def test_a_signal_in_the_middle_stops_and_leaves_nothing_and_the_same_again_fini
         evaluate(run, asked, method, Signals())
     assert not (tmp_path / "out").exists()
     evaluate(run, asked, method)
-    assert scores.read(tmp_path / "out" / "scores.json").name == "sks_dog"
+    assert scores.read(tmp_path / "out" / "scores.json").name == "yql_dog"
 
 
 def test_scores_of_another_encoder_are_not_compared(run: Path, clip: str, prompt_file: Path, tmp_path: Path) -> None:

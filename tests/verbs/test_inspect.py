@@ -38,14 +38,14 @@ def test_where_shapes_do_not_tell_the_family_the_header_does() -> None:
 @pytest.mark.parametrize("name", ["kohya", "diffusers"])
 def test_kind_layers_rank_scale_and_words_are_told(name: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    header = {"modelspec.trigger_phrase": "sks dog"}
+    header = {"modelspec.trigger_phrase": "yql dog"}
     storage.FORMATS[name].write(path, adapter(768), "sd1", torch.float32, header)
     recorder = Recorder()
     inspect(path, recorder)
     text = "\n".join(line for _, line in recorder.events)
     assert f"{name} naming, LoRA" in text
     assert "1 layers, rank 4 (1)" in text
-    assert "sks dog" in text
+    assert "yql dog" in text
     # Every entry of the change is 4 * 0.5 = 2, and there are 640 * 768: norm 2 * sqrt(491520) = 1402.2.
     assert "1.4e+03" in text
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lora_booth.cli import app
-from lora_booth.config.settings import ModelConfig
+from lora_booth.config.settings import ModelConfig, SubjectConfig
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.models import loading, meanings
 from lora_booth.models.bases import identifiers, vocabulary
@@ -66,6 +66,13 @@ def test_what_is_said_of_a_token(token: str, noun: str, told: list[str]) -> None
     said = identifiers.faults(token, noun, [vocabulary.shipped()])
     assert len(said) == len(told) and all(part in fault for part, fault in zip(told, said, strict=True)), said
     assert all("lora-booth tokens" in fault for fault in said)
+
+
+def test_nothing_is_said_of_the_usual_token() -> None:
+    usual = SubjectConfig.model_fields["token"].default
+    own = vocabulary.shipped()
+    assert usual in {c.word for c in identifiers.candidates([own], "dog")}
+    assert not identifiers.faults(usual, "dog", [own])
 
 
 def test_proposals_are_rare_single_words_that_nothing_is_said_of() -> None:

@@ -47,10 +47,10 @@ def test_a_run_leaves_adapter_files_pictures_metrics_and_a_summary(make_config: 
         "contact_sheet.png",
         "metrics.jsonl",
         "summary.json",
-        "sks_dog.safetensors",
-        "sks_dog_diffusers.safetensors",
-        "sks_dog.json",
-        "sks_dog.png",
+        "yql_dog.safetensors",
+        "yql_dog_diffusers.safetensors",
+        "yql_dog.json",
+        "yql_dog.png",
         "before_after.png",
         "previews/step-000000.png",
         "previews/step-000002.png",
@@ -69,21 +69,21 @@ def test_the_cover_is_the_first_picture_made_with_the_adapter_or_none(make_confi
     pictures = {"images_per_prompt": 1, "sampler_steps": 2, "prompts": ["a {class}"]}
     train.train(make_config(preview=pictures))
     folder = tmp_path / "run"
-    for name in ("sks_dog", "sks_dog_diffusers"):
+    for name in ("yql_dog", "yql_dog_diffusers"):
         assert "modelspec.thumbnail" in storage.read_metadata(folder / f"{name}.safetensors")
-    assert json.loads((folder / "sks_dog.json").read_text())["activation text"] == "sks dog"
-    with Image.open(folder / "sks_dog.png") as cover:
+    assert json.loads((folder / "yql_dog.json").read_text())["activation text"] == "yql dog"
+    with Image.open(folder / "yql_dog.png") as cover:
         assert cover.size == (512, 512)
     train.train(make_config(name="bare", preview=pictures, export={"cover": False}))
-    assert "modelspec.thumbnail" not in storage.read_metadata(tmp_path / "bare" / "sks_dog.safetensors")
-    assert not (tmp_path / "bare" / "sks_dog.png").exists()
+    assert "modelspec.thumbnail" not in storage.read_metadata(tmp_path / "bare" / "yql_dog.safetensors")
+    assert not (tmp_path / "bare" / "yql_dog.png").exists()
 
 
 def test_the_files_say_what_they_are_and_hold_no_path(make_config: MakeConfig, tmp_path: Path) -> None:
     train.train(make_config())
-    with safe_open(tmp_path / "run" / "sks_dog.safetensors", "pt") as file:
+    with safe_open(tmp_path / "run" / "yql_dog.safetensors", "pt") as file:
         header = file.metadata()
-    assert header["modelspec.trigger_phrase"] == "sks dog"
+    assert header["modelspec.trigger_phrase"] == "yql dog"
     assert header["ss_base_model_version"] == "sd_v1"
     assert json.loads(header["lora_booth.config"])["subject"]["class_noun"] == "dog"
     assert str(tmp_path) not in str(header)
@@ -120,8 +120,8 @@ def test_what_a_run_lost_of_its_pictures_and_metrics_is_made_again_or_told(
 
 def test_both_files_hold_the_same_update(make_config: MakeConfig, tmp_path: Path) -> None:
     train.train(make_config("sd1", export={"dtype": "fp32"}))
-    kohya = storage.read(tmp_path / "run" / "sks_dog.safetensors")["unet"]
-    diffusers = storage.read(tmp_path / "run" / "sks_dog_diffusers.safetensors")["unet"]
+    kohya = storage.read(tmp_path / "run" / "yql_dog.safetensors")["unet"]
+    diffusers = storage.read(tmp_path / "run" / "yql_dog_diffusers.safetensors")["unet"]
     assert kohya.keys() == diffusers.keys()
     assert len(kohya) == 128  # the attention layers of every SD 1 UNet
     for name, low in kohya.items():
@@ -149,7 +149,7 @@ def test_text_encoders_train_with_their_own_learning_rate(family: str, make_conf
 
 def test_a_run_continues_from_an_adapter_file(make_config: MakeConfig, tmp_path: Path) -> None:
     first = trained(make_config(name="first", export={"dtype": "fp32"}))
-    path = tmp_path / "first" / "sks_dog_diffusers.safetensors"
+    path = tmp_path / "first" / "yql_dog_diffusers.safetensors"
     second = make_config(name="second", adapter={"continue_from": path}, optimizer={"learning_rate": 1e-12})
     assert_near(first, trained(second), 1e-6)
 
@@ -289,7 +289,7 @@ def test_captions_and_held_out_pictures_are_used(
     config = make_config(subject={"images": tmp_path / "captioned", "held_out": tmp_path / "held_out"})
     s = session_of(config, monkeypatch)
     prompts = [item.prompt for item in s.prepared.order.instances]
-    assert prompts == ["a picture of sks dog on the beach", "a photo of sks dog", "a photo of sks dog"]
+    assert prompts == ["a picture of yql dog on the beach", "a photo of yql dog", "a photo of yql dog"]
     assert len(s.prepared.validation) == 2
 
 
@@ -354,7 +354,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_chec
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert checkpoints[-1].name == "step-000002"
     assert all(tensor.isfinite().all() for tensor in load_file(checkpoints[-1] / "adapter.safetensors").values())
-    assert not (tmp_path / "run" / "sks_dog.safetensors").exists()
+    assert not (tmp_path / "run" / "yql_dog.safetensors").exists()
 
 
 def test_the_next_step_s_inputs_are_made_before_the_device_is_waited_for(
@@ -543,7 +543,7 @@ def test_a_run_that_another_process_finishes_meanwhile_is_returned_as_it_is(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first = train.train(make_config())
-    file = tmp_path / "run" / "sks_dog.safetensors"
+    file = tmp_path / "run" / "yql_dog.safetensors"
     before = file.stat()
     answers = iter([False])  # as this process looks; when it has the folder, the run is finished
     monkeypatch.setattr(train, "is_finished", lambda folder: next(answers, True))
