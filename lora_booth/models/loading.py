@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -39,29 +40,45 @@ def load(
     dtype: torch.dtype,
     base: identify.BaseFacts | None = None,
     needs_vae: bool = True,
+    does_vae_wait: bool = False,
+    do_text_encoders_wait: bool = False,
     is_denoiser_offloaded: bool = False,
 ) -> Family:
     """The base of `config`, frozen, on `device`: VAE in float32, the rest in `dtype`. `base`: its facts, if known: a
     name on the hub may mean another commit when it is asked for again.
 
-    Parts that are not needed are not read; calling for them then is an assertion error. A base with all its parts has
-    computed one tiny sample before it is returned, so that a damaged one is told here and not in the middle of a run.
+    Parts that are not needed are not read; calling for them then is an assertion error. Those that wait are read from a
+    folder when they are first called for. What is read has computed one tiny sample before it is returned, so that a
+    damaged base is told here and not in the middle of a run; the denoiser as soon as there are text encoders, without
+    which it is only called with prompts that an earlier sound base has encoded.
     `is_denoiser_offloaded`: the denoiser is left in main memory, and was never on the device beside the text encoders.
     """
     import torch
 
-    from lora_booth.models.families.components import Wanted, load_components, readable
+    from lora_booth.models.families.components import Wanted, load_components
 
     base = base or facts(config)
     quantization = None if config.quantize == "none" else config.quantize
-    wanted = Wanted(torch.device(device), dtype, needs_vae, quantization, is_denoiser_offloaded)
-    family = around(base, load_components(base, wanted))
+    wanted = Wanted(
+        torch.device(device),
+        dtype,
+        needs_vae,
+        quantization,
+        is_denoiser_offloaded,
+        does_vae_wait=does_vae_wait,
+        do_text_encoders_wait=do_text_encoders_wait,
+    )
+    parts = load_components(base, wanted)
+    family = around(base, parts)
     family.fingerprint = sources.fingerprint(base.path)
     if quantization is not None:
         family.fingerprint += f" in {quantization}"  # its embeddings and pictures are not those of the plain base
-    if needs_vae:
-        with readable(base.path):
-            _require_finite_sample(family, base, is_denoiser_offloaded=is_denoiser_offloaded)
+    if needs_vae:  # else what is loaded is asked for its weights
+        family.when_read = partial(_require_finite, base=base, is_denoiser_offloaded=is_denoiser_offloaded)
+        if parts.read_vae is None:
+            family.when_read(family, "vae")
+        if parts.read_text_encoders is None:
+            family.when_read(family, "text encoders")
     return family
 
 
@@ -72,27 +89,28 @@ def around(base: identify.BaseFacts, parts: Components) -> Family:
     return family
 
 
-def _require_finite_sample(family: Family, base: identify.BaseFacts, *, is_denoiser_offloaded: bool) -> None:
-    """Raises ModelError when a grey picture of the smallest size does not go through every part as finite numbers."""
+def _require_finite(family: Family, part: str, *, base: identify.BaseFacts, is_denoiser_offloaded: bool) -> None:
+    """Raises ModelError when a sample of the smallest size does not go through the "vae", or the "text encoders" and
+    the denoiser, as finite numbers."""
     import torch
 
-    side = family.bucket_step
-    with torch.no_grad():
-        mean, std = family.encode_images(torch.zeros(1, 3, side, side))
-        prompt = family.encode_prompts(["a dog"])
-        geometry = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=mean.device)
-        timesteps = family.schedule.timesteps_at([0.5]).to(mean.device)
-        pixels = family.decode_latents(mean)
-        with _in_turn(family) if is_denoiser_offloaded else nullcontext():
-            output = family.predict(mean, timesteps, prompt, geometry)
-    texts = [("text encoder", tensor) for tensor in prompt.values()]
-    for what, tensor in (
-        ("vae", mean),
-        ("vae", std),
-        ("vae", pixels),
-        *texts,
-        (base.architecture.denoiser, output),
-    ):
+    from lora_booth.models.families.components import readable
+
+    side, found = family.bucket_step, list[tuple[str, torch.Tensor]]()
+    with readable(base.path), torch.no_grad():
+        if part == "vae":
+            mean, std = family.encode_images(torch.zeros(1, 3, side, side))
+            found += [("vae", mean), ("vae", std), ("vae", family.decode_latents(mean))]
+        else:
+            prompt = family.encode_prompts(["a dog"])
+            geometry = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=family.device)
+            timesteps = family.schedule.timesteps_at([0.5]).to(family.device)
+            noisy = torch.ones(1, *family.latent_shape(side, side), device=family.device)
+            with _in_turn(family) if is_denoiser_offloaded else nullcontext():
+                output = family.predict(noisy, timesteps, prompt, geometry)
+            found += [("text encoder", tensor) for tensor in prompt.values()]
+            found.append((base.architecture.denoiser, output))
+    for what, tensor in found:
         if not torch.isfinite(tensor).all():
             raise ModelError(
                 f"the {what} of {base.path} computes NaN or infinity; its weights are damaged (copy or download it "

@@ -31,7 +31,7 @@ from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.devices import dtype_for
 from lora_booth.models.families.family import Family
 from lora_booth.models.families.noise import Diffusion
-from lora_booth.planning import decide
+from lora_booth.planning import decide, memory
 from lora_booth.run import identity, notes, systems, versions
 from lora_booth.run.checkpoints import Checkpoint
 from lora_booth.run.folder import Run, require_free_space
@@ -181,8 +181,15 @@ def _accelerator(config: Config, report: Report) -> Accelerator:
 def _load(config: Resolved, facts: BaseFacts, device: torch.device, dtype: torch.dtype, report: Report) -> Family:
     kind = decide.described(config, facts)
     report.event("base", f"base {kind}, in {dtype} on {device}".replace("torch.", ""))
-    is_offloaded = config.memory.offload_denoiser
-    family = loading.load(config.model, device=device, dtype=dtype, base=facts, is_denoiser_offloaded=is_offloaded)
+    family = loading.load(
+        config.model,
+        device=device,
+        dtype=dtype,
+        base=facts,
+        does_vae_wait=not memory.draws(config),
+        do_text_encoders_wait=not config.adapter.text_encoder,
+        is_denoiser_offloaded=config.memory.offload_denoiser,
+    )
     if config.objective.zero_terminal_snr:
         assert isinstance(family.schedule, Diffusion), "refused before for all others"
         family.schedule = family.schedule.rescaled_to_zero_terminal_snr()

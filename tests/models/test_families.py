@@ -8,7 +8,7 @@ import logging
 import shutil
 import socket
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from lora_booth.config.settings import ModelConfig
-from lora_booth.errors import ConfigError, LoraBoothError, lacks_memory
+from lora_booth.errors import ConfigError, LoraBoothError, ModelError, lacks_memory
 from lora_booth.models import at_once, devices, loading
 from lora_booth.models.families import components, vae
 from lora_booth.models.families import family as families
@@ -373,6 +374,56 @@ def test_parts_that_are_not_needed_are_not_loaded(base: Base) -> None:
     family = load(base.folder, needs_vae=False)
     with pytest.raises(AssertionError, match="VAE was not loaded"):
         family.encode_images(pixels(1))
+
+
+def test_parts_that_wait_are_read_when_they_are_needed_and_give_the_same(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, honest, names = load(base.folder), components._from_folder, []
+
+    def noted(facts: Any, wanted: Sequence[str], dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+        names.append(list(wanted))
+        return honest(facts, wanted, dtype)
+
+    monkeypatch.setattr(components, "_from_folder", noted)
+    family = load(base.folder, does_vae_wait=True, do_text_encoders_wait=True)
+    assert family.latent_shape(64, 32) == at_once.latent_shape(64, 32)
+    family.move_vae("cpu")
+    assert names == [["unet"]]
+    for a, b in zip(family.encode_images(pixels(1)), at_once.encode_images(pixels(1)), strict=True):
+        assert torch.equal(a, b)
+    assert names == [["unet"], ["vae"]]
+    prompts, same = family.encode_prompts([PROMPT]), at_once.encode_prompts([PROMPT])
+    assert all(torch.equal(prompts[name], same[name]) for name in same)
+    family.decode_latents(latents(1))
+    assert names == [["unet"], ["vae"], list(at_once.text_encoders())]
+    family.release_text_encoders()
+    late = load(base.folder, do_text_encoders_wait=True)
+    late.release_text_encoders()
+    for released in (family, late):
+        with pytest.raises(AssertionError, match="released"):
+            released.text_encoders()
+
+
+@pytest.mark.parametrize(
+    ("part", "use"),
+    [
+        ("vae", lambda family: family.decode_latents(latents(1))),
+        ("text_encoder", lambda family: family.encode_prompts([PROMPT])),
+        ("unet", lambda family: family.encode_prompts([PROMPT])),
+    ],
+)
+def test_a_damaged_part_that_waits_is_told_when_it_is_read(
+    part: str, use: Callable[[Family], Any], tmp_path: Path
+) -> None:
+    folder = tiny_sd(tmp_path / "base")
+    path = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(path)
+    name = max(tensors, key=lambda key: tensors[key].numel())
+    save_file({key: t * float("nan") if key == name else t for key, t in tensors.items()}, path)
+    family = load(folder, does_vae_wait=True, do_text_encoders_wait=True)
+    with pytest.raises(ModelError, match=f"the {part.replace('_', ' ')} of .* computes NaN"):
+        use(family)
 
 
 def test_gradients_reach_an_adapted_text_encoder_and_only_it(base: Base) -> None:

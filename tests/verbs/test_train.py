@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lora_booth.config import toml
 from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, DataError, DiskError, Interrupted, ModelError, NumericError
 from lora_booth.models import devices, loading
+from lora_booth.models.families import components
 from lora_booth.training import loop, session
 from lora_booth.verbs import train
 from tests.conftest import MakeConfig
@@ -493,6 +494,29 @@ def test_a_step_needs_neither_vae_nor_text_encoders(
     assert len(after_first) == (2 if family == "sdxl" else 1)
     assert all(module is None for module in after_first + after_third)
     assert calls_third == calls_first  # the second run found its latents in the cache
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_run_whose_work_is_cached_reads_the_denoiser_alone_and_ends_the_same(
+    family: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    honest, names = components._from_folder, list[str]()
+
+    def noted(facts: Any, wanted: Sequence[str], dtype: torch.dtype) -> Any:
+        names.extend(wanted)
+        return honest(facts, wanted, dtype)
+
+    monkeypatch.setattr(components, "_from_folder", noted)
+    run = {"cache": tmp_path / "cache"}
+    settings: dict[str, Any] = {"train": {"steps": 3}, "preview": {"images_per_prompt": 0}, "run": run}
+    first = train.train(make_config(family, **settings))
+    assert {"vae", "text_encoder"} < set(names)
+    names.clear()
+    second = train.train(make_config(family, "other", **settings))
+    assert names == ["unet"]
+    assert second.validation_loss == first.validation_loss
+    train.train(make_config(family, "drawn", **settings | {"preview": {"images_per_prompt": 1}}))
+    assert names == ["unet", "unet", "vae"]
 
 
 @pytest.mark.parametrize("prior", [{"num_images": 13}, {"mode": "model", "captions": ("a cat",), "norm_weight": 1.0}])

@@ -14,9 +14,9 @@ import contextlib
 import gzip
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -47,7 +47,7 @@ CLIP_MERGES = SHIPPED_CONFIGS / "clip_merges.txt.gz"
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a base, all frozen and in eval mode; `vae` and `text_encoders` only where they were asked for."""
+    """The parts of a base, all frozen and in eval mode; `vae` and `text_encoders` only where they were read by now."""
 
     denoiser: nn.Module
     vae: Vae | None
@@ -55,6 +55,10 @@ class Components:
     tokens: dict[str, Tokens]
     """Component name of the text encoder that reads them, to its tokenizer."""
     device: torch.device
+    read_vae: Callable[[], Vae] | None = None
+    """Reads the VAE, where it waits until it is needed."""
+    read_text_encoders: Callable[[], dict[str, nn.Module]] | None = None
+    """Reads the text encoders, where they wait."""
 
 
 @dataclass(frozen=True)
@@ -68,35 +72,54 @@ class Wanted:
     """Of the denoiser and the text encoders."""
     is_denoiser_offloaded: bool = False
     """Whether the denoiser is left in main memory."""
+    does_vae_wait: bool = False
+    """Whether it is read when it is first needed, if ever. Nothing of a single file waits: it is read as a whole."""
+    do_text_encoders_wait: bool = False
 
 
 def load_components(facts: BaseFacts, wanted: Wanted) -> Components:
     """Load what is wanted. ModelError, naming the file, when weights are missing, surplus in shape, or unreadable."""
-    row = facts.architecture
-    names = [row.denoiser, *(["vae"] if wanted.needs_vae else []), *row.text_encoders]
+    row, is_file = facts.architecture, facts.path.is_file()
+    does_vae_wait = wanted.does_vae_wait and wanted.needs_vae and not is_file
+    do_texts_wait = wanted.do_text_encoders_wait and not is_file
+    has_vae = wanted.needs_vae and not does_vae_wait
+    now = [row.denoiser, *(["vae"] if has_vae else []), *(() if do_texts_wait else row.text_encoders)]
+    modules = _read(facts, wanted, now)
+    with quiet():
+        tokens = {name: _tokens(facts, name) for name in row.text_encoders}
+    return Components(
+        denoiser=modules[row.denoiser],
+        vae=_vae(facts, modules, wanted) if has_vae else None,
+        text_encoders={name: modules[name] for name in row.text_encoders if name in modules},
+        tokens=tokens,
+        device=wanted.device,
+        read_vae=(lambda: _vae(facts, _read(facts, wanted, ["vae"]), wanted)) if does_vae_wait else None,
+        read_text_encoders=partial(_read, facts, wanted, row.text_encoders) if do_texts_wait else None,
+    )
+
+
+def _read(facts: BaseFacts, wanted: Wanted, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The components `names`, frozen, where they belong and in their types."""
     load = _from_single_file if facts.path.is_file() else _from_folder
     with quiet():
         modules = load(facts, names, wanted.dtype)
-        tokens = {name: _tokens(facts, name) for name in row.text_encoders}
         for name, module in modules.items():
             module.requires_grad_(False)
             if wanted.quantization is not None and name != "vae":
                 quantize_(module, wanted.quantization, wanted.device)
-            if name == row.denoiser and wanted.is_denoiser_offloaded:
+            if name == facts.architecture.denoiser and wanted.is_denoiser_offloaded:
                 move_frozen_(module.eval(), "cpu")
             else:
                 module.eval().to(wanted.device)
+    return modules
+
+
+def _vae(facts: BaseFacts, modules: Mapping[str, nn.Module], wanted: Wanted) -> Vae:
     with readable(facts.path):
-        vae = Vae(modules["vae"]) if "vae" in modules else None
-        if vae is not None and wanted.device.type == "cpu":  # a fifth faster there; decoding gains nothing
+        vae = Vae(modules["vae"])
+        if wanted.device.type == "cpu":  # a fifth faster there; decoding gains nothing
             vae.module.encoder.to(memory_format=torch.channels_last)
-    return Components(
-        denoiser=modules[row.denoiser],
-        vae=vae,
-        text_encoders={name: modules[name] for name in row.text_encoders if name in modules},
-        tokens=tokens,
-        device=wanted.device,
-    )
+    return vae
 
 
 def without_weights(facts: BaseFacts, dtype: torch.dtype) -> Components:

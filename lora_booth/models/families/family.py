@@ -15,7 +15,7 @@ Words fixed here, used everywhere:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ class Family(ABC):
     """Where all is computed; parts may wait in main memory meanwhile."""
     num_used_text_layers: dict[str, int]
     """Component name of each text encoder to the number of its layers that reach the conditioning."""
+    when_read: Callable[[Family, str], None]
+    """Told "vae" or "text encoders" as soon as these, having waited, are read."""
 
     def __init__(self, facts: BaseFacts, parts: Components) -> None:
         self.name = facts.family
@@ -60,6 +62,8 @@ class Family(ABC):
         self.schedule = noise_schedule(self._solver_config, source=facts.path)
         self.denoiser, self.device = parts.denoiser, parts.device
         self._parts_vae, self._encoders, self._tokens = parts.vae, dict(parts.text_encoders), parts.tokens
+        self._read_vae, self._read_text_encoders = parts.read_vae, parts.read_text_encoders
+        self._vae_config, self.when_read = facts.config("vae"), lambda family, part: None
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -94,6 +98,10 @@ class Family(ABC):
 
     def text_encoders(self) -> dict[str, nn.Module]:
         """Component name ("text_encoder", "text_encoder_2") to module, for adapters; not once they are released."""
+        if self._read_text_encoders is not None:
+            read, self._read_text_encoders = self._read_text_encoders, None
+            self._encoders = read()
+            self.when_read(self, "text encoders")
         assert self._encoders, "the text encoders were released, or never loaded"
         return dict(self._encoders)
 
@@ -112,7 +120,8 @@ class Family(ABC):
 
     def latent_shape(self, width_px: int, height_px: int) -> tuple[int, int, int]:
         """`[C, h, w]` of the latents of a picture of this size."""
-        return self._vae.latent_shape(width_px, height_px)
+        factor = 2 ** (len(self._vae_config.get("block_out_channels", [64])) - 1)  # as AutoencoderKL has it by default
+        return self._vae_config.get("latent_channels", 4), height_px // factor, width_px // factor
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, scaled, float32 `[B, C, h, w]` each. The VAE runs in float32."""
@@ -124,7 +133,8 @@ class Family(ABC):
 
     def move_vae(self, device: torch.device | str) -> None:
         """Put the VAE on `device`; it is only needed for caching and pictures."""
-        self._vae.module.to(device)
+        if self._parts_vae is not None:
+            self._parts_vae.module.to(device)
 
     def move_denoiser(self, device: torch.device | str) -> None:
         """Put the denoiser on `device`, but for what is trained in it; VAE and text encoders do without."""
@@ -133,6 +143,7 @@ class Family(ABC):
     def release_text_encoders(self) -> None:
         """Drop the text encoders, so that their memory is free. Prompts can no longer be encoded."""
         self._encoders.clear()
+        self._read_text_encoders = None
 
     def prepare_denoiser_(self, *, gradient_checkpointing: float, attention: str, is_offloading: bool = False) -> None:
         """Switch recomputation of the activations of a share of the blocks, from the first on, whose inputs wait in
@@ -145,6 +156,10 @@ class Family(ABC):
 
     @property
     def _vae(self) -> Vae:
+        if self._read_vae is not None:
+            read, self._read_vae = self._read_vae, None
+            self._parts_vae = read()
+            self.when_read(self, "vae")
         assert self._parts_vae is not None, "the VAE was not loaded"
         return self._parts_vae
 

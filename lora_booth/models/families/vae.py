@@ -66,10 +66,6 @@ class Vae:
         device: torch.device = next(self.module.parameters()).device
         return device
 
-    def latent_shape(self, width_px: int, height_px: int) -> tuple[int, int, int]:
-        """`[C, h, w]` of a picture of this size."""
-        return self.module.config.latent_channels, height_px // self.factor, width_px // self.factor
-
     @property
     def factor(self) -> int:
         """Pixels per latent, along a side."""
