@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 CONSTRAINTS := constraints.txt
 # Of what pip fetches to build the package itself, which --constraint does not reach.
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/$(CONSTRAINTS)
-EXTRAS := dev,optim,tracking,heic,likeness,miniature
+EXTRAS := dev,optim,tracking,heic,likeness,miniature,site
 # The one version that is chosen by hand: another torch computes other last bits.
 LOCKED_TORCH := 2.13.0
 # Processes that run tests: one a core, and one more, since some wait for a disk or a process of their own. Each holds
@@ -16,7 +16,7 @@ LOCKED_TORCH := 2.13.0
 WORKERS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((cores < 8 ? cores + 1 : 8)))
 
 .PHONY: demo test check lint types tests test-slow test-gpu card test-oldest test-newest test-next soak lock \
-	miniature-data miniature-weights clean
+	miniature-data miniature-weights site clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lora-booth demo
@@ -90,6 +90,10 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed Makefile
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@
+
+# docs/ as a site, in build/site; fails at a dead link. docs/settings.md: `python -m tools.settings_page --write`.
+site: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

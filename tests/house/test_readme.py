@@ -1,4 +1,4 @@
-"""README keeps its promises: its commands parse, its files exist, its numbers agree with the code."""
+"""README and the guide keep their promises: their commands parse, its files exist, its numbers agree with the code."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("lora-booth ")
 ]
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
+COMMANDS += [code.replace("\n", " ") for code in re.findall(r"`(lora-booth \w+\s[^`]+)`", GUIDE)]
 
 
 def test_the_first_twenty_lines_show_the_two_commands() -> None:
@@ -37,7 +39,7 @@ def test_make_knows_the_commands() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_is_understood(command: str) -> None:
+def test_a_command_of_the_documents_is_understood(command: str) -> None:
     words = shlex.split(command)[1:]
     group = typer.main.get_command(app.app)
     verb = group.commands[words[0]]  # type: ignore[attr-defined]
