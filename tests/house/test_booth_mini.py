@@ -86,7 +86,7 @@ def test_the_whole_model_weighs_between_15_and_45_megabytes():
 
 def test_the_tokenizer_pads_with_the_end_token_to_the_text_encoders_length(pipeline):
     tokenizer, config = pipeline.tokenizer, pipeline.text_encoder.config
-    ids = tokenizer("a yql dog", padding="max_length", truncation=True).input_ids
+    ids = tokenizer("a sks dog", padding="max_length", truncation=True).input_ids
     assert len(ids) == tokenizer.model_max_length == config.max_position_embeddings == 32
     assert tokenizer.convert_ids_to_tokens(ids)[:6] == [
         "<|startoftext|>",
