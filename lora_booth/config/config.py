@@ -11,21 +11,20 @@ from pydantic import model_validator
 
 from lora_booth.config import inputs, names
 from lora_booth.config.inputs import shown
+from lora_booth.config.machine import MemoryConfig, RunConfig
 from lora_booth.config.patterns import why_no_pattern
+from lora_booth.config.section import Section
 from lora_booth.config.settings import (
     TARGET_PRESETS,
     AdapterConfig,
     DataConfig,
     EvaluateConfig,
     ExportConfig,
-    MemoryConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     PreviewConfig,
     PriorConfig,
-    RunConfig,
-    Section,
     SubjectConfig,
     TrainConfig,
 )

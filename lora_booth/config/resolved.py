@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Literal
 
 from lora_booth.config.config import Config
-from lora_booth.config.settings import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, TrainConfig
+from lora_booth.config.machine import MemoryConfig
+from lora_booth.config.settings import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 
 class FilledData(DataConfig):

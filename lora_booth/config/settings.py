@@ -13,11 +13,11 @@ second only how.
 
 from __future__ import annotations
 
-from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
+
+from lora_booth.config.section import BaseName, Beta, FilePath, Precision, Sampler, Section, Share, Strength, Texts
 
 BASE_ALIASES = {
     "booth-mini": (),
@@ -38,31 +38,6 @@ TARGET_PRESETS = (
 
 MAX_PATTERNS = 2000
 """SDXL has 964 layers that can be adapted, text encoders included; of each a pattern of its own is enough."""
-
-
-def _from_home(path: Path) -> Path:
-    """`path` with a leading "~" as the user's home; as it is where nobody's home is known."""
-    with suppress(RuntimeError):
-        return path.expanduser()
-    return path
-
-
-FilePath = Annotated[Path, Field(strict=False), AfterValidator(_from_home)]
-BaseName = Annotated[str, AfterValidator(lambda name: str(_from_home(Path(name))) if name.startswith("~") else name)]
-Texts = Annotated[tuple[str, ...], Field(strict=False)]
-Share = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, bool) else value)]
-"""From 0 to 1; false and true are its ends."""
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Strength = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Sampler = Literal["dpm++", "ddim", "euler", "base"]
-
-
-class Section(BaseModel):
-    """What all sections share: unknown keys are errors, values are not coerced, instances do not change, and no number
-    is NaN or infinite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -105,6 +80,12 @@ class SubjectConfig(Section):
     )
     captions: Literal["files", "off"] = Field(
         "files", description="files: a .txt of the same name beside a picture replaces the prompt. off: prompt always."
+    )
+    masks: Literal["files", "alpha", "off"] = Field(
+        "files",
+        description="Where a mask says what the subject is, white on black. files: name.mask.png beside a picture, or "
+        "masks/name.png; alpha: else what is not transparent; off: nowhere. objective.background_weight says what the "
+        "rest counts.",
     )
     held_out: FilePath | None = Field(
         None, description="Folder of pictures never trained on; their loss chooses the best checkpoint."
@@ -213,6 +194,13 @@ class ObjectiveConfig(Section):
     )
     loss: Literal["mse", "huber"] = Field("mse", description="Distance between prediction and target.")
     huber_delta: float = Field(0.1, gt=0, description="Where huber turns from square to linear.")
+    background_weight: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="What the background of a picture with a mask counts in its loss, where the subject counts 1. At 0 "
+        "nothing keeps it from anything; 1 is a loss without masks.",
+    )
     dco_beta: float | None = Field(
         None,
         gt=0,
@@ -344,56 +332,3 @@ class ExportConfig(Section):
     )
     author: str | None = Field(None, description="Written into the file's metadata if given.")
     license: str | None = Field(None, description="Written into the file's metadata if given.")
-
-
-class MemoryConfig(Section):
-    """[memory] — what the run may use."""
-
-    device: Literal["auto", "cuda", "xpu", "mps", "cpu"] = Field(
-        "auto",
-        description="What computes. auto: the graphics card that torch finds (cuda: NVIDIA, or AMD through ROCm; xpu: "
-        "Intel; mps: Apple), else the CPU. Any other value is an error where torch finds no such device.",
-    )
-    budget_gib: float | None = Field(
-        None, gt=0, le=1024, description="Device memory the run may use. Default: what the card has free."
-    )
-    pictures_at_once: int | None = Field(
-        None,
-        ge=1,
-        le=64,
-        description="Class images and previews that are drawn together. Default: as many as the budget allows, at most "
-        "8; 4 on a CPU.",
-    )
-    tiled_decoding: bool | None = Field(
-        None,
-        description="Decode pictures in overlapping tiles of 768 px: far less memory for SDXL, and tones may differ a "
-        "little between tiles. Nothing that is trained on changes. Default: where the budget demands it.",
-    )
-    offload_activations: bool | None = Field(
-        None,
-        description="Of blocks that compute their activations again, the inputs too wait in main memory: half of what "
-        "is left, for a copy there and back. Needs train.gradient_checkpointing. Default: where the budget demands it.",
-    )
-    offload_denoiser: bool | None = Field(
-        None,
-        description="The denoiser waits in main memory while prompts are encoded and while the VAE works. Default: "
-        "where the budget demands it.",
-    )
-
-
-class RunConfig(Section):
-    """[run] — where things are written."""
-
-    folder: FilePath | None = Field(None, description="Run folder. Default: runs/<token>_<class>.")
-    cache: FilePath | None = Field(None, description="Shared latents, embeddings, class images. Default: the user's.")
-    cache_limit_gib: float = Field(
-        20.0,
-        gt=0,
-        le=1_000_000,
-        description="What the cache may hold; beyond it, what was not used for the longest goes when a run has "
-        "prepared. 20: about fifty sets of 200 class images of SDXL, so that nobody has to think of it.",
-    )
-    trackers: Annotated[tuple[Literal["tensorboard"], ...], Field(strict=False)] = Field(
-        (), description="Besides metrics.jsonl. tensorboard needs lora-booth[tracking]."
-    )
-    report: bool = Field(True, description="Keep report.html at saves, in at most 2 % of a run's time, and in the end.")

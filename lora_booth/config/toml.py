@@ -15,7 +15,8 @@ from pydantic_core import ErrorDetails
 
 from lora_booth.config import inputs
 from lora_booth.config.config import Config
-from lora_booth.config.settings import BASE_ALIASES, ModelConfig, Precision
+from lora_booth.config.section import Precision
+from lora_booth.config.settings import BASE_ALIASES, ModelConfig
 from lora_booth.errors import ConfigError
 
 Values = dict[str, Any]

@@ -47,6 +47,15 @@ class Crop:
         return (*original, self.top_px, self.left_px, self.bucket.height_px, self.bucket.width_px)
 
     @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what is kept, in pixels of the original."""
+        across = self.original_width_px / self.resized_width_px
+        down = self.original_height_px / self.resized_height_px
+        right = min((self.left_px + self.bucket.width_px) * across, self.original_width_px)
+        bottom = min((self.top_px + self.bucket.height_px) * down, self.original_height_px)
+        return self.left_px * across, self.top_px * down, right, bottom
+
+    @property
     def lost_fraction(self) -> float:
         """Part of the picture's area that is cut off, from 0 to 1."""
         kept = self.bucket.width_px * self.bucket.height_px

@@ -122,6 +122,22 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(colours))  # A fresh picture carries no metadata.
 
 
+def upright_alpha(image: Image.Image) -> Image.Image | None:
+    """How opaque each pixel of `image` is, mode L, turned upright; None where it all is."""
+    if image.mode.startswith("I") or not image.has_transparency_data:
+        return None
+    try:
+        alpha = image.convert("RGBA").getchannel("A")
+        turn = _TURNS.get(orientation(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # As in `opened`.
+        raise Unusable(f"is damaged ({error}); copy it again, or remove it.") from error
+    if alpha.getextrema()[0] == 255:
+        return None
+    return alpha if turn is None else alpha.transpose(turn)
+
+
 def _srgb(image: Image.Image) -> Image.Image:
     """RGB in sRGB, transparent parts on white."""
     if image.mode.startswith("I"):

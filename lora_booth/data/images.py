@@ -16,19 +16,23 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lora_booth.data import worker
+from lora_booth.data import masks, worker
 from lora_booth.data.buckets import Crop
 from lora_booth.data.decode import ENDINGS, TAKEN, Unusable, file_bytes
 from lora_booth.data.duplicates import Look, alike
+from lora_booth.data.masks import Mask
 from lora_booth.errors import DataError
 
 MAX_CAPTION_BYTES = 64 * 2**10
 MAX_CAPTION_WORDS = 75
+
+MaskedBy = Literal["files", "alpha", "off"]
 
 _JUNK = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx")
 
@@ -42,6 +46,7 @@ class Picture:
     width_px: int
     height_px: int
     caption: str | None
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -66,21 +71,27 @@ class Found:
 
 @dataclass
 class _Listing:
-    """A folder's entries, sorted into kinds. `captions`: stem to file."""
+    """A folder's entries, sorted into kinds. `captions` and `masks`: stem of the picture to file."""
 
     candidates: list[Path] = field(default_factory=list)
     captions: dict[str, Path] = field(default_factory=dict)
+    masks: dict[str, Path] = field(default_factory=dict)
     strangers: list[Fault] = field(default_factory=list)
     folders: list[Fault] = field(default_factory=list)
 
 
 def find(
-    folder: Path, *, max_megapixels: float, captions: bool = True, remedy: str = "Put 3 or more pictures there"
+    folder: Path,
+    *,
+    max_megapixels: float,
+    captions: bool = True,
+    masked_by: MaskedBy = "off",
+    remedy: str = "Put 3 or more pictures there",
 ) -> Found:
-    """All pictures directly in `folder`, each decoded once to prove that it can be.
+    """All pictures directly in `folder`, each decoded once to prove that it can be. `masked_by`: `subject.masks`.
 
-    Left out: what cannot be read, has too many pixels, or has a caption file that cannot be read. Warned about:
-    duplicates, long or empty captions, animations, sub-folders with pictures, JPEGs that seem to end early.
+    Left out: what cannot be read, has too many pixels, or has a caption file or a mask that cannot be used. Warned
+    about: duplicates, long or empty captions, animations, sub-folders with pictures, JPEGs that seem to end early.
     Raises DataError if there is no such folder, and with `remedy` if there is no usable picture in it.
     """
     listing = _list(folder)
@@ -89,18 +100,25 @@ def find(
     looks: list[Look] = []
     for path in listing.candidates:
         beside = listing.captions.get(path.stem) if captions else None
+        drawn = listing.masks.get(path.stem) if masked_by != "off" else None
         blamed = path
         try:
             sha256, size, seen, noted = worker.inspect(path, max_megapixels)
             blamed = beside or path
             caption, caption_notes = (None, []) if beside is None else _caption(beside, path)
+            blamed = drawn or path
+            mask = None
+            if drawn is not None:
+                mask = masks.checked(drawn, path, size, max_megapixels)
+            elif masked_by == "alpha" and worker.has_alpha(path, sha256):
+                mask = masks.of_alpha(path, sha256)
         except Unusable as fault:
             left_out.append(Fault(blamed, str(fault)))
             continue
-        pictures.append(Picture(path, sha256, *size, caption))
+        pictures.append(Picture(path, sha256, *size, caption, mask))
         looks.append(seen)
         remarks += [Fault(path, note) for note in noted]
-        remarks += [Fault(blamed, note) for note in caption_notes]
+        remarks += [Fault(beside or path, note) for note in caption_notes]
     if not pictures:
         raise DataError(_nothing(folder, left_out + listing.folders, remedy))
     return Found(tuple(pictures), tuple(left_out), (*remarks, *_duplicates(pictures, looks)))
@@ -126,14 +144,8 @@ def crop(image: Image.Image, window: Crop) -> npt.NDArray[np.uint8]:
     would otherwise be enlarged to hundreds of megapixels first.
     """
     assert image.size == (window.original_width_px, window.original_height_px), "a crop of another picture"
-    across, down = image.width / window.resized_width_px, image.height / window.resized_height_px
-    width, height = window.bucket.width_px, window.bucket.height_px
-    right, bottom = (
-        min((window.left_px + width) * across, image.width),
-        min((window.top_px + height) * down, image.height),
-    )
-    box = (window.left_px * across, window.top_px * down, right, bottom)
-    return np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    size = (window.bucket.width_px, window.bucket.height_px)
+    return np.array(image.resize(size, Image.Resampling.LANCZOS, box=window.box))
 
 
 def to_pixels(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -160,10 +172,16 @@ def _list(folder: Path) -> _Listing:
     listing = _Listing()
     stems = {path.stem for path in entries if path.suffix.lower() in ENDINGS}
     written_otherwise = {_composed(stem): stem for stem in stems if folder / f"{stem}.txt" not in entries}
+    spelled = {**{_composed(stem): stem for stem in stems}, **{stem: stem for stem in stems}}
+    listing.masks, others = masks.in_folder(folder, spelled)
+    listing.strangers += [Fault(path, "is the mask of no picture; give it the name of its picture.") for path in others]
     for path in entries:
         ending = path.suffix.lower()
+        masked = masks.pictured(path, spelled)
         if os.path.isdir(path):  # Unlike Path.is_dir, False when the answer is refused.
-            listing.folders += _sub_folder(path)
+            listing.folders += [] if path.name == masks.FOLDER and listing.masks else _sub_folder(path)
+        elif masked is not None:
+            listing.masks[masked] = path
         elif ending in ENDINGS:
             listing.candidates.append(path)
         elif ending == ".txt" and path.stem in stems:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_booth.config.config import Config, slot_faults, without_token
 from lora_booth.config.resolved import Filled
@@ -45,6 +46,8 @@ class Pictures:
             groups[f"{kind}pictures"] = {p.path.name: p.sha256 for p in pictures}
             captions = {p.path.with_suffix(".txt").name: p.caption for p in pictures if p.caption}
             groups[f"{kind}captions"] = {k: hashlib.sha256(v.encode()).hexdigest() for k, v in captions.items()}
+            drawn = {p.path.name: p.mask.sha256 for p in pictures if p.mask is not None}
+            groups |= {f"{kind}masks": drawn} if drawn else {}  # older runs have no such group
         return groups
 
 
@@ -55,11 +58,12 @@ def find_pictures(config: Config, report: Report) -> Pictures:
     that would be trained as it stands.
     """
 
-    def found_in(folder: Path | None, remedy: str) -> Found | None:
+    def found_in(folder: Path | None, remedy: str, masked_by: images.MaskedBy = config.subject.masks) -> Found | None:
         if folder is None:
             return None
         captions = config.subject.captions == "files"
-        found = images.find(folder, max_megapixels=config.data.max_megapixels, captions=captions, remedy=remedy)
+        settings: dict[str, Any] = {"max_megapixels": config.data.max_megapixels, "masked_by": masked_by}
+        found = images.find(folder, captions=captions, remedy=remedy, **settings)
         for fault in found.left_out:
             report.warn(f"left out: {fault}")
         for fault in found.warnings:
@@ -74,7 +78,7 @@ def find_pictures(config: Config, report: Report) -> Pictures:
             f"{MIN_PICTURES} are needed; add some."
         )
     own = config.prior.folder if config.has_class_images else None
-    classes = found_in(own, "Leave prior.folder out, or put pictures of its class there")
+    classes = found_in(own, "Leave prior.folder out, or put pictures of its class there", "off")
     held_out = found_in(
         config.subject.held_out, "Leave subject.held_out out, or put other pictures of the subject there"
     )

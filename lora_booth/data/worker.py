@@ -30,7 +30,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lora_booth.data.decode import MAX_FILE_BYTES, Unusable, file_bytes, missing_share, opened, orientation, upright_rgb
+from lora_booth.data.decode import (
+    MAX_FILE_BYTES,
+    Unusable,
+    file_bytes,
+    missing_share,
+    opened,
+    orientation,
+    upright_alpha,
+    upright_rgb,
+)
 from lora_booth.data.duplicates import Look, look
 from lora_booth.errors import DataError
 from lora_booth.run import systems
@@ -67,6 +76,19 @@ def decode(path: Path, sha256: str | None) -> Image.Image:
     """The whole picture, upright RGB. Raises Unusable, also when the file's bytes do not have `sha256`."""
     answer, pixels = _decoder.ask(work="decode", path=os.path.abspath(path), sha256=sha256)
     return Image.frombytes("RGB", (answer["width"], answer["height"]), pixels)
+
+
+def has_alpha(path: Path, sha256: str) -> bool:
+    """Whether a picture is transparent anywhere. Raises Unusable as `decode` does."""
+    return bool(_decoder.ask(work="alpha", path=os.path.abspath(path), sha256=sha256)[1])
+
+
+def alpha(path: Path, sha256: str) -> Image.Image:
+    """How opaque each pixel of a picture that is transparent somewhere is, upright, mode L. Raises Unusable."""
+    answer, pixels = _decoder.ask(work="alpha", path=os.path.abspath(path), sha256=sha256)
+    if not pixels:
+        raise Unusable("is transparent nowhere; run the same command again.")
+    return Image.frombytes("L", (answer["width"], answer["height"]), pixels)
 
 
 class _Decoder:
@@ -182,7 +204,7 @@ def _answer(question: dict[str, Any], max_bytes: int) -> None:
         if question["work"] == "inspect":
             answer, pixels = _inspect(path, question["max_megapixels"])
         else:
-            answer, pixels = _decode(path, question["sha256"])
+            answer, pixels = _decode(path, question["sha256"], is_alpha=question["work"] == "alpha")
     except Unusable as fault:
         answer, pixels = {"unusable": str(fault)}, b""
     except MemoryError:
@@ -221,11 +243,14 @@ def _inspect(path: Path, max_megapixels: float) -> tuple[dict[str, Any], bytes]:
     return {"sha256": digest, "width": width, "height": height, "notes": notes}, look(upright).tobytes()
 
 
-def _decode(path: Path, sha256: str | None) -> tuple[dict[str, Any], bytes]:
+def _decode(path: Path, sha256: str | None, *, is_alpha: bool) -> tuple[dict[str, Any], bytes]:
     data = file_bytes(path, MAX_FILE_BYTES)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise Unusable("has changed since this run looked at it; run the same command again.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `inspect` has told them.
-        upright = upright_rgb(opened(data, path))
+        image = opened(data, path)
+        upright = upright_alpha(image) if is_alpha else upright_rgb(image)
+    if upright is None:
+        return {}, b""
     return {"width": upright.width, "height": upright.height}, upright.tobytes()

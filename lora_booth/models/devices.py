@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_booth.config.settings import Precision
+from lora_booth.config.section import Precision
 from lora_booth.errors import ConfigError
 from lora_booth.models import cards
 from lora_booth.models.abilities import LACKS, NAMES, Abilities, Ability, Kind, best_precision, not_here

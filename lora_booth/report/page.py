@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from lora_booth.adapter.files.metadata import trigger_words
 from lora_booth.config.config import Config
-from lora_booth.config.settings import Section
+from lora_booth.config.section import Section
 from lora_booth.evaluation.scores import SHORT
 from lora_booth.report import curves, pictures, usage, verdict
 from lora_booth.report.curves import Figure, Series

@@ -34,7 +34,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one shape, all on the device: `latents` float32 `[B, C, h, w]`, `geometry` float32 `[B, 6]`.
+    """Rows of one shape, all on the device: `latents` float32 `[B, C, h, w]`, `geometry` float32 `[B, 6]`; `masks`, of
+    runs that have any: what each place counts in a row's loss, float32 `[B, 1, h, w]`.
 
     `conditioning` is None where the text encoders are trained; then they make it of `prompts` in the pass.
     """
@@ -45,6 +46,7 @@ class Batch:
     conditioning: Conditioning | None
     prompts: Sequence[str]
     reference: Reference | None = None
+    masks: Tensor | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """A batch of what `change` makes of each tensor."""
@@ -55,14 +57,16 @@ class Batch:
         if reference is not None and changed[1] is not None:
             reference = replace(reference, conditioning=changed[1])
         draws = Draws(**{name: change(tensor) for name, tensor in vars(self.draws).items()})
-        return Batch(change(self.latents), draws, change(self.geometry), changed[0], self.prompts, reference)
+        masks = None if self.masks is None else change(self.masks)
+        return Batch(change(self.latents), draws, change(self.geometry), changed[0], self.prompts, reference, masks)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that lies on the device."""
         compared = {} if self.reference is None else self.reference.conditioning
         conditioned = (*(self.conditioning or {}).values(), *compared.values())
-        return [self.latents, *vars(self.draws).values(), self.geometry, *conditioned]
+        masks = [] if self.masks is None else [self.masks]
+        return [self.latents, *vars(self.draws).values(), self.geometry, *conditioned, *masks]
 
 
 def sample_losses(family: Family, objective: Objective, batch: Batch) -> Tensor:
@@ -75,7 +79,7 @@ def sample_losses(family: Family, objective: Objective, batch: Batch) -> Tensor:
             conditioning = family.encode_prompts(batch.prompts)
         return family.predict(noisy, timesteps, conditioning, batch.geometry)
 
-    return objective.loss(predict, batch.latents, batch.draws, _comparison(family, batch))
+    return objective.loss(predict, batch.latents, batch.draws, _comparison(family, batch), batch.masks)
 
 
 def _comparison(family: Family, batch: Batch) -> Comparison | None:

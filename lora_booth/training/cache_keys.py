@@ -27,6 +27,12 @@ def latent_key(fingerprint: str, picture_sha256: str, crop: Crop, *, is_flipped:
     return key("latents", LATENTS_VERSION, fingerprint, picture_sha256, *window, "torch.float32", is_flipped)
 
 
+def mask_key(mask_sha256: str, crop: Crop, *, is_alpha: bool, is_flipped: bool) -> str:
+    """Name of one mask, cut in one way; masks are not cached."""
+    window = (*crop.geometry, crop.resized_width_px, crop.resized_height_px)
+    return key("mask", mask_sha256, *window, is_alpha, is_flipped)
+
+
 def prompt_key(fingerprint: str, prompt: str, *, dtype: torch.dtype) -> str:
     """Key of the conditioning that the base with this fingerprint makes of `prompt`."""
     return key("prompt", PROMPT_VERSION, fingerprint, prompt, str(dtype))

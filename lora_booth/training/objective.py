@@ -79,8 +79,16 @@ class Objective:
     huber_delta: float | None = None
     dco_beta: float | None = None
 
-    def loss(self, predict: Predict, latents: Tensor, draws: Draws, compared: Comparison | None = None) -> Tensor:
-        """Loss of each sample, float32 `[B]`, mean over its elements, times its weight.
+    def loss(
+        self,
+        predict: Predict,
+        latents: Tensor,
+        draws: Draws,
+        compared: Comparison | None = None,
+        masks: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of each sample, float32 `[B]`, mean over its elements, times its weight. `masks`, float32
+        `[B, 1, h, w]`: what each place counts in that mean, Σ m e / Σ m.
 
         Of a row of the model's prior it is the mean of (v(x_t, c) - v_base(x_t, c))², x_t being a noised picture of the
         subject and c a prompt that does not name it: the base is distilled into itself, as in learning without
@@ -94,18 +102,22 @@ class Objective:
         prediction = predict(noisy, timesteps)
         target, weight = schedule.target(latents, noise, timesteps), schedule.weight(timesteps, self.min_snr_gamma)
         if compared is None or base is None:
-            return self._losses(prediction, target, weight)
+            return self._losses(prediction, target, weight, masks)
         first, count, last = compared.first, compared.num_instances, compared.last
         kept = torch.cat([target[:count], base[count - first :], target[last:]])
-        losses = self._losses(prediction, kept, weight)
+        losses = self._losses(prediction, kept, weight, masks)
         if first == count:
             return losses
-        of_base = self._losses(base[: count - first], target[first:count], weight[first:count])
+        own = None if masks is None else masks[first:count]
+        of_base = self._losses(base[: count - first], target[first:count], weight[first:count], own)
         return torch.cat([losses[:first], self._consistency(losses[first:count], of_base), losses[count:]])
 
-    def _losses(self, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    def _losses(self, prediction: Tensor, target: Tensor, weight: Tensor, masks: Tensor | None) -> Tensor:
         error = elementwise_loss(prediction.float(), target, self.huber_delta)
-        return error.mean(dim=tuple(range(1, error.ndim))) * weight
+        places = tuple(range(1, error.ndim))
+        if masks is not None:
+            return (error * masks).mean(dim=places) / masks.mean(dim=places) * weight
+        return error.mean(dim=places) * weight
 
     def _consistency(self, losses: Tensor, of_base: Tensor) -> Tensor:
         """-log sigmoid(-beta (loss - loss of the base)) (DCO, arXiv 2402.12004), times 2 / beta: so its gradient

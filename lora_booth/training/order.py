@@ -34,7 +34,8 @@ VALIDATION_QUANTILES = (0.125, 0.375, 0.625, 0.875)
 class Item:
     """One training image. `latent_key` finds its latent moments, of `shape` `[C, h, w]`, in the cache.
 
-    `plain_prompt`: that of an instance image with the token left out; None where it has none.
+    `plain_prompt`: that of an instance image with the token left out; None where it has none. `mask_key` finds the
+    mask of one that has any.
     """
 
     role: Role
@@ -44,6 +45,7 @@ class Item:
     prompt: str
     geometry: Geometry
     plain_prompt: str | None = None
+    mask_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class Order:
         """The picture of the `draw`-th instance row under another prompt."""
         item = self._instance(draw)
         prompt = item.plain_prompt if draw % 2 == 0 else None
-        return replace(item, role="prior", prompt=self._caption(draw) if prompt is None else prompt)
+        prompt = self._caption(draw) if prompt is None else prompt
+        return replace(item, role="prior", prompt=prompt, mask_key=None)  # all of it is to be kept
 
     def _caption(self, draw: int) -> str:
         """The caption for the `draw`-th instance row: at every eighth other one the empty prompt, which guidance

@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from lora_booth.config.resolved import Filled, Resolved
-from lora_booth.data import images
+from lora_booth.data import images, masks
 from lora_booth.data.buckets import Crop
 from lora_booth.data.images import Picture
 from lora_booth.data.sheet import contact_sheet
 from lora_booth.data.subject import Pictures, crops_of, prompt_of, shown_prompts
-from lora_booth.errors import lacks_memory
+from lora_booth.errors import DataError, lacks_memory
 from lora_booth.models import devices
 from lora_booth.models.at_once import class_images_at_once
 from lora_booth.models.bases.sources import is_local
@@ -37,6 +37,8 @@ from lora_booth.training.class_images import ClassImage
 from lora_booth.training.order import Order
 from lora_booth.training.reach import Reach, TrainingImage, Validation
 
+FADED = 0.25
+"""What is left on the contact sheet of a background that a mask leaves out."""
 MAX_HELD_BYTES = 2**28
 """Of pictures cut to size, as `Cuts` holds them: some eighty of 1024 px."""
 
@@ -52,7 +54,8 @@ class Moments:
 @dataclass(frozen=True)
 class Prepared:
     """What the loop trains on. `validation`: what every save looks at; `latents` by latent key; `prompts`: one row each
-    by prompt, under the untrained base.
+    by prompt, under the untrained base; `masks`: float32 `[1, h, w]` by mask key, 1 where a picture shows the subject,
+    elsewhere what the background counts.
 
     `drawing_seconds`: what it took to draw class images; `drawn_together`: how many at once.
     """
@@ -63,6 +66,7 @@ class Prepared:
     prompts: Mapping[str, Conditioning]
     drawing_seconds: float
     drawn_together: int
+    masks: Mapping[str, Tensor]
 
 
 class Cuts:
@@ -88,8 +92,20 @@ def sheet(config: Filled, pictures: Pictures, cuts: Cuts) -> Image.Image:
     """The contact sheet: each instance image as the model will see it, with its prompt."""
     found = pictures.instances.pictures
     pairs = zip(found, crops_of(config, found), strict=True)
-    shown = [(f"{picture.path.name}: {prompt_of(config, picture)}", cuts.of(picture, crop)) for picture, crop in pairs]
+    shown = [
+        (f"{picture.path.name}: {prompt_of(config, picture)}", _seen(picture, crop, cuts)) for picture, crop in pairs
+    ]
     return contact_sheet(shown, title="What the model will see")
+
+
+def _seen(picture: Picture, crop: Crop, cuts: Cuts) -> Any:
+    """A crop, uint8 `[H, W, 3]`, in which a mask's background is faded."""
+    array = cuts.of(picture, crop)
+    if picture.mask is None:
+        return array
+    size = (crop.bucket.width_px, crop.bucket.height_px)
+    shown = FADED + (1 - FADED) * masks.crop(masks.read(picture.mask), crop, size)[..., None] / 255
+    return (255 - (255 - array) * shown).astype("uint8")
 
 
 def prepare(
@@ -165,7 +181,8 @@ def _prepare(
     latents |= {name: Moments(found, torch.zeros_like(found)) for name, found in drawn.items()}
     for item in reached.items:
         assert latents[item.latent_key].mean.shape == item.shape, f"latents of {item.name} are not of {item.shape}"
-    return Prepared(reached.order, reached.validation, latents, prompts, drawing_seconds, together)
+    masked = _masks(config, family, reached.masked)
+    return Prepared(reached.order, reached.validation, latents, prompts, drawing_seconds, together, masked)
 
 
 def _reach(
@@ -241,6 +258,24 @@ def _encode_image(family: Family, cache: TensorCache, image: TrainingImage, cuts
         require_finite(stored, f"latents of {image.picture.path.name}")
         cache.put(image.key, stored)
     return Moments(stored["mean"], stored["std"])
+
+
+def _masks(config: Resolved, family: Family, images: Sequence[TrainingImage]) -> dict[str, Tensor]:
+    """How much each latent of the pictures with a mask counts, by mask key."""
+    weighed: dict[str, Tensor] = {}
+    for image in images:
+        assert image.picture is not None and image.picture.mask is not None and image.mask_key is not None
+        bucket, background = image.crop.bucket, config.objective.background_weight
+        _, height, width = family.latent_shape(bucket.width_px, bucket.height_px)
+        cut = torch.from_numpy(masks.crop(masks.read(image.picture.mask), image.crop, (width, height))).float() / 255
+        weights = background + (1 - background) * (cut.flip(1) if image.is_flipped else cut)
+        if not weights.any():
+            raise DataError(
+                f"of {image.picture.mask.path.name} nothing is left where its picture is cropped to {bucket}; set "
+                "objective.background_weight above 0, or crop the picture to its subject."
+            )
+        weighed[image.mask_key] = weights[None]
+    return weighed
 
 
 def _touch(config: Resolved, wanted: Sequence[TrainingImage]) -> None:

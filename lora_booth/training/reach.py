@@ -15,7 +15,7 @@ from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Crop, assign
 from lora_booth.data.images import Picture
 from lora_booth.data.subject import Pictures, crops_of, plain_prompt, prompt_of
-from lora_booth.training.cache_keys import latent_key
+from lora_booth.training.cache_keys import latent_key, mask_key
 from lora_booth.training.class_images import ClassImage, wanted
 from lora_booth.training.order import Item, Order, Role, Shape, validation_levels
 
@@ -36,10 +36,18 @@ class TrainingImage:
     is_flipped: bool = False
     plain_prompt: str | None = None
 
+    @property
+    def mask_key(self) -> str | None:
+        """That of its mask, None where it has none, or where none counts."""
+        mask = None if self.picture is None or self.role != "instance" else self.picture.mask
+        if mask is None:
+            return None
+        return mask_key(mask.sha256, self.crop, is_alpha=mask.is_alpha, is_flipped=self.is_flipped)
+
     def item(self, shape: Shape) -> Item:
         """The same with latents of `shape`, as steps see it."""
         geometry = self.crop.mirrored().geometry if self.is_flipped else self.crop.geometry
-        return Item(self.role, self.name, self.key, shape, self.prompt, geometry, self.plain_prompt)
+        return Item(self.role, self.name, self.key, shape, self.prompt, geometry, self.plain_prompt, self.mask_key)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,12 @@ class Reach:
     def pictures(self) -> list[TrainingImage]:
         """The user's pictures that are reached, each to be encoded once."""
         return list({image.key: image for image in self.images if image.picture and image.key in self.keys}.values())
+
+    @property
+    def masked(self) -> list[TrainingImage]:
+        """The pictures that are reached and have a mask, each to be read once."""
+        found = {image.mask_key: image for image in self.images if image.mask_key and image.key in self.keys}
+        return list(found.values())
 
 
 def of(

@@ -132,7 +132,18 @@ def batch_of(
     conditioning = None if s.is_text_trained else s.condition(prompts)
     draws = Draws(put(draws.timesteps), put(draws.noise), put(draws.offsets))
     reference = _reference(s, items) if is_compared else None
-    return Batch(put(mean + std * latent_noise), draws, geometry, conditioning, prompts, reference)
+    masks = _masks(s, items)
+    masks = None if masks is None else put(masks)
+    return Batch(put(mean + std * latent_noise), draws, geometry, conditioning, prompts, reference, masks)
+
+
+def _masks(s: Session, items: Sequence[Item]) -> Tensor | None:
+    """What each place of `items` counts, float32 `[B, 1, h, w]`; None where the run has no masks."""
+    held = s.prepared.masks
+    if not held:
+        return None
+    whole = torch.ones(1, *items[0].shape[1:])
+    return torch.stack([whole if item.mask_key is None else held[item.mask_key] for item in items])
 
 
 def _reference(s: Session, items: Sequence[Item]) -> Reference | None:

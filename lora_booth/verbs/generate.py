@@ -16,7 +16,8 @@ from lora_booth.adapter.files import storage
 from lora_booth.adapter.weights import AdapterWeights, num_parameters
 from lora_booth.config import inputs
 from lora_booth.config.resolved import Filled
-from lora_booth.config.settings import ModelConfig, Sampler
+from lora_booth.config.section import Sampler
+from lora_booth.config.settings import ModelConfig
 from lora_booth.config.toml import base_named
 from lora_booth.data.buckets import Bucket
 from lora_booth.data.grid import labelled_grid

@@ -60,7 +60,7 @@ def show(wished: Config, report: Report, card: Card | None = None) -> None:
         report.event(name, f"{name:<8} {text}")
     for picture, crop in zip(pictures.instances.pictures, crops, strict=True):
         size = f"{picture.width_px}×{picture.height_px}"
-        note = ", enlarged" if crop.enlargement > 1 else ""
+        note = (", enlarged" if crop.enlargement > 1 else "") + (", masked" if picture.mask is not None else "")
         text = f"         {picture.path.name}: {size} to {crop.bucket}, {crop.lost_fraction:.0%} cut off{note}"
         report.event("picture", text, name=picture.path.name)
     try:
