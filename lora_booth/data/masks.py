@@ -1,4 +1,4 @@
-"""What in a picture is the subject, as the user drew it: masks found, checked, and cut as their picture is.
+"""What in a picture is the subject: masks found, checked, and cut as their picture is.
 
 What lives here: files named `name.mask.png` beside a picture or `masks/name.png`, white where the subject is, and the
 picture's own transparency. What does not: what the rest counts in the loss (`training/objective.py`).
