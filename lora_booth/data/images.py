@@ -25,7 +25,7 @@ from PIL import Image
 from lora_booth.data import masks, worker
 from lora_booth.data.buckets import Crop
 from lora_booth.data.decode import ENDINGS, TAKEN, Unusable, file_bytes
-from lora_booth.data.duplicates import Look, alike
+from lora_booth.data.duplicates import Look, alike, is_background_shared
 from lora_booth.data.masks import Mask
 from lora_booth.errors import DataError
 
@@ -62,11 +62,15 @@ class Fault:
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder holds: pictures sorted by name, files that are not used, and remarks on files that are."""
+    """What a folder holds: pictures sorted by name, files that are not used, and remarks on files that are.
+
+    `is_background_shared`: nearly, as far as their edges tell.
+    """
 
     pictures: tuple[Picture, ...]
     left_out: tuple[Fault, ...]
     warnings: tuple[Fault, ...]
+    is_background_shared: bool = False
 
 
 @dataclass
@@ -121,7 +125,8 @@ def find(
         remarks += [Fault(beside or path, note) for note in caption_notes]
     if not pictures:
         raise DataError(_nothing(folder, left_out + listing.folders, remedy))
-    return Found(tuple(pictures), tuple(left_out), (*remarks, *_duplicates(pictures, looks)))
+    remarks += _duplicates(pictures, looks)
+    return Found(tuple(pictures), tuple(left_out), tuple(remarks), is_background_shared(looks))
 
 
 def read(picture_path: Path, *, sha256: str | None = None) -> Image.Image:

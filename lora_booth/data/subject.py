@@ -77,6 +77,11 @@ def find_pictures(config: Config, report: Report) -> Pictures:
             f"subject.images {config.subject.images} has {len(instances.pictures)} usable pictures, at least "
             f"{MIN_PICTURES} are needed; add some."
         )
+    if instances.is_background_shared and not any(p.caption or p.mask for p in instances.pictures):
+        report.warn(
+            f"the pictures in {config.subject.images} share their background and have neither captions nor masks, so "
+            "it will be learnt as a part of the subject; name it in captions, or mask it (docs/guide.md)."
+        )
     own = config.prior.folder if config.has_class_images else None
     classes = found_in(own, "Leave prior.folder out, or put pictures of its class there", "off")
     held_out = found_in(

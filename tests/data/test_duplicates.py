@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image, ImageFilter
 
-from lora_booth.data.duplicates import alike, look
+from lora_booth.data.duplicates import alike, is_background_shared, look
 
 
 def scene(seed: int = 0, width: int = 96, height: int = 72) -> Image.Image:
@@ -81,3 +81,16 @@ def test_a_look_is_the_mean_of_each_cell() -> None:
     array[16:, 16:] = 10
     seen = look(Image.fromarray(array))
     assert (seen.shape, seen[0, 0, 0], seen[8, 8, 2], seen.sum()) == ((9, 9, 3), 100, 10, 330)
+
+
+def test_things_on_one_table_share_their_background_and_scenes_do_not() -> None:
+    table = scene(7, 90, 90)
+    shots = []
+    for i in range(4):
+        shot = table.point(lambda value, i=i: min(255, value + 3 * i))  # other light
+        shot.paste(scene(i, 40, 50), (22 + i, 30))
+        shots.append(recoded(shot, 80))
+    assert is_background_shared([look(shot) for shot in shots])
+    assert not is_background_shared([look(shot) for shot in shots[:2]])
+    assert not is_background_shared([*(look(shot) for shot in shots[:3]), look(scene(8, 90, 90))])
+    assert not is_background_shared([look(scene(seed)) for seed in range(5)])

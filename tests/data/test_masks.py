@@ -217,3 +217,25 @@ def test_a_crop_that_cuts_the_subject_off_is_told(make_config: MakeConfig, photo
     settings = {"objective": {"background_weight": 0.0}, "data": {"max_aspect": 1.0}}
     with pytest.raises(DataError, match=r"of a\.mask\.png nothing is left where its picture is cropped to 32×32"):
         train.train(masked_config(make_config, photos, **settings))
+
+
+def test_a_background_that_all_pictures_share_is_told_unless_captions_or_masks_name_it(
+    make_config: MakeConfig, photos: Path
+) -> None:
+    for seed, name in enumerate("abc"):
+        Image.open(photos / "a.png").resize((48, 48)).save(photos / f"{name}.png")
+        with Image.open(photos / f"{name}.png") as picture:
+            picture.paste((80 * seed, 10, 10), (16, 16, 32, 44))
+            picture.save(photos / f"{name}.png")
+
+    def told() -> bool:
+        heard = Recorder()
+        subject.find_pictures(masked_config(make_config, photos), heard)
+        return any("share their background" in text for text in heard.warnings)
+
+    assert told()
+    half().save(photos / "a.mask.png")
+    assert not told()
+    (photos / "a.mask.png").unlink()
+    (photos / "b.txt").write_text("a {token} {class} on a carpet")
+    assert not told()
