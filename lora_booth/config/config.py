@@ -119,6 +119,7 @@ def contradictions(config: Config) -> list[str]:
             "memory.offload_activations is true but train.gradient_checkpointing is 0, so no block has inputs to wait "
             "elsewhere; set train.gradient_checkpointing = 1, or memory.offload_activations = false."
         )
+    faults += _objective_faults(config)
     if "{class}" not in config.subject.prompt:
         faults.append(f'subject.prompt "{config.subject.prompt}" lacks the slot {{class}}; add it.')
     faults += _place_faults(config)
@@ -135,6 +136,22 @@ def contradictions(config: Config) -> list[str]:
             "prompt, or set preview.images_per_prompt = 0."
         )
     return faults + _unwritable_words(config)
+
+
+def _objective_faults(config: Config) -> list[str]:
+    """What is wrong between the settings of [objective]."""
+    objective, faults = config.objective, []
+    lowest, highest = objective.timestep_range
+    if lowest >= highest:
+        faults.append(
+            f"objective.timestep_range is [{lowest:g}, {highest:g}], which holds no level; write the lower one first."
+        )
+    if objective.debiased and objective.min_snr_gamma is not None:
+        faults.append(
+            "objective.debiased is true and objective.min_snr_gamma is set, which are two weights of one loss; leave "
+            "one out."
+        )
+    return faults
 
 
 def _prior_faults(config: Config) -> list[str]:

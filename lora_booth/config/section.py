@@ -24,6 +24,7 @@ BaseName = Annotated[str, AfterValidator(lambda name: str(_from_home(Path(name))
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, bool) else value)]
 """From 0 to 1; false and true are its ends."""
+Level = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Strength = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]

@@ -17,7 +17,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lora_booth.config.section import BaseName, Beta, FilePath, Precision, Sampler, Section, Share, Strength, Texts
+from lora_booth.config.section import (
+    BaseName,
+    Beta,
+    FilePath,
+    Level,
+    Precision,
+    Sampler,
+    Section,
+    Share,
+    Strength,
+    Texts,
+)
 
 BASE_ALIASES = {
     "booth-mini": (),
@@ -184,6 +195,14 @@ class ObjectiveConfig(Section):
         None,
         gt=0,
         description="Min-SNR weighting (arXiv 2303.09556), usual value 5. Off: changes the effective learning rate.",
+    )
+    debiased: bool = Field(
+        False, description="Weigh the loss of the noise by 1 / sqrt(SNR) (arXiv 2310.08442); in place of min-SNR."
+    )
+    timestep_range: Annotated[tuple[Level, Level], Field(strict=False)] = Field(
+        (0.0, 1.0),
+        description="Noise levels to train at, as shares of the way from clean (0) to pure noise (1): high ones make "
+        "layout and colours, low ones texture.",
     )
     noise_offset: float = Field(
         0.0, ge=0, le=1, description="Per-channel constant noise, for very dark or bright styles."

@@ -88,6 +88,7 @@ def _require_objective(config: Config, facts: BaseFacts) -> None:
     of_diffusion = {
         "zero_terminal_snr": config.objective.zero_terminal_snr,
         "min_snr_gamma": config.objective.min_snr_gamma is not None,
+        "debiased": config.objective.debiased,
     }
     is_set = [setting for setting, is_on in of_diffusion.items() if is_on]
     if is_set and facts.prediction_type == "flow":

@@ -135,7 +135,8 @@ def _with_first_made(steps: Iterator[MicroStep]) -> Iterator[MicroStep]:
 def micro_step(s: Session, rows: Sequence[Row], step: int) -> MicroStep:
     """One micro-step of `rows`, its inputs on their way to the device."""
     positions, items = [row.position for row in rows], [row.item for row in rows]
-    draws, latent_noise = draw(s.config.train.seed, step, positions, items[0].shape, s.objective.schedule)
+    objective, shape = s.objective, items[0].shape
+    draws, latent_noise = draw(s.config.train.seed, step, positions, shape, objective.schedule, objective.levels)
     numbers = (torch.tensor(positions), torch.tensor([row.weight for row in rows]))
     moved = (devices.put(tensor, s.accelerator.device) for tensor in numbers)
     return MicroStep(step, rows, session.batch_of(s, items, draws, latent_noise), *moved)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_booth.config.settings import ObjectiveConfig
-from lora_booth.models.families.noise import NoiseSchedule
+from lora_booth.models.families.noise import ALL_LEVELS, NoiseSchedule
 from lora_booth.run.randomness import generator_for
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -33,10 +33,16 @@ class Draws:
 
 
 def draw(
-    seed: int, step: int, positions: Sequence[int], shape: Sequence[int], schedule: NoiseSchedule
+    seed: int,
+    step: int,
+    positions: Sequence[int],
+    shape: Sequence[int],
+    schedule: NoiseSchedule,
+    levels: tuple[float, float] = ALL_LEVELS,
 ) -> tuple[Draws, Tensor]:
     """Draws for the samples at `positions` of the effective batch of `step`, and noise for their latents, float32
-    `[B, *shape]`, by which they are drawn from the VAE's distribution; `shape` is `[C, h, w]`.
+    `[B, *shape]`, by which they are drawn from the VAE's distribution; `shape` is `[C, h, w]`, `levels` the shares of
+    the noise levels that are drawn from.
 
     Each sample has its own generator, keyed by (seed, step, position), so neither the micro-batch it falls into nor the
     process or device it runs on changes what it sees.
@@ -44,7 +50,7 @@ def draw(
     rows = []
     for position in positions:
         generator = generator_for(seed, "draw", step, position)
-        timestep = schedule.draw_timestep(generator)
+        timestep = schedule.draw_timestep(generator, levels)
         noise, latent_noise = (torch.randn(*shape, generator=generator) for _ in range(2))
         rows.append((timestep, noise, latent_noise, torch.randn(shape[0], 1, 1, generator=generator)))
     timesteps, noises, latent_noises, offsets = (torch.stack(column) for column in zip(*rows, strict=True))
@@ -78,6 +84,8 @@ class Objective:
     noise_offset: float = 0.0
     huber_delta: float | None = None
     dco_beta: float | None = None
+    is_debiased: bool = False
+    levels: tuple[float, float] = ALL_LEVELS
 
     def loss(
         self,
@@ -100,7 +108,7 @@ class Objective:
         noisy = schedule.noised(latents, noise, timesteps)
         base = None if compared is None else compared.predict_rows(noisy, timesteps)
         prediction = predict(noisy, timesteps)
-        target, weight = schedule.target(latents, noise, timesteps), schedule.weight(timesteps, self.min_snr_gamma)
+        target, weight = schedule.target(latents, noise, timesteps), self._weight(timesteps)
         if compared is None or base is None:
             return self._losses(prediction, target, weight, masks)
         first, count, last = compared.first, compared.num_instances, compared.last
@@ -111,6 +119,9 @@ class Objective:
         own = None if masks is None else masks[first:count]
         of_base = self._losses(base[: count - first], target[first:count], weight[first:count], own)
         return torch.cat([losses[:first], self._consistency(losses[first:count], of_base), losses[count:]])
+
+    def _weight(self, timesteps: Tensor) -> Tensor:
+        return self.schedule.weight(timesteps, self.min_snr_gamma, is_debiased=self.is_debiased)
 
     def _losses(self, prediction: Tensor, target: Tensor, weight: Tensor, masks: Tensor | None) -> Tensor:
         error = elementwise_loss(prediction.float(), target, self.huber_delta)
@@ -129,7 +140,15 @@ class Objective:
 def objective_for(config: ObjectiveConfig, schedule: NoiseSchedule) -> Objective:
     """What the settings of [objective] mean under `schedule`."""
     huber_delta = config.huber_delta if config.loss == "huber" else None
-    return Objective(schedule, config.min_snr_gamma, config.noise_offset, huber_delta, config.dco_beta)
+    return Objective(
+        schedule,
+        config.min_snr_gamma,
+        config.noise_offset,
+        huber_delta,
+        config.dco_beta,
+        config.debiased,
+        config.timestep_range,
+    )
 
 
 def elementwise_loss(prediction: Tensor, target: Tensor, huber_delta: float | None) -> Tensor:

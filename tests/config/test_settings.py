@@ -95,6 +95,8 @@ def test_a_contradiction_or_wrong_value_is_one_clear_line(override: str, expecte
         (["prior.mode=images", 'prior.prompts=[""]'], "prior.prompts has an empty prompt"),
         (["prior.mode=model", "prior.folder=dogs"], 'prior.folder is set but prior.mode is "model"'),
         (["prior.mode=none", "prior.folder=dogs"], 'prior.folder is set but prior.mode is "none"'),
+        (["objective.timestep_range=[0.5, 0.5]"], "objective.timestep_range is [0.5, 0.5], which holds no level"),
+        (["objective.debiased=true", "objective.min_snr_gamma=5"], "which are two weights of one loss"),
         (["prior.mode=none", "prior.norm_weight=1e-3"], 'set prior.mode = "weights".'),
         (["prior.norm_weight=1e-3", "adapter.dora=true"], "prior.norm_weight is 0.001 but adapter.dora is true"),
         (["prior.mode=model", 'prior.captions=["a cat", " "]'], "prior.captions has an empty caption"),

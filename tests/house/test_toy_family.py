@@ -91,7 +91,7 @@ def test_its_adapter_is_written_under_its_names_read_again_and_inspected(
 
 
 def test_settings_that_mean_nothing_to_a_flow_are_refused(base: Path, make_config: MakeConfig) -> None:
-    for setting in ({"min_snr_gamma": 5.0}, {"zero_terminal_snr": True}):
+    for setting in ({"min_snr_gamma": 5.0}, {"zero_terminal_snr": True}, {"debiased": True}):
         with pytest.raises(ConfigError, match=f"objective.{next(iter(setting))} is set.*rectified flow"):
             train.train(make_config(objective=setting, **values(base)))
 

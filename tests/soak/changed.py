@@ -33,6 +33,7 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "adapter.continue_from": (None,),
     "objective.min_snr_gamma": (5.0,),
     "objective.loss": ("huber",),
+    "objective.timestep_range": ((0.0, 0.5), (0.25, 1.0)),
     "objective.dco_beta": (1000.0,),
     "optimizer.name": ("adafactor", "adamw8bit"),
     "optimizer.betas": ((0.8, 0.99),),

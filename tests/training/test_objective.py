@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from lora_booth.config.settings import ObjectiveConfig
 from lora_booth.models.bases.architectures import PredictionType
-from lora_booth.models.families.noise import Diffusion, RectifiedFlow
-from lora_booth.training.objective import Draws, Objective, draw, elementwise_loss
+from lora_booth.models.families.noise import Diffusion, NoiseSchedule, RectifiedFlow
+from lora_booth.training.objective import Draws, Objective, draw, elementwise_loss, objective_for
 
 ALPHAS = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
 LEVELS = Diffusion(torch.linspace(0.99, 0.01, 1000, dtype=torch.float64), "epsilon")
@@ -60,6 +61,41 @@ def test_min_snr_weight_has_the_right_formula_for_each_prediction_type(
 ) -> None:
     weights = Diffusion(ALPHAS, prediction).weight(torch.tensor([0, 1, 2]), 5)
     assert weights.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"), [("epsilon", [1 / 3, 1.0, 3.0]), ("v_prediction", [0.3, 0.5, 0.3])]
+)
+def test_debiased_weights_are_the_same_on_the_noise_for_each_prediction_type(
+    prediction: PredictionType, expected: list[float]
+) -> None:
+    """SNR = 9, 1, 1/9: 1 / sqrt(SNR); of v, whose error is that of the noise over alpha_bar = .9, .5, .1."""
+    schedule, timesteps = Diffusion(ALPHAS, prediction), torch.tensor([0, 1, 2])
+    assert schedule.weight(timesteps, None, is_debiased=True).tolist() == pytest.approx(expected)
+    assert schedule.weight(timesteps, None).tolist() == [1.0] * 3
+    objective = objective_for(ObjectiveConfig(debiased=True), schedule)
+    noise = torch.ones(3, 1, 1, 1)
+    losses = objective.loss(
+        lambda noisy, t: torch.zeros_like(noisy), torch.zeros_like(noise), draws_at([0, 1, 2], noise)
+    )
+    squares = [1.0] * 3 if prediction == "epsilon" else [0.9, 0.5, 0.1]
+    assert losses.tolist() == pytest.approx([a * b for a, b in zip(squares, expected, strict=True)])
+
+
+@pytest.mark.parametrize("schedule", [LEVELS, RectifiedFlow(shift=3)])
+def test_levels_are_drawn_from_the_wanted_range(schedule: NoiseSchedule) -> None:
+    wanted = objective_for(ObjectiveConfig(timestep_range=(0.25, 0.5)), schedule).levels
+    ends = schedule.timesteps_at(list(wanted)).tolist()
+    drawn = [int(draw(0, step, [0], (1, 1, 1), schedule, wanted)[0].timesteps) for step in range(300)]
+    assert min(drawn) >= int(ends[0]) and max(drawn) <= ends[1]
+    span = ends[1] - ends[0]
+    assert max(drawn) - min(drawn) > 0.6 * span
+
+
+def test_all_levels_are_drawn_as_before_there_was_a_range() -> None:
+    whole = [draw(3, step, [0], (1, 1, 1), LEVELS)[0].timesteps for step in range(50)]
+    named = [draw(3, step, [0], (1, 1, 1), LEVELS, (0.0, 1.0))[0].timesteps for step in range(50)]
+    assert torch.equal(torch.stack(whole), torch.stack(named))
 
 
 def test_min_snr_weight_is_finite_at_zero_terminal_snr() -> None:

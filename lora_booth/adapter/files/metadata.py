@@ -201,6 +201,7 @@ def _kohya_training(facts: Facts) -> dict[str, str]:
         "batch_size_per_device": config.train.batch_size,
         "noise_offset": config.objective.noise_offset,
         "min_snr_gamma": config.objective.min_snr_gamma,
+        "debiased_estimation": config.objective.debiased,
         "prior_loss_weight": config.prior.loss_weight,
         "dataset_dirs": json.dumps({f"1_{words}": {"n_repeats": 1, "img_count": count}}),
         "tag_frequency": json.dumps({f"1_{words}": {words: count}}),

@@ -5,9 +5,9 @@ how a config of a base describes one (`schedules.py`), and the loss (`training/o
 
 Words: x0 are clean latents, n is noise of unit variance, `alpha_bar` the cumulative product of (1 - beta), SNR =
 alpha_bar / (1 - alpha_bar), sigma the share of noise in a rectified flow. Sources: DDPM (arXiv 2006.11239),
-v-prediction (arXiv 2202.00512, appendix D), min-SNR (arXiv 2303.09556), zero terminal SNR (arXiv 2305.08891,
-algorithm 1), rectified flow (arXiv 2209.03003), its logit-normal levels and their shift (arXiv 2403.03206, sections
-3.1 and 5.3.2).
+v-prediction (arXiv 2202.00512, appendix D), min-SNR (arXiv 2303.09556), debiased weights (arXiv 2310.08442), zero
+terminal SNR (arXiv 2305.08891, algorithm 1), rectified flow (arXiv 2209.03003), its logit-normal levels and their shift
+(arXiv 2403.03206, sections 3.1 and 5.3.2).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from lora_booth.models.bases.architectures import PredictionType
 
+ALL_LEVELS = (0.0, 1.0)
+
 
 class NoiseSchedule(Protocol):
     """The noise levels of a base. `timesteps` everywhere: `[B]`, as the denoiser takes them, on the device of x0."""
@@ -29,8 +31,9 @@ class NoiseSchedule(Protocol):
         """What the denoiser predicts: the noise, the velocity of a diffusion, or the velocity of a flow."""
         ...
 
-    def draw_timestep(self, generator: torch.Generator) -> Tensor:
-        """A level to train at, as a timestep without dimensions, by the distribution that training has."""
+    def draw_timestep(self, generator: torch.Generator, levels: tuple[float, float] = ALL_LEVELS) -> Tensor:
+        """A level to train at, as a timestep without dimensions, by the distribution that training has; between these
+        shares of the whole way from clean to noise."""
         ...
 
     def timesteps_at(self, levels: list[float]) -> Tensor:
@@ -45,8 +48,8 @@ class NoiseSchedule(Protocol):
         """What the denoiser should predict of it, `[B, C, h, w]`."""
         ...
 
-    def weight(self, timesteps: Tensor, min_snr_gamma: float | None) -> Tensor:
-        """The weight of each sample's loss, float32 `[B]`; 1 without min-SNR."""
+    def weight(self, timesteps: Tensor, min_snr_gamma: float | None, *, is_debiased: bool = False) -> Tensor:
+        """The weight of each sample's loss, float32 `[B]`; 1 without min-SNR where it is not debiased either."""
         ...
 
 
@@ -56,10 +59,10 @@ class Diffusion:
 
     alphas_cumprod: Tensor
     prediction_type: PredictionType
-    _tables: dict[tuple[torch.device, float | None], tuple[Tensor, Tensor]] = field(
+    _tables: dict[tuple[torch.device, float | None, bool], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
-    """By device and gamma: alpha_bar and weight of each timestep, so that a pass reads them without waiting."""
+    """By device and kind of weight: alpha_bar and weight of each timestep; a pass reads them without waiting."""
 
     @property
     def has_zero_terminal_snr(self) -> bool:
@@ -72,9 +75,10 @@ class Diffusion:
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
         return Diffusion(root**2, self.prediction_type)
 
-    def draw_timestep(self, generator: torch.Generator) -> Tensor:
+    def draw_timestep(self, generator: torch.Generator, levels: tuple[float, float] = ALL_LEVELS) -> Tensor:
         """int64, uniform."""
-        return torch.randint(0, len(self.alphas_cumprod), (), generator=generator)
+        first, end = (int(level * len(self.alphas_cumprod)) for level in levels)
+        return torch.randint(first, max(end, first + 1), (), generator=generator)
 
     def timesteps_at(self, levels: list[float]) -> Tensor:
         """int64 `[B]`."""
@@ -92,26 +96,30 @@ class Diffusion:
         alpha_bar = self._alpha_bar(timesteps)
         return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
 
-    def weight(self, timesteps: Tensor, min_snr_gamma: float | None) -> Tensor:
-        """On the loss of the network's own output: min(SNR, g) / SNR for epsilon, min(SNR, g) / (SNR + 1) for v
-        (arXiv 2303.09556, section 3.4). At SNR = 0 the epsilon weight is its limit, 1."""
-        return self._tables_on(timesteps.device, min_snr_gamma)[1][timesteps]
+    def weight(self, timesteps: Tensor, min_snr_gamma: float | None, *, is_debiased: bool = False) -> Tensor:
+        """On the loss of the network's own output. Min-SNR: min(SNR, g) / SNR for epsilon, min(SNR, g) / (SNR + 1) for
+        v (arXiv 2303.09556, section 3.4); at SNR = 0 the epsilon weight is its limit, 1. Debiased: 1 / sqrt(SNR) on the
+        loss of the noise (arXiv 2310.08442), which is sqrt(SNR) / (SNR + 1) on that of v."""
+        return self._tables_on(timesteps.device, min_snr_gamma, is_debiased)[1][timesteps]
 
     def _alpha_bar(self, timesteps: Tensor) -> Tensor:
-        return self._tables_on(timesteps.device, None)[0][timesteps].view(-1, 1, 1, 1)
+        return self._tables_on(timesteps.device, None, False)[0][timesteps].view(-1, 1, 1, 1)
 
-    def _tables_on(self, device: torch.device, min_snr_gamma: float | None) -> tuple[Tensor, Tensor]:
-        if (device, min_snr_gamma) not in self._tables:
-            tables = (self.alphas_cumprod.float(), self._weights(min_snr_gamma))
-            self._tables[device, min_snr_gamma] = (tables[0].to(device), tables[1].to(device))
-        return self._tables[device, min_snr_gamma]
+    def _tables_on(self, device: torch.device, min_snr_gamma: float | None, is_debiased: bool) -> tuple[Tensor, Tensor]:
+        kind = (device, min_snr_gamma, is_debiased)
+        if kind not in self._tables:
+            tables = (self.alphas_cumprod.float(), self._weights(min_snr_gamma, is_debiased))
+            self._tables[kind] = (tables[0].to(device), tables[1].to(device))
+        return self._tables[kind]
 
-    def _weights(self, min_snr_gamma: float | None) -> Tensor:
+    def _weights(self, min_snr_gamma: float | None, is_debiased: bool) -> Tensor:
         """Weight of each timestep, float32 `[T]`."""
         alpha_bar = self.alphas_cumprod
+        snr = alpha_bar / (1 - alpha_bar)
+        if is_debiased:
+            return (snr.sqrt() / (snr + 1) if self.prediction_type == "v_prediction" else snr.rsqrt()).float()
         if min_snr_gamma is None:
             return torch.ones(len(alpha_bar))
-        snr = alpha_bar / (1 - alpha_bar)
         clipped = snr.clamp(max=min_snr_gamma)
         if self.prediction_type == "v_prediction":
             return (clipped / (snr + 1)).float()
@@ -136,9 +144,10 @@ class RectifiedFlow:
         """ "flow": the velocity n - x0."""
         return "flow"
 
-    def draw_timestep(self, generator: torch.Generator) -> Tensor:
-        """float32, logit-normal, shifted (arXiv 2403.03206, eq. 19 and 23)."""
-        return self._shifted(torch.sigmoid(self.mean + self.std * torch.randn((), generator=generator))) * self.scale
+    def draw_timestep(self, generator: torch.Generator, levels: tuple[float, float] = ALL_LEVELS) -> Tensor:
+        """float32, logit-normal over the levels, shifted (arXiv 2403.03206, eq. 19 and 23)."""
+        share = torch.sigmoid(self.mean + self.std * torch.randn((), generator=generator))
+        return self._shifted(levels[0] + (levels[1] - levels[0]) * share) * self.scale
 
     def timesteps_at(self, levels: list[float]) -> Tensor:
         """float32 `[B]`: shares of the way before the shift."""
@@ -153,9 +162,9 @@ class RectifiedFlow:
         """n - x0, the same at every level."""
         return noise - x0
 
-    def weight(self, timesteps: Tensor, min_snr_gamma: float | None) -> Tensor:
-        """1: the levels are drawn as often as they should count, so min-SNR has no place here."""
-        assert min_snr_gamma is None, "min-SNR is refused for rectified flow before a run"
+    def weight(self, timesteps: Tensor, min_snr_gamma: float | None, *, is_debiased: bool = False) -> Tensor:
+        """1: the levels are drawn as often as they should count, so no weight has a place here."""
+        assert min_snr_gamma is None and not is_debiased, "weights are refused for rectified flow before a run"
         return torch.ones(len(timesteps), device=timesteps.device)
 
     def _sigma(self, timesteps: Tensor) -> Tensor:
