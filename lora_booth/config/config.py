@@ -104,6 +104,11 @@ def contradictions(config: Config) -> list[str]:
     if config.objective.loss == "mse" and config.objective.huber_delta != 0.1:
         faults.append('objective.huber_delta is set but objective.loss is "mse"; set objective.loss = "huber".')
     rates = config.optimizer.learning_rate, config.optimizer.text_encoder_learning_rate
+    if config.optimizer.name == "prodigy" and config.optimizer.lora_plus_ratio != 1:
+        faults.append(
+            f'optimizer.name is "prodigy" but optimizer.lora_plus_ratio is {config.optimizer.lora_plus_ratio:g}; '
+            "prodigy finds one rate for all, so set the ratio to 1."
+        )
     if config.optimizer.name == "prodigy" and adapter.text_encoder and rates[0] != rates[1]:
         faults.append(
             f"optimizer.text_encoder_learning_rate is {rates[1]:g} but optimizer.learning_rate is {rates[0]:g}; "

@@ -244,6 +244,13 @@ class OptimizerConfig(Section):
     text_encoder_learning_rate: float = Field(
         1e-5, gt=0, le=10, description="Text encoders overfit first; a tenth of the denoiser's is usual."
     )
+    lora_plus_ratio: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="Learning rate of an adapter's B over that of its A, which is the one above (LoRA+, arXiv "
+        "2402.12354; 16 there). 1: the same.",
+    )
     weight_decay: float = Field(1e-2, ge=0, le=1, description="Decoupled weight decay of the adapter.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), strict=False, description="Moment decay of Adam-like optimizers.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Learning rate after warm-up.")

@@ -74,6 +74,18 @@ def flatten(
     return [Flat(group, read_in) for group in groups]
 
 
+def halves(
+    module: torch.nn.Module, parameters: Sequence[torch.nn.Parameter], ratio: float
+) -> list[tuple[Sequence[torch.nn.Parameter], float]]:
+    """The trained `parameters` of a component, in one part or in two that learn at their own rates, each with the
+    factor on the learning rate: LoRA+ (arXiv 2402.12354) has B learn `ratio` times as fast as all else."""
+    if ratio == 1:
+        return [(parameters, 1.0)]
+    ups = {id(parameter) for name, parameter in module.named_parameters() if ".lora_B." in name}
+    slow, fast = ([p for p in parameters if (id(p) in ups) == is_up] for is_up in (False, True))
+    return [(slow, 1.0), (fast, ratio)]
+
+
 def make(groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, device_type: str) -> torch.optim.Optimizer:
     """The optimizer of `config` over parameter groups that carry their own `lr`.
 

@@ -358,11 +358,13 @@ def _optimizer(
     for component, parts in parameters.items():
         names = config.optimizer
         rate = names.text_encoder_learning_rate if is_text(component) else names.learning_rate
-        flats = optimizers.flatten(parts, config.optimizer, device_type=device.type, read_in=read_in)
-        trained += flats
-        groups.append({"params": [flat.vector for flat in flats], "lr": rate, "base_lr": rate})
+        for half, factor in optimizers.halves(adapted[component], parts, names.lora_plus_ratio):
+            flats = optimizers.flatten(half, names, device_type=device.type, read_in=read_in)
+            trained += flats
+            groups.append({"params": [flat.vector for flat in flats], "lr": rate * factor, "base_lr": rate * factor})
         count = sum(part.numel() for part in parts)
-        report.event("adapter", f"adapter on {component}: {count:,} parameters, learning rate {rate:g}")
+        told = f", that of B {rate * names.lora_plus_ratio:g}" if names.lora_plus_ratio != 1 else ""
+        report.event("adapter", f"adapter on {component}: {count:,} parameters, learning rate {rate:g}{told}")
     inject.give_copies_(adapted, {part: copy for flat in trained for part, copy in flat.copies.items()})
     return trained, optimizers.make(groups, config.optimizer, device_type=device.type)
 

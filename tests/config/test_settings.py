@@ -125,6 +125,11 @@ def test_dora_on_a_quantised_base_is_refused_with_the_reason(tmp_path: Path) -> 
         toml.load(None, words)
 
 
+def test_prodigy_with_two_rates_for_a_and_b_is_refused() -> None:
+    words = ["optimizer.name=prodigy", "optimizer.lora_plus_ratio=16"]
+    assert "prodigy finds one rate for all, so set the ratio to 1." in faults_of([*GOOD, *words])
+
+
 def test_prodigy_with_two_learning_rates_is_refused() -> None:
     words = ["model.base=sd15", "subject.images=x", "subject.class_noun=dog", "optimizer.name=prodigy"]
     toml.load(None, words)

@@ -112,6 +112,21 @@ def test_every_optimizer_resumes_bit_for_bit(optimizer: str, make_config: MakeCo
     assert_equal(straight, trained(interrupted))
 
 
+def test_b_learns_at_its_own_rate_and_resumes_bit_for_bit(make_config: MakeConfig) -> None:
+    def config(name: str, ratio: float, steps: int) -> Config:
+        optimizer = {"lora_plus_ratio": ratio, "warmup_steps": 0, "weight_decay": 0.0, "learning_rate": 1e-3}
+        return make_config(name=name, train={"steps": steps, "save_every_steps": 1}, optimizer=optimizer)
+
+    alike, faster = (trained(config(f"one{ratio}", ratio, 1)) for ratio in (1.0, 4.0))
+    ups = [name for name in alike if "lora_B" in name]
+    assert ups and all(torch.allclose(faster[name], 4 * alike[name], rtol=1e-3, atol=1e-7) for name in ups)
+    assert all(torch.equal(faster[name], alike[name]) for name in alike if name not in ups)  # B was 0
+    straight, interrupted = trained(config("straight", 4.0, 3)), config("interrupted", 4.0, 3)
+    with pytest.raises(Interrupted):
+        train.train(interrupted, report=At(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert_equal(straight, trained(interrupted))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_from_cached_inputs_equals_the_loss_without_a_cache(
     family: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
