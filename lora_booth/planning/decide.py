@@ -25,6 +25,7 @@ from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.planning.naming import tell_token
 from lora_booth.run import disk, identity
 from lora_booth.run.report import Report
+from lora_booth.training import trackers
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,7 @@ def look(config: Config, report: Report, *, needs_weights: bool = True) -> Input
     Without `needs_weights`, those of a base that is not on this machine are not downloaded. Raises DataError or
     ModelError.
     """
+    trackers.require(config)
     pictures = find_pictures(config, report)
     stored = identity.read(config.folder)
     pinned = {} if stored is None else stored["pinned"]

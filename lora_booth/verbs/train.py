@@ -51,6 +51,7 @@ from lora_booth.training import (
     optimizers,
     prepare,
     session,
+    trackers,
     watching,
 )
 from lora_booth.training.flat import Flat
@@ -115,7 +116,7 @@ def train(
             drift=watched,
             **listeners,
         )
-        accelerator.init_trackers("lora_booth")
+        trackers.begin(accelerator, config)
         start = session.restore(s, newest)
         del cuts, newest  # nothing needs them any more
         summary = _trained(s, start, stopwatch, judge)

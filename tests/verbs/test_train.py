@@ -28,7 +28,7 @@ from lora_booth.config.config import Config
 from lora_booth.errors import ConfigError, DataError, DiskError, Interrupted, ModelError, NumericError
 from lora_booth.models import devices, loading
 from lora_booth.models.families import components
-from lora_booth.training import loop, session
+from lora_booth.training import loop, session, trackers
 from lora_booth.verbs import train
 from tests.conftest import MakeConfig
 from tests.support import tiny
@@ -551,6 +551,24 @@ def test_tensorboard_gets_the_metrics_when_asked(make_config: MakeConfig, tmp_pa
     train.train(make_config(run={"trackers": ["tensorboard"]}, train={"steps": 1}))
     (log,) = (tmp_path / "run").rglob("events.out.tfevents*")
     assert b"instance_loss" in log.read_bytes()
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_read(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = make_config(run={"trackers": ["wandb"]}, subject={"images": tmp_path / "none"})
+    with pytest.raises(ConfigError, match=r'run.trackers names "wandb", which is not installed; `pip install wandb`'):
+        train.train(config)
+
+
+def test_trackers_are_told_how_is_trained_and_no_word_or_path_of_the_users(make_config: MakeConfig) -> None:
+    config = make_config(subject={"class_noun": "secretdog", "token": "zyxw"})
+    told = trackers.settings(config)
+    assert told["adapter.rank"] == 2 and told["train.steps"] == 4
+    assert all(isinstance(value, (bool, int, float, str)) for value in told.values())
+    words = ("secretdog", "zyxw", str(config.subject.images), str(config.folder), config.model.base)
+    assert not [value for value in map(str, told.values()) if any(word in value for word in words)]
 
 
 def test_the_learning_rate_follows_its_schedule_over_a_resumed_run(make_config: MakeConfig, tmp_path: Path) -> None:
