@@ -59,9 +59,9 @@ class RunConfig(Section):
         description="What the cache may hold; beyond it, what was not used for the longest goes when a run has "
         "prepared. 20: about fifty sets of 200 class images of SDXL, so that nobody has to think of it.",
     )
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "aim"], ...], Field(strict=False)] = Field(
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "aim"], ...], Field(strict=False)] = Field(
         (),
         description="Who is told the metrics besides metrics.jsonl. tensorboard (lora-booth[tracking]) and aim write "
-        "into the run folder, trackio into its own; wandb sends them to its server. Each has to be installed.",
+        "into the run folder; wandb sends them to its server. Each has to be installed.",
     )
     report: bool = Field(True, description="Keep report.html at saves, in at most 2 % of a run's time, and in the end.")

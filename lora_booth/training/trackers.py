@@ -1,7 +1,8 @@
 """Where metrics go besides metrics.jsonl: trackers, through accelerate.
 
 Nothing is sent anywhere unless `run.trackers` names who sends it; of the settings, those that say how is trained, and
-no path and no word of the user's.
+no path and no word of the user's but the run's name. trackio is not among them: it asks for a Pillow below 13, whose
+JPEG decoder has a hole.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PROJECT = "lora_booth"
-INSTALLED_BY = {"tensorboard": "lora-booth[tracking]", "wandb": "wandb", "trackio": "trackio", "aim": "aim"}
+INSTALLED_BY = {"tensorboard": "lora-booth[tracking]", "wandb": "wandb", "aim": "aim"}
 SHOWN = {
     "adapter": ("targets", "rank", "alpha", "dropout", "rslora", "dora", "init", "text_encoder"),
     "objective": (
@@ -48,9 +49,8 @@ def begin(accelerator: Accelerator, config: Config) -> None:
     """Begin a run with each tracker of `config`, under the run's name."""
     if not config.run.trackers:
         return
-    named = {"name": config.name}
-    places = {"wandb": {**named, "dir": str(config.folder)}, "trackio": named, "tensorboard": {}, "aim": {}}
-    accelerator.init_trackers(PROJECT, settings(config), {name: places[name] for name in config.run.trackers})
+    places = {"wandb": {"name": config.name, "dir": str(config.folder)}}
+    accelerator.init_trackers(PROJECT, settings(config), {name: places.get(name, {}) for name in config.run.trackers})
 
 
 def settings(config: Config) -> dict[str, Any]:
