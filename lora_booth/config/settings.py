@@ -92,6 +92,13 @@ class SubjectConfig(Section):
     captions: Literal["files", "off"] = Field(
         "files", description="files: a .txt of the same name beside a picture replaces the prompt. off: prompt always."
     )
+    caption_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Chance that a picture is learnt under the empty prompt, drawn anew in each step: then the look "
+        "comes without being asked for too, as a style may. 0.1 is usual there.",
+    )
     masks: Literal["files", "alpha", "off"] = Field(
         "files",
         description="Where a mask says what the subject is, white on black. files: name.mask.png beside a picture, or "

@@ -67,6 +67,8 @@ class Order:
 
     With captions there are as many prior rows instead: every other one is its instance row's picture under the plain
     prompt of that picture, the others are theirs under a caption.
+
+    `dropout`: the chance that an instance row has the empty prompt.
     """
 
     instances: Sequence[Item]
@@ -75,12 +77,13 @@ class Order:
     loss_weight: float
     seed: int
     captions: Sequence[str] = ()
+    dropout: float = 0.0
 
     def at(self, step: int) -> tuple[Row, ...]:
         """Rows of `step` (0-based): instance rows at positions 0 to N-1, class or prior rows at N to 2N-1."""
         count = self.images_per_step
         draws = range(step * count, (step + 1) * count)
-        instances = [self._instance(draw) for draw in draws]
+        instances = [self._captioned(draw) for draw in draws]
         rows = [Row(item, position, 1.0 / count) for position, item in enumerate(instances)]
         joining = self._class if self.classes else self._prior if self.captions else None
         if joining is not None:
@@ -94,6 +97,7 @@ class Order:
         captioned = {"", *self.captions, *(item.plain_prompt or "" for item in self.instances)} if self.captions else ()
         images = {item.latent_key for item in (*self.instances, *self.classes)}
         prompts = {item.prompt for item in (*self.instances, *self.classes)} | set(captioned)
+        prompts |= {""} if self.dropout else set()
         found: set[Item] = set()
         for step in steps:
             new = {row.item for row in self.at(step)} - found
@@ -121,6 +125,16 @@ class Order:
     def _instance(self, draw: int) -> Item:
         epoch, place = divmod(draw, len(self.instances))
         return self.instances[_shuffled(self.seed, "instance", epoch, len(self.instances))[place]]
+
+    def _captioned(self, draw: int) -> Item:
+        """The `draw`-th instance row's item, under its own prompt or the empty one."""
+        item = self._instance(draw)
+        if not self.dropout:
+            return item
+        import torch
+
+        is_dropped = torch.rand((), generator=generator_for(self.seed, "caption dropout", draw)) < self.dropout
+        return replace(item, prompt="") if is_dropped else item
 
     def _class(self, draw: int) -> Item:
         """The class item that joins the `draw`-th instance row: the next of that row's bucket."""

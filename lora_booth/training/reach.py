@@ -129,7 +129,8 @@ def of(
 
     captions = tuple(map(config.fill, config.prior.captions)) if config.has_model_prior else ()
     weight, train = config.prior.loss_weight, config.train
-    order = Order(items(trained), items(classes), train.images_per_step, weight, train.seed, captions)
+    dropout = config.subject.caption_dropout
+    order = Order(items(trained), items(classes), train.images_per_step, weight, train.seed, captions, dropout)
     levels = [validation_levels(number, len(looked_at), validation_rows) for number in range(len(looked_at))]
     validation = tuple(pair for pair in zip(items(looked_at), levels, strict=True) if pair[1])
     return Reach((*trained, *classes, *looked_at), order, validation, range(first_step, train.steps))

@@ -74,6 +74,20 @@ def test_class_images_of_no_common_bucket_are_still_used() -> None:
     assert Counter(row[1].item.name for row in rows) == {"c0": 2, "c1": 2}
 
 
+def test_a_share_of_the_rows_has_no_prompt_and_the_same_rows_whatever_ran_before() -> None:
+    plain, dropping = order(), replace(order(), dropout=0.3)
+    rows = [row for step in range(500) for row in dropping.at(step) if row.item.role == "instance"]
+    share = sum(row.item.prompt == "" for row in rows) / len(rows)
+    assert 0.24 < share < 0.36  # four standard deviations
+    assert [row.item.name for row in rows] == [
+        row.item.name for step in range(500) for row in plain.at(step) if row.item.role == "instance"
+    ]
+    classes = [[row for row in each.at(7) if row.item.role == "class"] for each in (plain, dropping)]
+    assert classes[0] == classes[1] and dropping.at(7) == replace(order(), dropout=0.3).at(7)
+    assert "" in {item.prompt for item in dropping.reached(range(500))}
+    assert "" not in {item.prompt for item in plain.reached(range(500))}
+
+
 def test_what_steps_reach_are_the_items_of_their_rows() -> None:
     steps = order(num_instances=5, num_classes=12, images_per_step=1)
     assert {i.name for i in steps.reached(range(2))} == {row.item.name for s in (0, 1) for row in steps.at(s)}
