@@ -18,7 +18,7 @@ _NEAR_BITS = 10
 _NEAR_LEVELS = 24
 _SAME_LEVELS = 16
 """Standard deviation of the background's colours over pictures, below which it counts as one: photographs of one thing
-in several places have 36 to 60, on one table or before one wall less than 10."""
+in several places have 36 and more."""
 
 
 def look(upright: Image.Image) -> Look:

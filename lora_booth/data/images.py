@@ -113,7 +113,8 @@ def find(
             blamed = drawn or path
             mask = None
             if drawn is not None:
-                mask = masks.checked(drawn, path, size, max_megapixels)
+                mask, mask_notes = masks.checked(drawn, path, size, max_megapixels)
+                remarks += [Fault(drawn, note) for note in mask_notes]
             elif masked_by == "alpha" and worker.has_alpha(path, sha256):
                 mask = masks.of_alpha(path, sha256)
         except Unusable as fault:

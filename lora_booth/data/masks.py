@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageChops
 
 from lora_booth.data import worker
 from lora_booth.data.buckets import Crop
@@ -57,8 +57,9 @@ def in_folder(folder: Path, stems: Mapping[str, str]) -> tuple[dict[str, Path], 
     return found, others
 
 
-def checked(path: Path, picture: Path, size: tuple[int, int], max_megapixels: float) -> Mask:
-    """The mask in the file `path` of a `picture` of this upright size. Raises Unusable where it does not fit it."""
+def checked(path: Path, picture: Path, size: tuple[int, int], max_megapixels: float) -> tuple[Mask, list[str]]:
+    """The mask in the file `path` of a `picture` of this upright size, and remarks on it. Raises Unusable where it does
+    not fit it."""
     without = f"so its picture {picture.name} is left out"
     try:
         sha256, found, _, _ = worker.inspect(path, max_megapixels)
@@ -68,12 +69,14 @@ def checked(path: Path, picture: Path, size: tuple[int, int], max_megapixels: fl
                 f"is a mask of {found[0]}×{found[1]} pixels, but its picture has {size[0]}×{size[1]}, {without}; save "
                 "it in the same size."
             )
-        _require_subject(mask, without)
+        lowest = _require_subject(mask, without)
     except Unusable as fault:
         raise Unusable(
             str(fault) if without in str(fault) else f"{fault} Until then {picture.name} is left out."
         ) from fault
-    return mask
+    return mask, [
+        "is a mask that is white everywhere, so it changes nothing; black leaves out."
+    ] if lowest == 255 else []
 
 
 def of_alpha(picture: Path, sha256: str) -> Mask:
@@ -98,11 +101,18 @@ def crop(image: Image.Image, window: Crop, size: tuple[int, int]) -> npt.NDArray
 
 
 def _decoded(mask: Mask) -> Image.Image:
-    return worker.alpha(mask.path, mask.sha256) if mask.is_alpha else worker.decode(mask.path, mask.sha256).convert("L")
+    if mask.is_alpha:
+        return worker.alpha(mask.path, mask.sha256)
+    drawn = worker.decode(mask.path, mask.sha256).convert("L")
+    if not worker.has_alpha(mask.path, mask.sha256):
+        return drawn
+    return ImageChops.multiply(drawn, worker.alpha(mask.path, mask.sha256))  # white on nothing is white on black
 
 
-def _require_subject(mask: Mask, without: str) -> None:
-    highest = _decoded(mask).getextrema()[1]
-    if not highest:
+def _require_subject(mask: Mask, without: str) -> int:
+    """The darkest value of a mask. Raises Unusable where nothing is subject."""
+    values = np.asarray(_decoded(mask))
+    if not values.any():
         what = "is transparent everywhere" if mask.is_alpha else "is a mask that is black everywhere"
         raise Unusable(f"{what}, {without}; white is the subject.")
+    return int(values.min())

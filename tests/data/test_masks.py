@@ -92,6 +92,19 @@ def test_a_mask_that_cannot_be_used_leaves_its_picture_out(mask: Image.Image | b
     assert told in str(seen.left_out[0]) and str(seen.left_out[0]).count("left out") == 1
 
 
+def test_white_on_nothing_is_white_on_black_and_white_everywhere_is_told(photos: Path) -> None:
+    clear = Image.new("RGBA", (48, 48), (255, 255, 255, 0))
+    clear.paste((255, 255, 255, 255), LEFT)
+    clear.save(photos / "a.mask.png")
+    Image.new("L", (48, 48), 255).save(photos / "b.mask.png")
+    seen = found(photos)
+    mask = seen.pictures[0].mask
+    assert mask is not None and np.array_equal(np.asarray(masks.read(mask)), np.asarray(half()))
+    assert [str(fault) for fault in seen.warnings] == [
+        "b.mask.png is a mask that is white everywhere, so it changes nothing; black leaves out."
+    ]
+
+
 def test_transparency_is_a_mask_where_it_is_asked_for(photos: Path) -> None:
     clear = Image.open(photos / "a.png").convert("RGBA")
     clear.putalpha(half())
