@@ -32,6 +32,7 @@ from lora_booth.errors import DataError
 MAX_CAPTION_BYTES = 64 * 2**10
 MAX_CAPTION_WORDS = 75
 
+OF_NO_PICTURE = "is the mask of no picture; give it the name of its picture, or remove it."
 MaskedBy = Literal["files", "alpha", "off"]
 
 _JUNK = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx")
@@ -57,7 +58,8 @@ class Fault:
     reason: str
 
     def __str__(self) -> str:
-        return f"{shown(self.path)} {self.reason}"
+        folder = f"{masks.FOLDER}/" if self.path.parent.name == masks.FOLDER else ""
+        return f"{folder}{shown(self.path)} {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -180,14 +182,18 @@ def _list(folder: Path) -> _Listing:
     written_otherwise = {_composed(stem): stem for stem in stems if folder / f"{stem}.txt" not in entries}
     spelled = {**{_composed(stem): stem for stem in stems}, **{stem: stem for stem in stems}}
     listing.masks, others = masks.in_folder(folder, spelled)
-    listing.strangers += [Fault(path, "is the mask of no picture; give it the name of its picture.") for path in others]
+    listing.strangers += [Fault(path, OF_NO_PICTURE) for path in others]
     for path in entries:
         ending = path.suffix.lower()
         masked = masks.pictured(path, spelled)
         if os.path.isdir(path):  # Unlike Path.is_dir, False when the answer is refused.
             listing.folders += [] if path.name == masks.FOLDER and listing.masks else _sub_folder(path)
         elif masked is not None:
+            if masked in listing.masks:
+                listing.strangers.append(Fault(listing.masks[masked], "is a second mask of its picture; remove one."))
             listing.masks[masked] = path
+        elif masks.is_named_mask(path):
+            listing.strangers.append(Fault(path, OF_NO_PICTURE))
         elif ending in ENDINGS:
             listing.candidates.append(path)
         elif ending == ".txt" and path.stem in stems:

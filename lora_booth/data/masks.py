@@ -36,8 +36,12 @@ class Mask:
 def pictured(path: Path, stems: Mapping[str, str]) -> str | None:
     """The stem of the picture that `path`, beside it, is the mask of; None where it is none. `stems`: as they are
     written, by how they are compared."""
-    is_mask = path.suffix.lower() in ENDINGS and path.stem.lower().endswith(MARK)
-    return stems.get(path.stem[: -len(MARK)]) if is_mask else None
+    return stems.get(path.stem[: -len(MARK)]) if is_named_mask(path) else None
+
+
+def is_named_mask(path: Path) -> bool:
+    """Whether a file has the name of a mask, so that it is no picture to learn."""
+    return path.suffix.lower() in ENDINGS and path.stem.lower().endswith(MARK)
 
 
 def in_folder(folder: Path, stems: Mapping[str, str]) -> tuple[dict[str, Path], list[Path]]:

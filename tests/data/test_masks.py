@@ -62,7 +62,7 @@ def test_masks_lie_beside_their_pictures_or_in_a_folder(photos: Path) -> None:
         None,
     ]
     told = [str(fault) for fault in (*found(photos).left_out, *found(photos).warnings)]
-    assert [text.partition(" ")[0] for text in told] == ["notes.doc", "z.png"]
+    assert [text.partition(" ")[0] for text in told] == ["masks/notes.doc", "masks/z.png"]
     assert all("is the mask of no picture" in text for text in told)
     assert [p.mask for p in found(photos, "off").pictures] == [None] * 3
 
@@ -90,6 +90,34 @@ def test_a_mask_that_cannot_be_used_leaves_its_picture_out(mask: Image.Image | b
     seen = found(photos)
     assert [picture.path.name for picture in seen.pictures] == ["b.png", "c.png"]
     assert told in str(seen.left_out[0]) and str(seen.left_out[0]).count("left out") == 1
+
+
+def test_a_mask_whose_picture_is_gone_is_never_learnt_as_a_picture(photos: Path) -> None:
+    half().save(photos / "z.mask.png")
+    half().save(photos / "A.MASK.PNG")
+    half().save(photos / "a.mask.mask.png")
+    for masked_by in ("files", "off"):
+        seen = found(photos, masked_by)
+        assert [picture.path.name for picture in seen.pictures] == ["a.png", "b.png", "c.png"]
+        assert [str(fault).partition(" ")[0] for fault in seen.left_out] == [
+            "A.MASK.PNG",
+            "a.mask.mask.png",
+            "z.mask.png",
+        ]
+    for name in "abc":
+        (photos / f"{name}.png").unlink()
+    with pytest.raises(DataError, match="no usable picture"):
+        found(photos)
+
+
+def test_two_masks_of_a_picture_are_told_with_their_folder(photos: Path) -> None:
+    (photos / "masks").mkdir()
+    half().save(photos / "masks" / "a.png")
+    half().save(photos / "a.mask.png")
+    half((2, 2)).save(photos / "masks" / "b.png")
+    told = [str(fault) for fault in found(photos).left_out]
+    assert told[0].startswith("masks/a.png is a second mask of its picture")
+    assert told[1].startswith("masks/b.png is a mask of 2×2 pixels")
 
 
 def test_white_on_nothing_is_white_on_black_and_white_everywhere_is_told(photos: Path) -> None:
