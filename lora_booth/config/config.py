@@ -125,10 +125,10 @@ def contradictions(config: Config) -> list[str]:
             "elsewhere; set train.gradient_checkpointing = 1, or memory.offload_activations = false."
         )
     faults += _objective_faults(config)
-    if "{class}" not in config.subject.prompt:
-        faults.append(f'subject.prompt "{config.subject.prompt}" lacks the slot {{class}}; add it.')
+    own = [("subject.prompt", config.subject.prompt), *(("subject.templates", t) for t in config.subject.templates)]
+    faults += [f'{key} "{shown(text)}" lacks the slot {{class}}; add it.' for key, text in own if "{class}" not in text]
     faults += _place_faults(config)
-    templates = [("subject.prompt", config.subject.prompt, {"token", "class"})]
+    templates = [(key, text, {"token", "class"}) for key, text in own]
     templates += [("prior.prompts", p, {"class"}) for p in prior.prompts]
     templates += [("prior.captions", p, {"class"}) for p in prior.captions]
     templates += [("preview.prompts", p, {"token", "class"}) for p in config.preview.prompts]

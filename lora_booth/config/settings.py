@@ -89,6 +89,12 @@ class SubjectConfig(Section):
         min_length=1,
         description="Prompt of instance images without a caption file. Slots: {token}, {class}.",
     )
+    templates: Texts = Field(
+        (),
+        max_length=1000,
+        description="Other prompts of instance images without a caption file: in each step one of these and the prompt "
+        "above is drawn, so that its words are not learnt with the subject. Slots: {token}, {class}.",
+    )
     captions: Literal["files", "off"] = Field(
         "files", description="files: a .txt of the same name beside a picture replaces the prompt. off: prompt always."
     )

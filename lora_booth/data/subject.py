@@ -124,8 +124,15 @@ def prompt_of(config: Config, picture: Picture) -> str:
     return config.fill(picture.caption or config.subject.prompt)
 
 
-def plain_prompt(config: Config, picture: Picture) -> str | None:
-    """The prompt of an instance image with the token left out; None where it has none, so that nothing would differ."""
-    prompt = prompt_of(config, picture)
+def plain_prompt(config: Config, prompt: str) -> str | None:
+    """A prompt of an instance image with the token left out; None where it has none, so that nothing would differ."""
     plain = without_token(prompt, config.subject.token)
     return plain if plain != prompt else None
+
+
+def prompts_in_turn(config: Config, picture: Picture) -> tuple[tuple[str, str | None], ...]:
+    """What an instance image may come under, each with its plain prompt; empty where that is its own prompt alone."""
+    if picture.caption or not config.subject.templates:
+        return ()
+    prompts = [config.fill(text) for text in (config.subject.prompt, *config.subject.templates)]
+    return tuple((prompt, plain_prompt(config, prompt)) for prompt in prompts)

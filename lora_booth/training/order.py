@@ -35,7 +35,7 @@ class Item:
     """One training image. `latent_key` finds its latent moments, of `shape` `[C, h, w]`, in the cache.
 
     `plain_prompt`: that of an instance image with the token left out; None where it has none. `mask_key` finds the
-    mask of one that has any.
+    mask of one that has any. `in_turn`: prompts that it comes under, with their plain ones; none where it has but one.
     """
 
     role: Role
@@ -46,6 +46,7 @@ class Item:
     geometry: Geometry
     plain_prompt: str | None = None
     mask_key: str | None = None
+    in_turn: tuple[tuple[str, str | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ class Order:
     def reached(self, steps: Iterable[int]) -> frozenset[Item]:
         """Items of the rows of `steps`, with every image and every prompt that comes; it ends as soon as all are
         reached, so a long run takes no longer."""
-        captioned = {"", *self.captions, *(item.plain_prompt or "" for item in self.instances)} if self.captions else ()
+        own = {pair for item in self.instances for pair in item.in_turn or [(item.prompt, item.plain_prompt)]}
+        captioned = {"", *self.captions, *(plain or "" for _, plain in own)} if self.captions else ()
         images = {item.latent_key for item in (*self.instances, *self.classes)}
-        prompts = {item.prompt for item in (*self.instances, *self.classes)} | set(captioned)
+        prompts = {prompt for prompt, _ in own} | {item.prompt for item in self.classes} | set(captioned)
         prompts |= {""} if self.dropout else set()
         found: set[Item] = set()
         for step in steps:
@@ -127,14 +129,24 @@ class Order:
         return self.instances[_shuffled(self.seed, "instance", epoch, len(self.instances))[place]]
 
     def _captioned(self, draw: int) -> Item:
-        """The `draw`-th instance row's item, under its own prompt or the empty one."""
-        item = self._instance(draw)
+        """The `draw`-th instance row's item, under its prompt or the empty one."""
+        item = self._prompted(draw)
         if not self.dropout:
             return item
         import torch
 
         is_dropped = torch.rand((), generator=generator_for(self.seed, "caption dropout", draw)) < self.dropout
         return replace(item, prompt="") if is_dropped else item
+
+    def _prompted(self, draw: int) -> Item:
+        """The `draw`-th instance row's item, under the prompt whose turn it is."""
+        item = self._instance(draw)
+        if not item.in_turn:
+            return item
+        epoch, place = divmod(draw, len(item.in_turn))
+        order = _shuffled(self.seed, "template", epoch, len(item.in_turn))
+        prompt, plain = item.in_turn[order[place]]
+        return replace(item, prompt=prompt, plain_prompt=plain, in_turn=())
 
     def _class(self, draw: int) -> Item:
         """The class item that joins the `draw`-th instance row: the next of that row's bucket."""
@@ -146,7 +158,7 @@ class Order:
 
     def _prior(self, draw: int) -> Item:
         """The picture of the `draw`-th instance row under another prompt."""
-        item = self._instance(draw)
+        item = self._prompted(draw)
         prompt = item.plain_prompt if draw % 2 == 0 else None
         prompt = self._caption(draw) if prompt is None else prompt
         return replace(item, role="prior", prompt=prompt, mask_key=None)  # all of it is to be kept

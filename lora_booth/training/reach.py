@@ -14,7 +14,7 @@ from typing import Any
 from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Crop, assign
 from lora_booth.data.images import Picture
-from lora_booth.data.subject import Pictures, crops_of, plain_prompt, prompt_of
+from lora_booth.data.subject import Pictures, crops_of, plain_prompt, prompt_of, prompts_in_turn
 from lora_booth.training.cache_keys import latent_key, mask_key
 from lora_booth.training.class_images import ClassImage, wanted
 from lora_booth.training.order import Item, Order, Role, Shape, validation_levels
@@ -35,6 +35,7 @@ class TrainingImage:
     picture: Picture | None
     is_flipped: bool = False
     plain_prompt: str | None = None
+    in_turn: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def mask_key(self) -> str | None:
@@ -47,7 +48,8 @@ class TrainingImage:
     def item(self, shape: Shape) -> Item:
         """The same with latents of `shape`, as steps see it."""
         geometry = self.crop.mirrored().geometry if self.is_flipped else self.crop.geometry
-        return Item(self.role, self.name, self.key, shape, self.prompt, geometry, self.plain_prompt, self.mask_key)
+        prompts = (self.prompt, geometry, self.plain_prompt)
+        return Item(self.role, self.name, self.key, shape, *prompts, self.mask_key, self.in_turn)
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,9 @@ def of(
     def of_user(role: Role, picture: Picture, crop: Crop, prompt: str, *, is_flipped: bool = False) -> TrainingImage:
         key = latent_key(fingerprint, picture.sha256, crop, is_flipped=is_flipped)
         name = picture.path.name + (" (mirrored)" if is_flipped else "")
-        plain = plain_prompt(config, picture) if role == "instance" else None
-        return TrainingImage(role, name, key, crop, prompt, picture, is_flipped, plain)
+        plain = plain_prompt(config, prompt) if role == "instance" else None
+        in_turn = prompts_in_turn(config, picture) if role == "instance" else ()
+        return TrainingImage(role, name, key, crop, prompt, picture, is_flipped, plain, in_turn)
 
     def instances(found: Sequence[Picture], *, is_flipped: bool = False) -> list[TrainingImage]:
         pairs = zip(found, crops_of(config, found), strict=True)

@@ -125,6 +125,11 @@ def test_dora_on_a_quantised_base_is_refused_with_the_reason(tmp_path: Path) -> 
         toml.load(None, words)
 
 
+def test_templates_need_their_slots_as_the_prompt_does() -> None:
+    told = faults_of([*GOOD, 'subject.templates=["a {token}", "a {noun} {class}"]'])
+    assert 'subject.templates "a {token}" lacks the slot {class}; add it.' in told and "{noun}" in told
+
+
 def test_prodigy_with_two_rates_for_a_and_b_is_refused() -> None:
     words = ["optimizer.name=prodigy", "optimizer.lora_plus_ratio=16"]
     assert "prodigy finds one rate for all, so set the ratio to 1." in faults_of([*GOOD, *words])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from lora_booth.data import images, masks, subject
 from lora_booth.data.buckets import Bucket, assign
-from lora_booth.errors import DataError
+from lora_booth.errors import DataError, Interrupted
 from lora_booth.run import identity
 from lora_booth.run.report import Silent
 from lora_booth.training import prepare
@@ -21,7 +23,7 @@ from lora_booth.training.batch import Batch
 from lora_booth.training.objective import Draws
 from lora_booth.verbs import plan, train
 from tests.conftest import MakeConfig
-from tests.support.runs import Recorder, session_of
+from tests.support.runs import At, Recorder, assert_equal, session_of, trained
 
 LEFT = (0, 0, 24, 48)
 
@@ -216,6 +218,23 @@ def test_what_the_background_shows_is_learnt_only_where_it_counts(make_config: M
     without = train.train(masked_config(make_config, photos, "off", **off))
     assert summaries[1.0].validation_loss == pytest.approx(without.validation_loss, rel=1e-5)
     assert abs(summaries[0.0].validation_loss - without.validation_loss) > 1e-4
+
+
+def test_a_run_with_masks_and_all_that_is_drawn_by_step_resumes_bit_for_bit(
+    make_config: MakeConfig, photos: Path
+) -> None:
+    half().save(photos / "a.mask.png")
+
+    def config(name: str) -> Any:
+        templates = ("a close-up of {token} {class}", "the {class}")
+        subject = {"images": photos, "templates": templates, "caption_dropout": 0.3}
+        objective = {"timestep_range": (0.2, 0.9), "debiased": True}
+        return masked_config(make_config, photos, name, subject=subject, objective=objective, train={"steps": 6})
+
+    straight, interrupted = trained(config("straight")), config("interrupted")
+    with pytest.raises(Interrupted):
+        train.train(interrupted, report=At(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert_equal(straight, trained(interrupted))
 
 
 def test_a_mask_is_a_part_of_what_a_run_depends_on(make_config: MakeConfig, photos: Path) -> None:

@@ -131,6 +131,7 @@ OTHER: dict[str, Any] = {
     "subject.captions": "off",
     "subject.held_out": None,
     "subject.masks": "off",
+    "subject.templates": ("a {token} {class}",),
     "prior.folder": None,
     "prior.prompts": ("a drawing of a {class}",),
     "prior.captions": ("a cat",),

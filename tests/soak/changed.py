@@ -22,6 +22,8 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "model.quantize": ("int8",),
     "subject.prompt": ("a drawing of {token} {class}", "a {class}"),
     "subject.captions": ("off",),
+    "subject.templates": (("a {token} {class}",),),
+    "subject.masks": ("off", "alpha"),
     "prior.prompts": (("a {class}",), ("a photo of {class}", "a {class}")),
     "prior.sampler": ("dpm++", "euler"),
     "prior.captions": (("a cat",), ("a cat", "a {class}")),

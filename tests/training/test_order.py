@@ -88,6 +88,23 @@ def test_a_share_of_the_rows_has_no_prompt_and_the_same_rows_whatever_ran_before
     assert "" not in {item.prompt for item in plain.reached(range(500))}
 
 
+def test_prompts_take_turns_and_the_prior_has_the_plain_one_of_its_row() -> None:
+    pairs = (("a yql dog", "a dog"), ("one yql dog", "one dog"), ("dog", None))
+    turning = replace(item("instance", "i0"), in_turn=pairs)
+    captioned = replace(item("instance", "i1"), prompt="a yql dog on a sofa", plain_prompt="a dog on a sofa")
+    steps = Order([turning, captioned], [], 1, 1.0, seed=0, captions=("a cat",))
+    rows = [steps.at(step) for step in range(600)]
+    seen = Counter(own.item.prompt for own, _ in rows if own.item.name == "i0")
+    assert seen.keys() == {prompt for prompt, _ in pairs} and min(seen.values()) > 60
+    assert {own.item.prompt for own, _ in rows if own.item.name == "i1"} == {"a yql dog on a sofa"}
+    for step, (own, prior) in enumerate(rows):
+        plain = dict(pairs).get(own.item.prompt) if own.item.name == "i0" else "a dog on a sofa"
+        assert prior.item.prompt == (plain if step % 2 == 0 and plain is not None else prior.item.prompt)
+        assert (prior.item.prompt in ("", "a cat")) or step % 2 == 0
+    reached = {found.prompt for found in steps.reached(range(600))}
+    assert reached >= {row.item.prompt for step in rows for row in step}
+
+
 def test_what_steps_reach_are_the_items_of_their_rows() -> None:
     steps = order(num_instances=5, num_classes=12, images_per_step=1)
     assert {i.name for i in steps.reached(range(2))} == {row.item.name for s in (0, 1) for row in steps.at(s)}
