@@ -1,18 +1,22 @@
 """Adapters put into the pipeline of a loaded base, several beside each other.
 
-What lives here: that an adapter fits the base, and the parts PEFT can load it in. What does not: training's own
-injection (`inject.py`), and files (`files/`).
+What lives here: that an adapter fits the base, the parts PEFT can load it in, and words beside it. What does not:
+training's own injection (`inject.py`), and files (`files/`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lora_booth.adapter import peft_layers
+from lora_booth.adapter.embeddings import LearntWord
 from lora_booth.adapter.files import storage
+from lora_booth.adapter.files.embedding import Embedding
 from lora_booth.adapter.weights import AdapterWeights, find_module, misfit
 from lora_booth.errors import ModelError
 from lora_booth.models.families.family import Family
@@ -28,6 +32,19 @@ def load_into_(pipeline: Any, name: str, weights: AdapterWeights, family: str) -
             pipeline.load_lora_weights(to_tensors(part, family, torch.float32), adapter_name=f"{name}_{kind}")
         names.append(f"{name}_{kind}")
     return names
+
+
+@contextmanager
+def words_learnt(family: Family, words: Sequence[Embedding]) -> Iterator[list[LearntWord]]:
+    """Inside the block `family` reads `words` in prompts. Raises ModelError for one of another kind of base."""
+    learnt: list[LearntWord] = []
+    try:
+        for word in words:
+            learnt.append(LearntWord(family, word.word, word.vectors))
+        yield learnt
+    finally:
+        for one in reversed(learnt):
+            one.forget_()
 
 
 def fitted(family: Family, name: str, weights: AdapterWeights) -> AdapterWeights:

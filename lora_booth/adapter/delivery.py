@@ -1,6 +1,7 @@
 """The files of an adapter that are handed to the user.
 
-They are the adapter in every format asked for, what programs show beside it, and what each program will do with it.
+They are the adapter in every format asked for, the word that was learnt, what programs show beside the adapter, and
+what each program will do with it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from lora_booth.adapter.decompose import approximate, tell_errors
-from lora_booth.adapter.files import kohya, storage
+from lora_booth.adapter.files import embedding, kohya, storage
+from lora_booth.adapter.files.embedding import Embedding
 from lora_booth.adapter.files.metadata import network_fields
 from lora_booth.adapter.files.sidecar import cover_fields, write_cover, write_sidecar
 from lora_booth.adapter.programs.verdicts import tell_programs
@@ -35,7 +37,8 @@ WeightOf = Callable[[str, str], Tensor]
 class Delivery:
     """What is handed over. `folder`: where; `name`: of the files, without ending; `header`: without hashes.
 
-    `trigger`: what a prompt must say, "" where that is not known; `cover`: a picture made with the adapter.
+    `trigger`: what a prompt must say, "" where that is not known; `cover`: a picture made with the adapter; `word`:
+    that which was learnt as vectors, and has a file of its own.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class Delivery:
     dtype: str
     trigger: str = ""
     cover: Image.Image | None = None
+    word: Embedding | None = None
 
     def path(self, format_name: str) -> Path:
         """The file of a format."""
@@ -55,11 +59,13 @@ class Delivery:
 def forms(
     formats: Sequence[str], weights: AdapterWeights, weight_of: WeightOf, report: Report
 ) -> dict[str, AdapterWeights]:
-    """What each format can hold of `weights`.
+    """What each format can hold of `weights`; none where a word alone was learnt.
 
     DoRA has no form that every program reads: for "kohya" each of its layers becomes the nearest plain LoRA of twice
     the rank, and the error is told.
     """
+    if not any(weights.values()):
+        return {}
     return {name: _portable(weights, weight_of, report) if name == "kohya" else weights for name in formats}
 
 
@@ -75,7 +81,8 @@ def bodies(delivery: Delivery, forms: Mapping[str, AdapterWeights]) -> dict[str,
 def write_files(
     delivery: Delivery, forms: Mapping[str, AdapterWeights], report: Report, made: Mapping[str, bytes] | None = None
 ) -> dict[str, Path]:
-    """Write `forms`, format to weights, and the sidecar and cover of the portable one; returns the paths by format.
+    """Write `forms`, format to weights, the sidecar and cover of the portable one, and the word's file; returns the
+    paths by format, that of the word as "embedding".
 
     `made`: what `bodies` gave. Raises ModelError, NumericError and DiskError as `storage.Format.write` does. Nothing is
     written before every format has taken the adapter.
@@ -85,6 +92,10 @@ def write_files(
         header = header | cover_fields(delivery.cover)
     made = bodies(delivery, forms) if made is None else made
     contents = {}
+    if delivery.word is not None:
+        learnt = embedding.content(delivery.word, delivery.family)
+        contents[delivery.folder / delivery.word.file_name] = learnt
+        header = header | embedding.beside(delivery.word, learnt)
     for name, weights in forms.items():
         fields, file = header | network_fields(weights), delivery.path(name)
         contents[file] = storage.FORMATS[name].content(file.name, made[name], fields)
@@ -98,7 +109,16 @@ def write_files(
             write_cover(path, delivery.cover)
         for fault in kohya.faults(forms["kohya"], delivery.family, dtype):
             report.warn(fault)
-    return {name: delivery.path(name) for name in forms}
+    words = {} if delivery.word is None else {"embedding": delivery.folder / delivery.word.file_name}
+    return {name: delivery.path(name) for name in forms} | words
+
+
+def tell_word(path: Path, report: Report, *, has_adapter: bool) -> None:
+    """Where the file of a learnt word goes, and how prompts call it."""
+    for program, (place, written) in embedding.PLACE.items():
+        report.event("word", f"{program}: {path.name} in {place}, in a prompt {written.format(word=path.stem)}")
+    if has_adapter:
+        report.event("word", "both files belong together: without its word the adapter is half of what was trained")
 
 
 def tell_use(path: Path, format_name: str, delivery: Delivery, report: Report) -> None:

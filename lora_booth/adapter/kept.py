@@ -10,7 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lora_booth.adapter import embeddings
 from lora_booth.adapter.files import storage
+from lora_booth.adapter.files.embedding import Embedding
 from lora_booth.adapter.numbers import weights_of
 from lora_booth.adapter.weights import AdapterWeights, uses_dora
 from lora_booth.config import inputs, toml
@@ -24,10 +26,11 @@ PACKAGES = ("lora-booth", "torch", "diffusers", "transformers", "peft")
 
 @dataclass(frozen=True)
 class Kept:
-    """One checkpoint as an adapter. `name`: of files made of it, without ending; `told`: which step of which it is;
-    `folder`: of its run."""
+    """One checkpoint as an adapter. `word`: that which was learnt, if any; `name`: of files made of it, without ending;
+    `told`: which step of which it is; `folder`: of its run."""
 
     weights: AdapterWeights
+    word: Embedding | None
     header: dict[str, str]
     name: str
     told: str
@@ -82,12 +85,14 @@ def find(path: Path, step: str | None) -> Kept | None:
     fault = checkpoints.fault(checkpoint)
     if fault is not None:
         raise ModelError(f"checkpoint {checkpoint} is damaged ({fault}); choose another --step.")
-    weights = at_strength(weights_of(checkpoints.read(checkpoint).adapter, config.adapter), strength)
+    layers, word = embeddings.split(checkpoints.read(checkpoint).adapter)
+    weights = at_strength(weights_of(layers, config.adapter), strength)
     kept = ", ".join(f"{s} ({'not measured' if loss is None else f'{loss:.4f}'})" for s, loss in losses.items())
     named = "" if best is None else f"; the best is {best[0]}" + (f" at strength {best[1]:g}" if best[1] != 1 else "")
     told = f"step {number} of {path}; kept with their validation loss: {kept}{named}"
     header = storage.metadata(facts_of(config, stored, number, strength=strength))
-    return Kept(weights, header, f"{config.name}-{number:06d}", told, path)
+    learnt = Embedding(config.subject.token, embeddings.vectors_of(word), header) if word else None
+    return Kept(weights, learnt, header, f"{config.name}-{number:06d}", told, path)
 
 
 def at_strength(weights: AdapterWeights, strength: float) -> AdapterWeights:

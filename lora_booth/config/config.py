@@ -103,6 +103,7 @@ def contradictions(config: Config) -> list[str]:
     faults += _pattern_faults(adapter)
     if config.objective.loss == "mse" and config.objective.huber_delta != 0.1:
         faults.append('objective.huber_delta is set but objective.loss is "mse"; set objective.loss = "huber".')
+    faults += _embedding_faults(config)
     rates = config.optimizer.learning_rate, config.optimizer.text_encoder_learning_rate
     if config.optimizer.name == "prodigy" and config.optimizer.lora_plus_ratio != 1:
         faults.append(
@@ -141,6 +142,48 @@ def contradictions(config: Config) -> list[str]:
             "prompt, or set preview.images_per_prompt = 0."
         )
     return faults + _unwritable_words(config)
+
+
+def _embedding_faults(config: Config) -> list[str]:
+    """What is wrong with a word that is learnt, and what it cannot be combined with."""
+    adapter, optimizer, token = config.adapter, config.optimizer, config.subject.token
+    if adapter.embedding == "none":
+        if adapter.embedding_vectors is None:
+            return []
+        told = f'adapter.embedding_vectors is {adapter.embedding_vectors} but adapter.embedding is "none"'
+        return [f'{told}; set adapter.embedding = "too" or "only", or leave it out.']
+    faults, because = [], f'but adapter.embedding is "{adapter.embedding}"'
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", token) or names.fault(token):
+        faults.append(
+            f'subject.token is "{shown(token)}" {because}, and programs call a learnt word by the name of its file; '
+            "choose one of letters and digits."
+        )
+    if config.name.casefold() == token.casefold():
+        faults.append(
+            f'the adapter would be called "{config.name}", as the learnt word is; set export.name to another.'
+        )
+    if optimizer.name == "prodigy" and optimizer.embedding_learning_rate != optimizer.learning_rate:
+        faults.append(
+            f"optimizer.embedding_learning_rate is {optimizer.embedding_learning_rate:g} but optimizer.learning_rate "
+            f"is {optimizer.learning_rate:g}; prodigy finds one rate for all, so set both to the same number."
+        )
+    if adapter.embedding == "too":
+        if adapter.continue_from is not None:
+            faults.append(f"adapter.continue_from is set {because}, whose word would begin anew; leave one out.")
+        return faults
+    own = ("embedding", "embedding_vectors")
+    changed = [key for key, field in type(adapter).model_fields.items() if getattr(adapter, key) != field.default]
+    faults += [
+        f"adapter.{key} is set {because}, which trains no layers; leave it out." for key in changed if key not in own
+    ]
+    if optimizer.lora_plus_ratio != 1:
+        faults.append(f"optimizer.lora_plus_ratio is set {because}, which trains no layers; leave it out.")
+    if config.has_prior or config.prior.norm_weight > 0:
+        faults.append(
+            f'prior.mode is "{config.prior.mode}" {because}, and no prompt without the word can be forgotten then; set '
+            'prior.mode = "none".'
+        )
+    return faults
 
 
 def _objective_faults(config: Config) -> list[str]:

@@ -198,7 +198,25 @@ class AdapterConfig(Section):
         "default", description="How A starts (PEFT init_lora_weights); the adapter changes nothing before step 1."
     )
     text_encoder: bool = Field(False, description="Also adapt the text encoders' attention. Needs them in every step.")
+    embedding: Literal["none", "only", "too"] = Field(
+        "none",
+        description="Learn subject.token as vectors that text encoders read (textual inversion, arXiv 2208.01618), of "
+        "a fixed length (arXiv 2512.13672). only: nothing else, a file of a few kB; too: beside the adapter (pivotal "
+        "tuning).",
+    )
+    embedding_vectors: int | None = Field(
+        None,
+        ge=1,
+        le=32,
+        description="Tokens of a prompt that the learnt word takes up. Default: as many as subject.token has in the "
+        "base's vocabulary, so that training starts from the base as it is.",
+    )
     continue_from: FilePath | None = Field(None, description="Adapter file (diffusers naming) to start from.")
+
+    @property
+    def is_text_trained(self) -> bool:
+        """Whether the text encoders are needed in every step, since something is trained in them."""
+        return self.text_encoder or self.embedding != "none"
 
 
 class ObjectiveConfig(Section):
@@ -256,6 +274,9 @@ class OptimizerConfig(Section):
     )
     text_encoder_learning_rate: float = Field(
         1e-5, gt=0, le=10, description="Text encoders overfit first; a tenth of the denoiser's is usual."
+    )
+    embedding_learning_rate: float = Field(
+        1e-3, gt=0, le=10, description="Of the vectors of adapter.embedding, which are not decayed."
     )
     lora_plus_ratio: float = Field(
         1.0,

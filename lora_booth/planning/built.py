@@ -33,7 +33,7 @@ from lora_booth.planning.counts import Pass
 from lora_booth.planning.tracing import LiveBytes, fused_attention, held_bytes, tensors_of
 from lora_booth.planning.work import Work
 from lora_booth.run.number_types import DTYPES
-from lora_booth.training import optimizers
+from lora_booth.training import adapting
 from lora_booth.training.batch import Batch, sample_losses
 from lora_booth.training.flat import Flat
 from lora_booth.training.objective import Draws, Objective, objective_for
@@ -56,7 +56,7 @@ class Built:
     adapted: Mapping[str, nn.Module]
     trained: Sequence[Flat]
     base_bytes: int
-    """Of what carries the adapter, without it."""
+    """Of the denoiser and, where something is trained in them, the text encoders, without it."""
     text_bytes: int
 
     @staticmethod
@@ -66,17 +66,11 @@ class Built:
         parts, row = without_weights(facts, dtype), facts.architecture
         family = loading.around(facts, parts)
         assert parts.vae is not None, "all parts were asked for"
-        is_text_trained = config.adapter.text_encoder
-        adapted = {row.denoiser: parts.denoiser} | (parts.text_encoders if is_text_trained else {})
-        base_bytes, text_bytes = (_stored_bytes(of.values(), config) for of in (adapted, parts.text_encoders))
-        used = family.num_used_text_layers if is_text_trained else {}
-        groups = inject.inject_(adapted, config.adapter, presets=row.targets, num_used_text_layers=used)
-        settings: dict[str, Any] = {"device_type": "cuda", "read_in": inject.reads_in(adapted, dtype)}
-        trained = [
-            flat for group in groups.values() for flat in optimizers.flatten(group, config.optimizer, **settings)
-        ]
-        inject.give_copies_(adapted, {part: copy for flat in trained for part, copy in flat.copies.items()})
-        modules = (family, parts.vae, parts.text_encoders, adapted, trained)
+        held = {row.denoiser: parts.denoiser} | (parts.text_encoders if config.adapter.is_text_trained else {})
+        base_bytes, text_bytes = (_stored_bytes(of.values(), config) for of in (held, parts.text_encoders))
+        adapted = adapting.adapt_(config, family)
+        trained = adapting.flatten_(config, adapted, dtype, "cuda")
+        modules = (family, parts.vae, parts.text_encoders, adapted.modules, trained)
         return Built(config, *modules, base_bytes, text_bytes)
 
     @property
@@ -156,7 +150,7 @@ class Built:
         return objective_for(self.config.objective, replace(schedule))
 
     def _batch(self, rows: int, bucket: Bucket) -> Batch:
-        encoded = None if self.config.adapter.text_encoder else self._conditioning
+        encoded = None if self.config.adapter.is_text_trained else self._conditioning
         return make_batch(self.family, rows, self.latent_shape(bucket), encoded, device=META)
 
     @cached_property

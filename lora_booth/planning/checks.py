@@ -45,7 +45,8 @@ def check(config: Filled, modules: Modules, *, device_type: str | None) -> None:
 def _require_visible(config: Config, modules: Modules) -> None:
     """Token and class noun must fit into the text encoder's window, or no prompt could name the subject."""
     words = config.fill("{token} {class}")
-    if words.isascii() and len(words) <= modules.size("tokens of a prompt") - 2:  # no token is less than a letter
+    most = len(words) + (config.adapter.embedding_vectors or 0)
+    if words.isascii() and most <= modules.size("tokens of a prompt") - 2:  # no token is less than a letter
         return
     for cut in modules.built.family.words_cut([words]).values():
         raise ConfigError(

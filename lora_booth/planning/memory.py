@@ -192,7 +192,7 @@ class Modules:
     def _before_training(self, config: Filled) -> dict[str, int]:
         """What lies on the device once the prompts are encoded."""
         denoiser = self._denoiser_bytes(config)
-        encoders = {"text encoders": self.size("text encoders")} if config.adapter.text_encoder else {}
+        encoders = {"text encoders": self.size("text encoders")} if config.adapter.is_text_trained else {}
         return {"base": denoiser, **encoders, "VAE": self.size("VAE")}
 
     def _without_denoiser(self, config: Filled, held: Mapping[str, int]) -> dict[str, int]:
@@ -201,7 +201,7 @@ class Modules:
         return {part: size for part, size in {**held, **left}.items() if size}
 
     def _denoiser_bytes(self, config: Filled) -> int:
-        return self.size("base") - (self.size("text encoders") if config.adapter.text_encoder else 0)
+        return self.size("base") - (self.size("text encoders") if config.adapter.is_text_trained else 0)
 
     def validate(self, config: Filled, bucket: Bucket | None) -> Phase:
         """The phase "validate": the denoiser alone, on several noise levels of one image."""

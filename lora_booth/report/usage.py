@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_booth.adapter.files import embedding
 from lora_booth.adapter.files.metadata import trigger_words
 from lora_booth.adapter.programs.verdicts import Verdict, verdicts_of_file
 from lora_booth.config import inputs
@@ -51,7 +52,11 @@ class File:
 def files(record: Record) -> list[File]:
     """The adapter's files that are still in the run folder, the portable one first."""
     made = {} if record.summary is None else record.summary.files
-    kinds = {"kohya": "for every program", "diffusers": "for diffusers and PEFT"}
+    kinds = {
+        "kohya": "for every program",
+        "diffusers": "for diffusers and PEFT",
+        "embedding": "the learnt word, for every program",
+    }
     there = {kind: record.folder / Path(made[kind]).name for kind in kinds if kind in made}
     return [
         File(path.name, path.stat().st_size / 1e6, kinds[kind])
@@ -61,8 +66,8 @@ def files(record: Record) -> list[File]:
 
 
 def uses(record: Record) -> list[Use]:
-    """A row for each program, lora_booth's own command first; empty where there is no file yet. The miniature has but
-    that one: no other program draws with it."""
+    """A row for each program and file, lora_booth's own command first; empty where there is no file yet. The miniature
+    has but that one: no other program draws with it."""
     found = files(record)
     if not found:
         return []
@@ -74,12 +79,22 @@ def uses(record: Record) -> list[Use]:
     own = Use(OWN, "any", systems.command_line(command), "in the file's folder; FILE:0.8 is a strength of 0.8")
     if config.model.base == "booth-mini":
         return [own]
+    learnt = [_use_of_word(program, config.subject.token) for program in embedding.PLACE]
+    if config.adapter.embedding == "only":
+        return [own, *learnt]
     try:
         verdicts = verdicts_of_file(record.folder / file.name)
     except ModelError:  # of a family that no program is known to take
         return [own]
     slots = {"name": Path(file.name).stem, "file": file.name, "words": words}
-    return [own, *(_use(verdict, slots) for verdict in verdicts if verdict.matched)]
+    known = [_use(verdict, slots) for verdict in verdicts if verdict.matched]
+    return [own, *known, *(learnt if config.adapter.embedding == "too" else [])]
+
+
+def _use_of_word(program: str, word: str) -> Use:
+    place, written = embedding.PLACE[program]
+    told = f"the word, in {word}.safetensors"
+    return Use(program, place, written.format(word=word), "in the prompt, in place of the word", told)
 
 
 def _use(verdict: Verdict, slots: dict[str, str]) -> Use:

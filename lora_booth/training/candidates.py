@@ -39,7 +39,7 @@ def possible(config: Filled, steps: Sequence[int]) -> list[tuple[int, float]]:
     """All of them, whatever they take."""
     if config.optimizer.name != "auto" and OPTIMIZERS[config.optimizer.name].has_modes:
         steps = steps[:1]  # the weights of the others are those that were updated, not those that are exported
-    strengths = (1.0,) if config.adapter.dora else config.evaluate.strengths
+    strengths = (1.0,) if config.adapter.dora or config.adapter.embedding == "only" else config.evaluate.strengths
     ranked = [(i + j, j, step, x) for i, step in enumerate(steps) for j, x in enumerate(strengths)]
     return [(step, strength) for _, _, step, strength in sorted(ranked, key=lambda r: r[:2])]
 

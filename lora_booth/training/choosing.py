@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_booth.adapter import inject
 from lora_booth.config.resolved import Resolved
 from lora_booth.data import images
 from lora_booth.data.subject import Pictures
@@ -129,7 +128,7 @@ def choose(s: Session, by: Judge) -> Exported:
     s.family.move_vae(s.accelerator.device)
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            with s.injected.disabled():
+            with session.base_alone(s):
                 bench = Bench(setting, len(wanted))
             for step, strength in wanted:
                 _put_(s, states[step], strength)
@@ -172,7 +171,7 @@ def _kept(s: Session) -> list[int]:
 def _states(s: Session, steps: set[int]) -> dict[int, Mapping[str, Tensor]]:
     """The adapter after each of `steps`; the last as it is in the denoiser."""
     last = s.config.train.steps
-    states: dict[int, Mapping[str, Tensor]] = {last: inject.state(s.adapted)}
+    states: dict[int, Mapping[str, Tensor]] = {last: session.state(s)}
     for step in steps - {last}:
         states[step] = checkpoints.read(s.run.checkpoint_folder(step)).adapter
     return states
@@ -180,9 +179,7 @@ def _states(s: Session, steps: set[int]) -> dict[int, Mapping[str, Tensor]]:
 
 def _put_(s: Session, state: Mapping[str, Tensor], strength: float) -> None:
     """Put an adapter into the denoiser, its update multiplied by `strength`."""
-    inject.load_state_into_(
-        s.adapted, {name: t * strength if ".lora_B." in name and strength != 1 else t for name, t in state.items()}
-    )
+    session.put_(s, {name: t * strength if ".lora_B." in name and strength != 1 else t for name, t in state.items()})
 
 
 def _sampling(s: Session) -> Sampling:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from lora_booth.adapter import delivery, inject, kept
 from lora_booth.adapter.files import storage
+from lora_booth.adapter.files.embedding import Embedding
 from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.data.grid import labelled_grid
 from lora_booth.run.report import Silent
@@ -37,6 +38,8 @@ def finish(s: Session, stopwatch: Stopwatch, judge: Judge | None) -> Summary:
         paths = delivery.write_files(delivered, forms, s.report, made)
         if "kohya" in paths and s.config.model.base != "booth-mini":  # no program but this one draws with the miniature
             delivery.tell_use(paths["kohya"], "kohya", delivered, s.report)
+        if "embedding" in paths and s.config.model.base != "booth-mini":
+            delivery.tell_word(paths["embedding"], s.report, has_adapter=bool(forms))
     stopwatch.lap("files and pictures")
     steps = s.config.train.steps
     validation_loss = s.run.validation_losses()[steps]
@@ -79,15 +82,17 @@ def _forms(s: Session) -> tuple[dict[str, AdapterWeights], dict[str, bytes]]:
 
 
 def _delivery(s: Session, cover: Image.Image | None = None, chosen: Exported | None = None) -> delivery.Delivery:
-    config = s.config
+    config, header = s.config, storage.metadata(_facts(s, chosen))
+    word = None if s.word is None else Embedding(s.word.word, s.word.vectors(), header)
     return delivery.Delivery(
         folder=s.run.folder,
         name=config.name,
         family=s.family.name,
-        header=storage.metadata(_facts(s, chosen)),
+        header=header,
         dtype=config.export.dtype,
         trigger=storage.trigger_words(config),
         cover=cover if config.export.cover else None,
+        word=word,
     )
 
 
@@ -107,7 +112,7 @@ def _draw_before_and_after(s: Session, chosen: Exported | None) -> tuple[Path | 
     if not s.config.preview.images_per_prompt or not s.accelerator.is_main_process:
         return None, None
     path = s.run.folder / "before_after.png"
-    with inject.disabled(s.adapted):
+    with session.base_alone(s):
         before = session.draw_rows(s)
     after = session.draw_rows(s)
     rows = preview.before_and_after(before, after)

@@ -157,7 +157,7 @@ def _prepare(
     with denoiser_offloaded(family, is_wanted=is_offloaded):
         texts = [*shown_prompts(config), *sorted(item.prompt for item in reached.items), *judged_by]
         prompts = encode_prompts(config, family, list(dict.fromkeys(texts)), report)
-        if not config.adapter.text_encoder:
+        if not config.adapter.is_text_trained:
             family.release_text_encoders()
     _touch(config, reached.pictures)  # nobody clears it while class images are drawn
     began = time.perf_counter()

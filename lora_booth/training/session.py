@@ -6,7 +6,8 @@ A picture on the way is drawn after its checkpoint is safe, and on resume if a k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 
@@ -14,11 +15,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lora_booth.adapter import inject
+from lora_booth.adapter import embeddings, inject
 from lora_booth.config.resolved import Resolved
 from lora_booth.data.grid import labelled_grid
 from lora_booth.errors import NumericError
 from lora_booth.models import devices
+from lora_booth.models.bases.architectures import is_text
 from lora_booth.models.families.family import Conditioning, Family
 from lora_booth.models.sampling import concatenate
 from lora_booth.run.checkpoints import Checkpoint
@@ -45,8 +47,8 @@ LOWER_RATE = (
 
 @dataclass(frozen=True)
 class Session:
-    """All that the loop works with. `adapted`: the modules that carry adapters, by component; `trained`: the parameters
-    as the optimizer has them."""
+    """All that the loop works with. `adapted`: the modules in which something is trained, by component; `trained`: the
+    parameters as the optimizer has them; `word`: that which is learnt as vectors."""
 
     config: Resolved
     family: Family
@@ -61,6 +63,7 @@ class Session:
     report: Report
     stop: StopRequest
     continue_command: str
+    word: embeddings.LearntWord | None = None
     drift: Drift | None = None
     watchdog: Watchdog = field(default_factory=Watchdog)
 
@@ -81,8 +84,8 @@ class Session:
 
     @property
     def is_text_trained(self) -> bool:
-        """Whether text encoders carry an adapter too."""
-        return len(self.adapted) > 1
+        """Whether text encoders carry an adapter, or learn a word."""
+        return any(map(is_text, self.adapted))
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning on the device: from the cache, or by the text encoders while they are being trained."""
@@ -105,6 +108,26 @@ class Session:
     def geometry_of(self) -> Callable[[Geometry], Tensor]:
         """A geometry on the device, float32 `[1, 6]`, where the last ones stay."""
         return lru_cache(HELD_PROMPTS)(lambda g: devices.put(torch.tensor([g]).float(), self.accelerator.device))
+
+
+@contextmanager
+def base_alone(s: Session) -> Iterator[None]:
+    """Inside the block the base computes as if nothing had been learnt."""
+    with s.injected.disabled(), nullcontext() if s.word is None else s.word.disabled():
+        yield
+
+
+def state(s: Session) -> dict[str, Tensor]:
+    """All that is trained, as it is, for a checkpoint: exact float32 copies on the CPU."""
+    return inject.state(s.adapted) | ({} if s.word is None else s.word.state())
+
+
+def put_(s: Session, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `state` gave, bit for bit. Raises ModelError for that of another adapter."""
+    layers, word = embeddings.split(tensors)
+    inject.load_state_into_(s.adapted, layers)
+    if s.word is not None:
+        s.word.load_state_(word)
 
 
 def set_training_(s: Session, training: bool) -> None:
@@ -165,9 +188,9 @@ def save(s: Session, done: int) -> None:
         raise NumericError(f"the validation loss is not finite after step {done}; {LOWER_RATE}")
     if s.accelerator.is_main_process:
         drift = _drift(s)
-        state = {"validation_loss": loss, "prediction_drift": drift, "scaler": s.scaler.state_dict()}
+        numbers = {"validation_loss": loss, "prediction_drift": drift, "scaler": s.scaler.state_dict()}
         set_training_(s, True)
-        checkpoint = Checkpoint(done, inject.state(s.adapted), s.optimizer.state_dict(), state)
+        checkpoint = Checkpoint(done, state(s), s.optimizer.state_dict(), numbers)
         broken = [f"{name} of the adapter" for name, t in checkpoint.adapter.items() if not t.isfinite().all()]
         broken += [f"{name} of the optimizer" for name, t in _optimizer_tensors(s) if not t.isfinite().all()]
         if broken:
@@ -185,7 +208,7 @@ def restore(s: Session, checkpoint: Checkpoint | None) -> int:
         if s.accelerator.is_main_process:
             s.run.forget_metrics_after(0)
         return 0
-    inject.load_state_into_(s.adapted, checkpoint.adapter)
+    put_(s, checkpoint.adapter)
     s.optimizer.load_state_dict(checkpoint.optimizer)
     s.scaler.load_state_dict(checkpoint.state["scaler"])
     if s.accelerator.is_main_process:

@@ -123,15 +123,19 @@ def evaluate(path: Path, asked: Asked = NOTHING, method: Method | None = None, r
 def _judged(target: Target, strengths: Sequence[float], setting: Setting) -> Bench:
     """The base and all candidates, drawn and measured."""
     family = setting.family
+    strengths = strengths if any(target.checkpoints.values()) else (1.0,)  # a word alone has none
     bench = Bench(setting, len(target.checkpoints) * len(strengths))
     weights = {step: attach.fitted(family, target.name, found) for step, found in target.checkpoints.items()}
     pipeline = family.pipeline(setting.sampling.sampler)
     for step, layers in weights.items():
         names = attach.load_into_(pipeline, f"step_{step}", layers, family.name)
-        for strength in strengths:
-            pipeline.set_adapters(names, adapter_weights=[strength] * len(names))
-            bench.add(step, strength)
-        pipeline.delete_adapters(names)
+        with attach.words_learnt(family, target.words.get(step, ())):
+            for strength in strengths:
+                if names:
+                    pipeline.set_adapters(names, adapter_weights=[strength] * len(names))
+                bench.add(step, strength)
+        if names:
+            pipeline.delete_adapters(names)
     return bench
 
 
@@ -176,6 +180,9 @@ def _family(target: Target, facts: Any, picture: PictureSettings, device: torch.
         family.schedule = family.schedule.rescaled_to_zero_terminal_snr()
     for weights in target.checkpoints.values():
         attach.fitted(family, target.name, weights)  # before anything is drawn
+    for words in target.words.values():
+        with attach.words_learnt(family, words):
+            pass
     return family
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lora_booth.adapter import kept
-from lora_booth.adapter.files import storage
+from lora_booth.adapter.files import embedding, storage
+from lora_booth.adapter.files.embedding import Embedding
 from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config import inputs, toml
 from lora_booth.config.config import Config
@@ -41,7 +42,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Target:
-    """What is judged. `checkpoints`: step (0 of a file) to its adapter. `pictures`: folder of the real ones, None where
+    """What is judged. `checkpoints`: step (0 of a file) to its adapter; `words`: and to the words that were learnt with
+    it. `pictures`: folder of the real ones, None where
     there are none; `trained`: SHA-256 of those that were trained on, as far as that is known. `folder`: where scores
     go."""
 
@@ -55,6 +57,7 @@ class Target:
     folder: Path
     picture: PictureSettings
     has_zero_terminal_snr: bool = False
+    words: Mapping[int, Sequence[Embedding]] = field(default_factory=dict)
 
 
 def target_of(path: Path, asked: Asked, wishes: Mapping[str, Any], report: Report) -> Target:
@@ -83,7 +86,7 @@ def _of_run(path: Path, asked: Asked, wishes: Mapping[str, Any], report: Report)
         [None] if is_one else [asked.step] if asked.step != "all" else [str(s) for s in Run(folder).validation_losses()]
     )
     found = [last if step is None else kept.find(path, step) for step in steps]
-    checkpoints = {int(one.name.rpartition("-")[2]): one.weights for one in found if one is not None}
+    by_step = {int(one.name.rpartition("-")[2]): one for one in found if one is not None}
     stored = identity.read(folder)
     assert stored is not None, "there is a config.toml"
     is_miniature = (asked.base or config.model.base) == "booth-mini"
@@ -100,7 +103,8 @@ def _of_run(path: Path, asked: Asked, wishes: Mapping[str, Any], report: Report)
         model=config.model if asked.base is None else toml.base_named(asked.base),
         token=asked.token or config.subject.token,
         class_noun=asked.class_noun or config.subject.class_noun,
-        checkpoints=checkpoints,
+        checkpoints={step: one.weights for step, one in by_step.items()},
+        words={step: [one.word] for step, one in by_step.items() if one.word is not None},
         pictures=_pictures_of(config, asked, report),
         trained=frozenset(stored["inputs"].get("pictures", {}).values()),
         folder=asked.out or folder,
@@ -127,7 +131,8 @@ def _pictures_of(config: Config, asked: Asked, report: Report) -> Path | None:
 def _of_file(path: Path, asked: Asked, wishes: Mapping[str, Any], report: Report) -> Target:
     if asked.step != "all":
         raise ConfigError(f"--step {inputs.shown(asked.step)} chooses a checkpoint of a run, but {path} is none.")
-    weights = storage.trainable(path.name, storage.read_all([path], (), report)[0])
+    files, words = embedding.told_apart([path], report)
+    weights = storage.trainable(path.name, storage.read_all(files, (), report)[0]) if files else {}
     told = _told(storage.read_metadata(path))
     token, noun = (asked.token or told.get("token"), asked.class_noun or told.get("class_noun"))
     base = asked.base or _known_base(told.get("base"))
@@ -150,6 +155,7 @@ def _of_file(path: Path, asked: Asked, wishes: Mapping[str, Any], report: Report
         frozenset(),
         folder,
         replace(PictureSettings(), **wishes),
+        words={0: words},
     )
 
 

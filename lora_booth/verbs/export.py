@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from lora_booth.adapter import kept
-from lora_booth.adapter.delivery import SUFFIX, Delivery, WeightOf, forms, tell_use, write_files
-from lora_booth.adapter.files import storage
+from lora_booth.adapter.delivery import SUFFIX, Delivery, WeightOf, forms, tell_use, tell_word, write_files
+from lora_booth.adapter.files import embedding, storage
+from lora_booth.adapter.files.embedding import Embedding
 from lora_booth.adapter.files.family import family_of
 from lora_booth.adapter.files.metadata import base_fields, carried, prediction_of
 from lora_booth.adapter.weights import AnyWeights, find_module
@@ -50,7 +51,7 @@ def export(
     storage.require_choices(formats, dtype)
     if name is not None:
         names.require(name, "--name")
-    read, header, own_name, folder = _source(file, step, leave_out, report)
+    read, word, header, own_name, folder = _source(file, step, leave_out, report)
     name = own_name if name is None else name
     weights, family = storage.low_rank(file.name, read), _family(file, read, header, base)
     trigger = header.get("modelspec.trigger_phrase", "") if trigger is None else trigger
@@ -58,29 +59,33 @@ def export(
     fields |= {"modelspec.title": name, "ss_output_name": name}
     fields |= {"modelspec.trigger_phrase": trigger} if trigger else {}
     picture = None if cover is None else _open(cover)
-    delivered = Delivery(out or folder, name, family, fields, dtype, trigger, picture)
+    delivered = Delivery(out or folder, name, family, fields, dtype, trigger, picture, word)
     _refuse_existing(delivered, formats, file)
     paths = write_files(delivered, forms(formats, weights, _weights_of(base, file), report), report)
     for format_name, path in paths.items():
         report.event("exported", f"{format_name} file: {path}", path=str(path))
-        tell_use(path, format_name, delivered, report)
+        if format_name != "embedding":
+            tell_use(path, format_name, delivered, report)
+        else:
+            tell_word(path, report, has_adapter=len(paths) > 1)
     return paths
 
 
 def _source(
     file: Path, step: str | None, leave_out: Sequence[str], report: Report
-) -> tuple[AnyWeights, dict[str, str], str, Path]:
-    """Weights and header of `file`, or of a checkpoint of the run that it is, and what is written by default: its name
-    and folder."""
+) -> tuple[AnyWeights, Embedding | None, dict[str, str], str, Path]:
+    """Weights, learnt word and header of `file`, or of a checkpoint of the run that it is, and what is written by
+    default: its name and folder."""
     found = kept.find(file, step)
     if found is not None:
         report.event("checkpoint", found.told)
         weights: AnyWeights = {component: {**layers} for component, layers in found.weights.items()}
-        return weights, found.header, found.name, found.folder
+        return weights, found.word, found.header, found.name, found.folder
     if step is not None:
         raise ConfigError(f"--step {step} chooses a checkpoint of a run, but {file} is no run folder; leave it out.")
     name = file.stem.removesuffix(SUFFIX["diffusers"])
-    return storage.read_all([file], leave_out, report)[0], storage.read_metadata(file), name, file.parent
+    embedding.remind([file], report)
+    return storage.read_all([file], leave_out, report)[0], None, storage.read_metadata(file), name, file.parent
 
 
 def _weights_of(base: str | None, file: Path) -> WeightOf:
@@ -117,6 +122,7 @@ def _family(file: Path, weights: AnyWeights, header: dict[str, str], base: str |
 
 def _refuse_existing(delivery: Delivery, formats: Sequence[str], file: Path) -> None:
     paths = [delivery.path(name) for name in formats]
+    paths += [] if delivery.word is None else [delivery.folder / delivery.word.file_name]
     if "kohya" in formats:
         portable = delivery.path("kohya")
         paths += [portable.with_suffix(".json")] + ([portable.with_suffix(".png")] if delivery.cover else [])

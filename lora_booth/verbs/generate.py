@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 
 from lora_booth.adapter import attach
-from lora_booth.adapter.files import storage
+from lora_booth.adapter.embeddings import LearntWord
+from lora_booth.adapter.files import embedding, storage
 from lora_booth.adapter.weights import AdapterWeights, num_parameters
 from lora_booth.config import inputs
 from lora_booth.config.resolved import Filled
@@ -73,16 +75,18 @@ def generate(
 ) -> Path:
     """Draw every prompt at every strength into `folder`, and grid.png beside them; returns the grid's path.
 
-    `adapters`: files with a strength each; `strengths` multiply all of them, 0 being the base alone. Every cell starts
-    from the same noise. `device`: as memory.device of a config; `leave_out`: as in storage.contents. Existing files in
-    `folder` are not replaced: a number is added to the name.
+    `adapters`: files with a strength each, those of words too, which have none; `strengths` multiply all of them, 0
+    being the base alone. Every cell starts from the same noise. `device`: as memory.device of a config; `leave_out`: as
+    in storage.contents. Existing files in `folder` are not replaced: a number is added to the name.
     Raises ConfigError for settings that cannot be drawn with, ModelError for a base or adapter that cannot be used,
     DeviceMemoryError, with what to change, when the device has too little memory.
     """
     report = report or Silent()
     require_drawable(prompts, [*(own for _, own in adapters), *strengths], picture)
     config = base_named(base)
-    place, paths = devices.found(device, "--device"), [path for path, _ in adapters]
+    place = devices.found(device, "--device")
+    paths, words = embedding.told_apart([path for path, _ in adapters], report)
+    adapters = _with_layers(adapters, paths)
     read = storage.read_all(paths, leave_out, report)  # refuses what is damaged, unsafe or foreign
     weights = [storage.trainable(path.name, found) for path, found in zip(paths, read, strict=True)]
     facts = loading.facts(config)
@@ -91,12 +95,13 @@ def generate(
     columns = []
     try:
         family, own_strengths = _loaded(config, picture, adapters, weights, place)
-        for done, strength in enumerate(strengths, start=1):
-            if adapters:
-                own = [own * strength for own in own_strengths.values()]
-                family.pipeline(picture.sampler).set_adapters(list(own_strengths), adapter_weights=own)
-            columns.append(_column(family, prompts, picture))
-            report.progress("strengths", done, len(strengths))
+        with attach.words_learnt(family, words) as learnt:
+            for done, strength in enumerate(strengths, start=1):
+                if adapters:
+                    own = [own * strength for own in own_strengths.values()]
+                    family.pipeline(picture.sampler).set_adapters(list(own_strengths), adapter_weights=own)
+                columns.append(_column(family, prompts, picture, learnt if strength == 0 else ()))
+                report.progress("strengths", done, len(strengths))
     except Exception as error:
         if not lacks_memory(error):
             raise
@@ -219,9 +224,19 @@ def checked_size(size_px: tuple[int, int] | None, facts: BaseFacts) -> tuple[int
     return width, height
 
 
+def _with_layers(adapters: Sequence[tuple[Path, float]], paths: Sequence[Path]) -> list[tuple[Path, float]]:
+    """Those of `adapters` that are at `paths`. Raises ConfigError where one of the others, a word, has a strength."""
+    for path, own in adapters:
+        if path not in paths and own != 1:
+            raise ConfigError(f"{path.name} is a learnt word, which has no strength; write it without :{own:g}.")
+    return [(path, own) for path, own in adapters if path in paths]
+
+
 @torch.no_grad()
-def _column(family: Family, prompts: Sequence[str], picture: PictureSettings) -> list[Image.Image]:
-    """One picture per prompt with the adapters as they are set now."""
+def _column(
+    family: Family, prompts: Sequence[str], picture: PictureSettings, without: Sequence[LearntWord]
+) -> list[Image.Image]:
+    """One picture per prompt with the adapters as they are set now, `without` these words."""
     assert picture.size_px is not None, "chosen before"
     is_offloaded = bool(picture.is_denoiser_offloaded)
     sampling = Sampling(
@@ -233,7 +248,9 @@ def _column(family: Family, prompts: Sequence[str], picture: PictureSettings) ->
         is_tiled=bool(picture.is_tiled),
         is_denoiser_offloaded=is_offloaded,
     )
-    with denoiser_offloaded(family, is_wanted=is_offloaded):
+    with denoiser_offloaded(family, is_wanted=is_offloaded), ExitStack() as stack:
+        for word in without:
+            stack.enter_context(word.disabled())
         conditioning = [family.encode_prompts([prompt]) for prompt in prompts]
         negative = family.encode_prompts([picture.negative_prompt])
     return list(draw(family, conditioning, negative, sampling, seeds=[picture.seed] * len(prompts)))

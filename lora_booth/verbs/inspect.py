@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from lora_booth.adapter.files import storage
+from lora_booth.adapter.files import embedding, storage
 from lora_booth.adapter.files.family import MINIATURE_WIDTH, family_of
 from lora_booth.adapter.files.keys import is_norm
 from lora_booth.adapter.programs.verdicts import tell_programs
@@ -60,6 +60,11 @@ def inspect(path: Path, report: Report, *, picture: Path | None = None) -> None:
     """
     if picture is not None:
         names.require_new(picture, "--picture")
+    if embedding.is_one(path):
+        if picture is not None:
+            raise ModelError(f"{path.name} is a learnt word, which has no blocks to draw; leave out --picture.")
+        _inspect_word(path, report)
+        return
     found = storage.contents(path)
     weights = found.weights
     kinds = Counter(_kind(update) for layers in weights.values() for update in layers.values())
@@ -71,10 +76,10 @@ def inspect(path: Path, report: Report, *, picture: Path | None = None) -> None:
     }
     for component, layers in weights.items():
         facts[component] = _described(layers)
+    told = embedding.told_beside(found.header)
+    facts |= {} if told is None else {"word": f"learnt with it, in {told[0]}; without that file it is half of a whole"}
     facts |= {name: _cut(found.header[name]) for name in SHOWN_FIELDS if name in found.header}
-    width = max(map(len, facts))
-    for name, text in facts.items():
-        report.event("fact", f"{name:<{width}}  {text}", name=name, value=text)
+    _tell(facts, report)
     norms = block_norms(weights)
     _tell_norms(norms, report)
     for fault in found.faults:
@@ -86,6 +91,33 @@ def inspect(path: Path, report: Report, *, picture: Path | None = None) -> None:
             raise ModelError(f"{path.name} has no sound layer, so {picture} was not drawn.")
         charts.save_bars(norms, picture, title=path.name, unit="change of the weights, Frobenius norm")
         report.event("picture", f"norms of the blocks: {picture}", path=str(picture))
+
+
+def _inspect_word(path: Path, report: Report) -> None:
+    """Tell about the learnt word in `path`. Raises ModelError for a damaged one."""
+    found = embedding.read(path)
+    vectors = "1 vector" if found.num_vectors == 1 else f"{found.num_vectors} vectors"
+    family, width = embedding.family_of(found), next(iter(found.vectors.values())).shape[1]
+    small = "booth-mini" if width == MINIATURE_WIDTH else f"unknown: its vectors have {width} numbers"
+    facts = {
+        "file": f"{path.name}, {path.stat().st_size / 1e3:.1f} kB, a learnt word (textual inversion)",
+        "word": f"{found.word}, {vectors} of a prompt",
+        "base": small if family is None else ARCHITECTURES[family].label,
+        "sha256": disk.sha256(path),
+    }
+    for name, rows in found.vectors.items():
+        lengths = ", ".join(f"{length:.3g}" for length in rows.norm(dim=-1).tolist())
+        facts[name] = f"{rows.shape[1]} numbers each, of length {lengths}"
+    _tell(facts | {name: _cut(found.header[name]) for name in SHOWN_FIELDS if name in found.header}, report)
+    if family is not None:
+        for program, (place, written) in embedding.PLACE.items():
+            report.event("program", f"{program}: put it in {place}, and write {written.format(word=path.stem)}")
+
+
+def _tell(facts: Mapping[str, str], report: Report) -> None:
+    width = max(map(len, facts))
+    for name, text in facts.items():
+        report.event("fact", f"{name:<{width}}  {text}", name=name, value=text)
 
 
 def base_family(weights: AnyWeights, header: Mapping[str, str]) -> str:

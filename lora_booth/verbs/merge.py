@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_booth.adapter.combine import Adapter, Recipe, combine
 from lora_booth.adapter.decompose import tell_errors
-from lora_booth.adapter.files import combined, kohya, storage
+from lora_booth.adapter.files import combined, embedding, kohya, storage
 from lora_booth.adapter.weights import AnyWeights, Dense, LowRank, misfit, weight_change
 from lora_booth.config import names
 from lora_booth.config.inputs import is_plain_file, require_plain_file
@@ -92,6 +92,7 @@ def merge_into_base(
     facts = identify(path)
     changes: Changes = {}
     read = storage.read_all([file for file, _ in adapters], leave_out, report)
+    embedding.remind([file for file, _ in adapters], report)
     for (file, strength), weights in zip(adapters, read, strict=True):
         _add_changes_(changes, facts, file.name, weights, strength)
     layouts = {weight_file: read_layout(weight_file) for weight_file in changes}
@@ -136,6 +137,7 @@ def merge_adapters(
     read = [
         (path, weights, storage.read_metadata(path)) for (path, _), weights in zip(adapters, all_weights, strict=True)
     ]
+    embedding.remind([path for path, _ in adapters], report)
     for path, weights, _ in read:
         storage.require_matrices(path.name, weights)
     family = combined.common_family([(path.name, weights, header) for path, weights, header in read], stated=family)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_booth.adapter.decompose import Approximation, approximate, require_choice, tell_errors, whole_error
-from lora_booth.adapter.files import kohya, storage
+from lora_booth.adapter.files import embedding, kohya, storage
 from lora_booth.adapter.files.family import family_of
 from lora_booth.adapter.files.metadata import base_name, carried, network_fields
 from lora_booth.adapter.weights import AdapterWeights, AnyWeights, Dense, LowRank, find_module, uses_dora, weight_change
@@ -64,6 +64,7 @@ def resize(
     _check(out, format, dtype)
     weights, header = storage.read_all([file], leave_out, report)[0], storage.read_metadata(file)
     storage.require_matrices(file.name, weights)
+    embedding.remind([file], report)
     naming = storage.detect(file)
     format = format or {"peft": "diffusers", "comfyui": "kohya"}.get(naming, naming)
     dtype = dtype or _stored_dtype(file)

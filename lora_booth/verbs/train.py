@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from torch import nn
 
 from lora_booth.adapter import inject
 from lora_booth.adapter.files import storage
@@ -26,7 +25,6 @@ from lora_booth.errors import (
     lacks_memory,
 )
 from lora_booth.models import abilities, devices, loading
-from lora_booth.models.bases.architectures import is_text
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.devices import dtype_for
 from lora_booth.models.families.family import Family
@@ -42,19 +40,19 @@ from lora_booth.run.state import is_begun, is_finished
 from lora_booth.run.stopwatch import Stopwatch
 from lora_booth.run.summary import Summary
 from lora_booth.training import (
+    adapting,
     candidates,
     choosing,
     compiling,
     drift,
     ending,
     loop,
-    optimizers,
     prepare,
     session,
     trackers,
     watching,
 )
-from lora_booth.training.flat import Flat
+from lora_booth.training.adapting import Adapted
 from lora_booth.training.objective import objective_for
 
 PATIENCE = timedelta(hours=12)
@@ -99,12 +97,13 @@ def train(
         stopwatch.seconds_of["class images"] = prepared.drawing_seconds
         stopwatch.lap("encoding", without="class images")
         family.move_vae("cpu")
-        adapted, parameters = _adapt(config, family, inputs, run)
-        trained, optimizer = _optimizer(config, adapted, parameters, device, report)
+        adapted = _adapt(config, family, inputs, run)
+        trained, optimizer = adapting.optimizer_(config, adapted, dtype, device.type, report)
         s = session.Session(
             config=config,
             family=family,
-            adapted=adapted,
+            adapted=adapted.modules,
+            word=adapted.word,
             prepared=prepared,
             objective=objective_for(config.objective, family.schedule),
             trained=trained,
@@ -188,7 +187,7 @@ def _load(config: Resolved, facts: BaseFacts, device: torch.device, dtype: torch
         dtype=dtype,
         base=facts,
         does_vae_wait=not memory.draws(config),
-        do_text_encoders_wait=not config.adapter.text_encoder,
+        do_text_encoders_wait=not config.adapter.is_text_trained,
         is_denoiser_offloaded=config.memory.offload_denoiser,
     )
     if config.objective.zero_terminal_snr:
@@ -316,27 +315,18 @@ def _prepared(
     return prepared, watched
 
 
-def _adapt(
-    config: Resolved, family: Family, inputs: decide.Inputs, run: Run
-) -> tuple[dict[str, nn.Module], dict[str, list[nn.Parameter]]]:
-    """Inject the adapter, whose checkpoints the disk must have room for, and set how the denoiser computes."""
-    row = family.architecture
-    adapted: dict[str, nn.Module] = {row.denoiser: family.denoiser}
-    used: dict[str, int] = {}
-    if config.adapter.text_encoder:
-        adapted |= family.text_encoders()
-        used = family.num_used_text_layers
-    parameters = inject.inject_(
-        adapted, config.adapter, seed=config.train.seed, presets=row.targets, num_used_text_layers=used
-    )
+def _adapt(config: Resolved, family: Family, inputs: decide.Inputs, run: Run) -> Adapted:
+    """Put in what is trained, whose checkpoints the disk must have room for, and set how the denoiser computes."""
+    adapted = adapting.adapt_(config, family)
     if config.adapter.continue_from is not None:
         if decide.continued_adapter(config) != inputs.continued:
             raise ModelError(
                 f"adapter.continue_from {config.adapter.continue_from} has changed since this run looked at it; run "
                 "the same command again."
             )
-        inject.load_into_(adapted, storage.read(config.adapter.continue_from))
-    require_free_space(run.folder, _checkpoint_bytes(parameters) * (config.train.keep_last + 2))
+        inject.load_into_(adapted.modules, storage.read(config.adapter.continue_from))
+    checkpoint_bytes = adapted.num_parameters * BYTES_PER_PARAMETER
+    require_free_space(run.folder, checkpoint_bytes * (config.train.keep_last + 2))
     family.prepare_denoiser_(
         gradient_checkpointing=config.train.gradient_checkpointing,
         attention=config.model.attention,
@@ -344,31 +334,4 @@ def _adapt(
     )
     if config.train.compile is True:
         family.compile_denoiser_()
-    return adapted, parameters
-
-
-def _optimizer(
-    config: Resolved,
-    adapted: Mapping[str, nn.Module],
-    parameters: Mapping[str, Sequence[nn.Parameter]],
-    device: torch.device,
-    report: Report,
-) -> tuple[list[Flat], torch.optim.Optimizer]:
-    """What is updated, and the optimizer with a group for each component, whose learning rate is told to the user."""
-    trained, groups, read_in = [], [], inject.reads_in(adapted, dtype_for(config.model.precision, device))
-    for component, parts in parameters.items():
-        names = config.optimizer
-        rate = names.text_encoder_learning_rate if is_text(component) else names.learning_rate
-        for half, factor in optimizers.halves(adapted[component], parts, names.lora_plus_ratio):
-            flats = optimizers.flatten(half, names, device_type=device.type, read_in=read_in)
-            trained += flats
-            groups.append({"params": [flat.vector for flat in flats], "lr": rate * factor, "base_lr": rate * factor})
-        count = sum(part.numel() for part in parts)
-        told = f", that of B {rate * names.lora_plus_ratio:g}" if names.lora_plus_ratio != 1 else ""
-        report.event("adapter", f"adapter on {component}: {count:,} parameters, learning rate {rate:g}{told}")
-    inject.give_copies_(adapted, {part: copy for flat in trained for part, copy in flat.copies.items()})
-    return trained, optimizers.make(groups, config.optimizer, device_type=device.type)
-
-
-def _checkpoint_bytes(parameters: Mapping[str, Sequence[nn.Parameter]]) -> int:
-    return inject.num_parameters(parameters) * BYTES_PER_PARAMETER
+    return adapted

@@ -109,6 +109,34 @@ def test_a_contradiction_within_the_prior_is_one_clear_line(overrides: list[str]
     assert expected in message and " has a fault:" in message
 
 
+ALONE = ["adapter.embedding=only", "prior.mode=none"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["adapter.embedding_vectors=2"], 'adapter.embedding_vectors is 2 but adapter.embedding is "none"'),
+        (["adapter.embedding=only"], 'prior.mode is "model" but adapter.embedding is "only"'),
+        ([*ALONE, "adapter.rank=8"], 'adapter.rank is set but adapter.embedding is "only", which trains no layers'),
+        ([*ALONE, "adapter.text_encoder=true"], "adapter.text_encoder is set but"),
+        ([*ALONE, "adapter.continue_from=a.safetensors"], "adapter.continue_from is set but"),
+        ([*ALONE, "optimizer.lora_plus_ratio=16"], "optimizer.lora_plus_ratio is set but"),
+        (["adapter.embedding=too", "adapter.continue_from=a.safetensors"], "whose word would begin anew"),
+        (["adapter.embedding=too", "subject.token=a/b"], 'subject.token is "a/b" but adapter.embedding is "too"'),
+        (["adapter.embedding=too", "subject.token=con"], "programs call a learnt word by the name of its file"),
+        (["adapter.embedding=too", "export.name=YQL"], 'the adapter would be called "YQL", as the learnt word is'),
+        (["adapter.embedding=too", "optimizer.name=prodigy"], "optimizer.embedding_learning_rate is 0.001 but"),
+    ],
+)
+def test_a_contradiction_about_a_learnt_word_is_one_clear_line(overrides: list[str], expected: str) -> None:
+    message = faults_of([*GOOD, *overrides])
+    assert expected in message and " has a fault:" in message
+
+
+def test_a_word_alone_needs_no_other_setting() -> None:
+    assert toml.load(None, [*GOOD, *ALONE, "adapter.embedding_vectors=4"]).adapter.is_text_trained
+
+
 def test_captions_of_another_mode_do_no_harm() -> None:
     toml.load(None, [*GOOD, "prior.mode=images", 'prior.captions=["a yql cat"]'])
 

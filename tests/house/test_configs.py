@@ -19,7 +19,7 @@ def test_the_promised_files_are_there() -> None:
     names = {path.stem for path in FILES}
     expected = {f"{base}_{kind}_12gb" for base in ("sd15", "sd21", "sdxl") for kind in ("subject", "style")}
     expected |= {"sd15_subject_8gb", "sd21_subject_8gb", *(f"sdxl_subject_{gb}gb" for gb in (8, 16, 24))}
-    assert names == {"demo"} | expected
+    assert names == {"demo", "sd15_word_8gb"} | expected
 
 
 @pytest.mark.slow

@@ -141,6 +141,8 @@ OTHER: dict[str, Any] = {
     "adapter.rank_pattern": {"to_k": 4},
     "adapter.alpha_pattern": {"to_k": 4.0},
     "adapter.init": "gaussian",
+    "adapter.embedding": "too",
+    "adapter.embedding_vectors": 2,
     "adapter.continue_from": None,
     "objective.min_snr_gamma": 5.0,
     "objective.loss": "huber",
@@ -158,6 +160,14 @@ OTHER: dict[str, Any] = {
 """A valid other value, where adding one, or taking the opposite, is none."""
 ELSEWHERE = {"model.base", "model.revision", "objective.zero_terminal_snr", "objective.huber_delta", "prior.mode"}
 """Refused before the run is looked at, or tested with what they need."""
+
+
+WITH: dict[str, dict[str, Any]] = {
+    "objective.huber_delta": {"objective": {"loss": "huber"}},
+    "adapter.embedding_vectors": {"adapter": {"embedding": "too", "continue_from": None}},
+    "adapter.embedding": {"adapter": {"continue_from": None}},
+}
+"""What must change too, or the value would be a contradiction."""
 
 
 def other(value: Any) -> Any:
@@ -185,8 +195,10 @@ def test_a_run_is_not_continued_with_another_value_of_any_setting_that_counts(ag
         if name in identity.FREE_TO_CHANGE or name in ELSEWHERE:
             continue
         value = OTHER[name] if name in OTHER else other(getattr(getattr(config, section), key))
-        more = {"objective": {"loss": "huber"}} if name == "objective.huber_delta" else {}
-        changed = config.with_values({section: {key: value}, **more})
+        changes = {section: {key: value}}
+        for other_section, pairs in WITH.get(name, {}).items():
+            changes[other_section] = {**changes.get(other_section, {}), **pairs}
+        changed = config.with_values(changes)
         with pytest.raises(ConfigError) as caught:
             resumed(changed)
         assert f"{name}: " in str(caught.value), name

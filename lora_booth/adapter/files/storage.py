@@ -44,6 +44,7 @@ __all__ = [
     "detect",
     "low_rank",
     "metadata",
+    "opened",
     "read",
     "read_all",
     "read_any",
@@ -141,7 +142,7 @@ def contents(path: Path, leave_out: Sequence[str] = ()) -> Contents:
     Nothing in the file is executed. Raises ModelError when it is missing, a pickle, cut off, of no known naming, or for
     another model, and where nothing is left of it.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         keys = list(file.keys())
         naming, header = _naming_of(path, keys), dict(file.metadata() or {})
         wanted, left = kept(keys, leave_out)
@@ -246,13 +247,13 @@ def require_matrices(name: str, weights: AnyWeights) -> None:
 
 def detect(path: Path) -> str:
     """What a user calls the naming of a file, as in Contents. Raises ModelError as `contents` does."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return _naming_of(path, list(file.keys()))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The header's fields; empty when there are none. Raises ModelError as `contents` does."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return dict(file.metadata() or {})
 
 
@@ -303,7 +304,7 @@ def _naming_of(path: Path, keys: Sequence[str]) -> str:
     )
 
 
-def _opened(path: Path) -> safe_open:
+def opened(path: Path) -> safe_open:
     """The file, open; tensors are read, not mapped, which would hold the file on Windows as long as one of them lives.
 
     Raises ModelError when it is no safetensors file.

@@ -68,7 +68,7 @@ def verdicts_of_file(path: Path, family: str | None = None) -> list[Verdict]:
 
     Raises ModelError as `verdicts` does, and for a file that is missing, a pickle or cut off.
     """
-    with storage._opened(path) as file:
+    with storage.opened(path) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         types = {key: file.get_slice(key).get_dtype() for key in shapes if key.endswith(".alpha")}
         scalars = [key for key, dtype in types.items() if dtype in storage.REAL and math.prod(shapes[key]) == 1]

@@ -80,6 +80,10 @@ class Architecture:
     0 is no attention. Sources: the configs in assets/architectures."""
     text_layers: Mapping[str, int] = field(default_factory=dict)
     """Of a base of full size: text encoder to the number of its layers."""
+    text_widths: Mapping[str, int] = field(default_factory=dict)
+    """Of a base of full size: text encoder to the numbers in a row of its vocabulary."""
+    embedding_keys: Mapping[str, str] = field(default_factory=dict)
+    """Text encoder to the key of a learnt word's vectors in its file; none where that is the word itself."""
     bounds: Mapping[str, int] = field(default_factory=dict)
     """Of a denoiser that is no UNet: key of its config to the most it may say (`limits.py`)."""
 
@@ -152,6 +156,7 @@ SD1 = Architecture(
     single_file_prefixes={"unet": "model.diffusion_model.", "text_encoder": "cond_stage_model.transformer."},
     depths=(1, 1, 1, 0),
     text_layers={"text_encoder": 12},
+    text_widths={"text_encoder": 768},
 )
 SD2 = replace(
     SD1,
@@ -166,6 +171,7 @@ SD2 = replace(
     context_width=1024,
     single_file_prefixes={"unet": "model.diffusion_model.", "text_encoder": "cond_stage_model.model."},
     text_layers={"text_encoder": 23},
+    text_widths={"text_encoder": 1024},
 )
 SDXL = Architecture(
     name="sdxl",
@@ -195,6 +201,8 @@ SDXL = Architecture(
     },
     depths=(0, 2, 10),
     text_layers={"text_encoder": 12, "text_encoder_2": 32},
+    text_widths={"text_encoder": 768, "text_encoder_2": 1280},
+    embedding_keys={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
 )
 
 ARCHITECTURES: dict[str, Architecture] = {row.name: row for row in (SD1, SD2, SDXL)}

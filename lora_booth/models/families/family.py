@@ -25,6 +25,7 @@ from lora_booth.models.bases.architectures import ARCHITECTURES, Architecture
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.families.components import Components, compile_unet_, prepare_unet_
 from lora_booth.models.families.noise import NoiseSchedule
+from lora_booth.models.families.prompts import Tokens
 from lora_booth.models.families.quantize import move_frozen_
 from lora_booth.models.families.schedules import noise_schedule
 from lora_booth.models.families.vae import Vae
@@ -108,6 +109,10 @@ class Family(ABC):
     def tokenizers(self) -> dict[str, Any]:
         """Component name of each text encoder to its tokenizer; they stay when the encoders are released."""
         return {name: tokens.tokenizer for name, tokens in self._tokens.items()}
+
+    def tokens(self, name: str) -> Tokens:
+        """How prompts are written for the text encoder `name`."""
+        return self._tokens[name]
 
     @property
     def window(self) -> int:
