@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from lora_booth.cli.demo import MASCOT, demo_config
-from lora_booth.config.settings import ModelConfig, PreviewConfig
+from lora_booth.config.results import PreviewConfig
+from lora_booth.config.settings import ModelConfig
 from lora_booth.models import loading
 from lora_booth.models.families.family import Family
 from lora_booth.models.sampling import Sampling, draw

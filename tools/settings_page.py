@@ -3,7 +3,7 @@
 python -m tools.settings_page            prints it
 python -m tools.settings_page --write    writes it
 
-What lives here: a page made of the fields of `config/settings.py`, through their JSON Schema. What does not: any word
+What lives here: a page made of the fields of `config/`, through their JSON Schema. What does not: any word
 about a setting; those are the fields' own.
 """
 
@@ -20,7 +20,7 @@ from lora_booth.config.config import Config
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """# Settings
 
-Made by `python -m tools.settings_page --write` from the fields of `lora_booth/config/settings.py`; do not edit.
+Made by `python -m tools.settings_page --write` from the fields of `lora_booth/config/`; do not edit.
 
 A config file is TOML with these sections; `configs/` has one for each base and card. Every setting can be given on the
 command line too, as `section.key=value`. `lora-booth config FILE` prints a config complete and checked, and

@@ -13,17 +13,15 @@ from lora_booth.config import inputs, names
 from lora_booth.config.inputs import shown
 from lora_booth.config.machine import MemoryConfig, RunConfig
 from lora_booth.config.patterns import why_no_pattern
+from lora_booth.config.results import EvaluateConfig, ExportConfig, PreviewConfig
 from lora_booth.config.section import Section
 from lora_booth.config.settings import (
     TARGET_PRESETS,
     AdapterConfig,
     DataConfig,
-    EvaluateConfig,
-    ExportConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    PreviewConfig,
     PriorConfig,
     SubjectConfig,
     TrainConfig,

@@ -1,6 +1,7 @@
 """The settings that say where a run computes and writes; none changes what it learns.
 
-What lives here: [memory] and [run]. What does not: all that is learnt from (`settings.py`).
+What lives here: [memory] and [run]. What does not: all that is learnt from (`settings.py`), what
+is seen and handed over (`results.py`).
 """
 
 from __future__ import annotations

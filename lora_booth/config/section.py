@@ -1,6 +1,6 @@
 """What every section of the config shares: how it behaves, and the types of its values.
 
-What lives here: no setting. What does not: settings (`settings.py`), where a run computes and writes (`machine.py`).
+What lives here: no setting. What does not: settings (`settings.py`, `machine.py`, `results.py`).
 """
 
 from __future__ import annotations

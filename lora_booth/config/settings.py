@@ -1,10 +1,11 @@
-"""Every setting of a run, with its range, default and reason.
+"""The settings of what a run learns from, each with its range, default and reason.
 
 One frozen model for each TOML section, and every check that needs no file and no model.
 
-What lives here: names, types, ranges, defaults with their reason. What does not: contradictions between settings
-(`config.py`), reading files (`toml.py`) and values that depend on the base model or the pictures; those
-are `None` here, meaning "chosen for you", and `planning/decide.py` fills them before anything runs.
+What lives here: names, types, ranges, defaults with their reason. What does not: what is seen of a run and what it
+hands over (`results.py`), where it computes and writes (`machine.py`), contradictions between settings (`config.py`),
+reading files (`toml.py`) and values that depend on the base model or the pictures; those are `None` here, meaning
+"chosen for you", and `planning/decide.py` fills them before anything runs.
 
 Words: a *step* is one optimizer update; `images_per_step` says how many instance images it sees, over all processes and
 micro-steps; `batch_size` says how many images go through the denoiser at once. The first changes what is computed, the
@@ -26,7 +27,6 @@ from lora_booth.config.section import (
     Sampler,
     Section,
     Share,
-    Strength,
     Texts,
 )
 
@@ -98,6 +98,14 @@ class SubjectConfig(Section):
     captions: Literal["files", "off"] = Field(
         "files", description="files: a .txt of the same name beside a picture replaces the prompt. off: prompt always."
     )
+    tag_orders: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description='In how many orders a caption of tags, as "1girl, {token}, red hat", comes in turn, so that no '
+        "place is learnt. 1: as it is written.",
+    )
+    kept_tags: int = Field(1, ge=0, le=100, description="First tags of a caption that stay first in every order.")
     caption_dropout: float = Field(
         0.0,
         ge=0,
@@ -332,63 +340,3 @@ class TrainConfig(Section):
         None, ge=1, description="Steps between checkpoints. Default: a fifth of the run."
     )
     keep_last: int = Field(2, ge=1, le=1000, description="Checkpoints kept besides the best one.")
-
-
-class PreviewConfig(Section):
-    """[preview] — pictures drawn on the way, always with the same prompts and seeds."""
-
-    prompts: Texts = Field(
-        ("a photo of {token} {class}", "a photo of {token} {class} on the beach", "a photo of {class}"),
-        description="What to draw. Slots: {token}, {class}.",
-    )
-    every_steps: int | None = Field(
-        None, ge=1, description="Steps between previews. Default: only before the first step and after the last."
-    )
-    seed: int = Field(1, ge=0, lt=2**63, description="Seed of the first column.")
-    images_per_prompt: int = Field(2, ge=0, le=16, description="Columns of the grid; 0 draws no previews.")
-    negative_prompt: str = Field("", description="What not to draw.")
-    sampler: Sampler = Field("dpm++", description="Solver. base: the base's own scheduler.")
-    sampler_steps: int = Field(25, ge=1, le=1000, description="Denoiser calls per picture.")
-    guidance_scale: float = Field(7.0, ge=0, le=50, description="Classifier-free guidance.")
-
-
-class EvaluateConfig(Section):
-    """[evaluate] — which of the kept checkpoints is exported, and by what that is found."""
-
-    choose: Literal["best", "last"] = Field(
-        "best",
-        description="best: of the kept checkpoints at the strengths below, the one that draws most like the subject "
-        "without forgetting too much, found by pictures. last: the last one as it is, and no picture is drawn for it.",
-    )
-    encoder: str | None = Field(
-        None,
-        min_length=1,
-        description="miniature, efficientnet-lite2, a folder or hub id: measures pictures. Default: what suits the "
-        "base, if it is installed; else the last checkpoint is exported.",
-    )
-    strengths: Annotated[tuple[Strength, ...], Field(strict=False, min_length=1, max_length=20)] = Field(
-        (1.0, 0.8, 0.6),
-        description="Strengths to compare, the most wanted first. The chosen one is put into the file, as its 1.",
-    )
-    max_share: float = Field(
-        0.5, gt=0, le=100, description="The most passes that these pictures may take, as a share of those of training."
-    )
-
-
-class ExportConfig(Section):
-    """[export] — the files handed to the user at the end."""
-
-    formats: Annotated[tuple[Literal["diffusers", "kohya"], ...], Field(strict=False)] = Field(
-        ("diffusers", "kohya"), description="diffusers: load_lora_weights. kohya: every Stable Diffusion UI."
-    )
-    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="Type of the stored weights.")
-    name: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}$",
-        description="File name without ending. Default: token_class.",
-    )
-    cover: bool = Field(
-        True, description="Keep a small preview picture in the file and beside it, for programs that show adapters."
-    )
-    author: str | None = Field(None, description="Written into the file's metadata if given.")
-    license: str | None = Field(None, description="Written into the file's metadata if given.")

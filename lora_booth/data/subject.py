@@ -6,6 +6,8 @@ No torch.
 from __future__ import annotations
 
 import hashlib
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from lora_booth.errors import DataError
 from lora_booth.run.report import Report
 
 MIN_PICTURES = 3
+MAX_FACTORIAL = 6
+"""Tags of which all orders are counted: 720 are more than anybody may ask for."""
 SLOTS = ("token", "class")
 """What captions may hold in braces."""
 
@@ -132,7 +136,25 @@ def plain_prompt(config: Config, prompt: str) -> str | None:
 
 def prompts_in_turn(config: Config, picture: Picture) -> tuple[tuple[str, str | None], ...]:
     """What an instance image may come under, each with its plain prompt; empty where that is its own prompt alone."""
-    if picture.caption or not config.subject.templates:
-        return ()
-    prompts = [config.fill(text) for text in (config.subject.prompt, *config.subject.templates)]
-    return tuple((prompt, plain_prompt(config, prompt)) for prompt in prompts)
+    subject = config.subject
+    if picture.caption:
+        texts = tag_orders(picture.caption, subject.tag_orders, kept=subject.kept_tags, seed=config.train.seed)
+    else:
+        texts = (subject.prompt, *subject.templates)
+    prompts = [config.fill(text) for text in texts]
+    return tuple((prompt, plain_prompt(config, prompt)) for prompt in prompts) if len(prompts) > 1 else ()
+
+
+def tag_orders(caption: str, num_orders: int, *, kept: int, seed: int) -> tuple[str, ...]:
+    """A caption of tags, between commas, in so many orders, or as many as there are; the first is its own, and the
+    first `kept` tags stay where they are."""
+    tags = [tag for part in caption.split(",") if (tag := part.strip())]
+    first, rest = tags[:kept], list(dict.fromkeys(tags[kept:]))
+    num_orders = min(num_orders, math.factorial(min(len(rest), MAX_FACTORIAL)))
+    drawn, found = random.Random(f"{seed} tags {caption}"), {caption: None}
+    orders = {tuple(rest)}
+    while len(orders) < num_orders:
+        order = tuple(drawn.sample(rest, len(rest)))
+        found |= {} if order in orders else {", ".join([*first, *order]): None}
+        orders.add(order)
+    return tuple(found)
