@@ -171,6 +171,9 @@ def plan(
 def generate(
     base: Annotated[str, typer.Option(help="The base the adapter was trained on.")],
     prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several.")],
+    prediction: Annotated[
+        str, typer.Option(help="What a checkpoint file without a mark predicts: epsilon or v_prediction.")
+    ] = "auto",
     adapter: Annotated[list[str] | None, typer.Option(help="Adapter file, FILE or FILE:STRENGTH; repeatable.")] = None,
     strengths: Annotated[str, typer.Option(help="Columns of the grid, e.g. 0,0.5,1.")] = "1",
     negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
@@ -207,6 +210,7 @@ def generate(
             prompts=prompt,
             adapters=[parsing.parse_adapter(text) for text in adapter or []],
             strengths=parsing.parse_strengths(strengths),
+            prediction_type=prediction,
             picture=verb.PictureSettings(
                 negative_prompt=negative,
                 seed=seed,

@@ -59,6 +59,11 @@ class ModelConfig(Section):
         description="Hub id, diffusers folder, single-file .safetensors checkpoint, or one of: "
         + ", ".join(BASE_ALIASES),
     )
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
+        "auto",
+        description="What the denoiser predicts. auto: as the base says; say it for a checkpoint file without a mark, "
+        "as v-prediction tunes of SDXL may be (or to all commands: parameterization: v in a .yaml of its name).",
+    )
     revision: str | None = Field(None, description="Commit, tag or branch of a hub id. Default: the newest.")
     precision: Precision = Field(
         "auto",

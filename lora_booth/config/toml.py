@@ -7,7 +7,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -52,11 +52,18 @@ def build(values: Values, *, source: str, faults: Sequence[str] = ()) -> Config:
     return config
 
 
-def base_named(name: str, option: str = "--base", *, precision: Precision = "auto") -> ModelConfig:
-    """The base that `option` of a verb names, as `model.base`. Raises ConfigError for an empty name."""
+def base_named(
+    name: str, option: str = "--base", *, precision: Precision = "auto", prediction_type: str = "auto"
+) -> ModelConfig:
+    """The base that `option` of a verb names, as `model.base`. Raises ConfigError for an empty name, or an unknown
+    `prediction_type`."""
+    known = get_args(ModelConfig.model_fields["prediction_type"].annotation)
+    if prediction_type not in known:
+        raise ConfigError(f'--prediction "{inputs.shown(prediction_type)}" is unknown; use {" or ".join(known)}.')
     if not name.strip():
         raise ConfigError(f"{option} is empty; name a base: {', '.join(BASE_ALIASES)}, a hub id, a folder or a file.")
-    return ModelConfig(base=inputs.word(name, option), precision=precision)
+    words: dict[str, Any] = {"precision": precision, "prediction_type": prediction_type}
+    return ModelConfig(base=inputs.word(name, option), **words)
 
 
 def override(key: str, value: str | float) -> str:

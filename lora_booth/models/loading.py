@@ -29,7 +29,9 @@ def facts(
     kind.
     """
     found = sources.resolve(config, needs_weights=needs_weights, pinned=pinned)
-    base = identify.identify(found.path, has_weights=needs_weights or sources.is_local(config))
+    said = None if config.prediction_type == "auto" else config.prediction_type
+    has_weights = needs_weights or sources.is_local(config)
+    base = identify.identify(found.path, has_weights=has_weights, said_prediction=said)
     return replace(base, repository=found.repository, revision=found.revision)
 
 
@@ -73,6 +75,8 @@ def load(
     family.fingerprint = sources.fingerprint(base.path)
     if quantization is not None:
         family.fingerprint += f" in {quantization}"  # its embeddings and pictures are not those of the plain base
+    if config.prediction_type != "auto":
+        family.fingerprint += f" as {config.prediction_type}"  # it draws other class images
     if needs_vae:  # else what is loaded is asked for its weights
         family.when_read = partial(_require_finite, base=base, is_denoiser_offloaded=is_denoiser_offloaded)
         if parts.read_vae is None:

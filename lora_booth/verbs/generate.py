@@ -68,6 +68,7 @@ def generate(
     adapters: Sequence[tuple[Path, float]] = (),
     strengths: Sequence[float] = (1.0,),
     picture: PictureSettings = PictureSettings(),
+    prediction_type: str = "auto",
     device: str = "auto",
     leave_out: Sequence[str] = (),
     folder: Path = Path("pictures"),
@@ -76,14 +77,15 @@ def generate(
     """Draw every prompt at every strength into `folder`, and grid.png beside them; returns the grid's path.
 
     `adapters`: files with a strength each, those of words too, which have none; `strengths` multiply all of them, 0
-    being the base alone. Every cell starts from the same noise. `device`: as memory.device of a config; `leave_out`: as
-    in storage.contents. Existing files in `folder` are not replaced: a number is added to the name.
+    being the base alone. Every cell starts from the same noise. `prediction_type`, `device`: as in [model] and [memory]
+    of a config; `leave_out`: as in storage.contents. Existing files in `folder` are not replaced: a number is added to
+    the name.
     Raises ConfigError for settings that cannot be drawn with, ModelError for a base or adapter that cannot be used,
     DeviceMemoryError, with what to change, when the device has too little memory.
     """
     report = report or Silent()
     require_drawable(prompts, [*(own for _, own in adapters), *strengths], picture)
-    config = base_named(base)
+    config = base_named(base, prediction_type=prediction_type)
     place = devices.found(device, "--device")
     paths, words = embedding.told_apart([path for path, _ in adapters], report)
     adapters = _with_layers(adapters, paths)

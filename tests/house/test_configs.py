@@ -19,7 +19,8 @@ def test_the_promised_files_are_there() -> None:
     names = {path.stem for path in FILES}
     expected = {f"{base}_{kind}_12gb" for base in ("sd15", "sd21", "sdxl") for kind in ("subject", "style")}
     expected |= {"sd15_subject_8gb", "sd21_subject_8gb", *(f"sdxl_subject_{gb}gb" for gb in (8, 16, 24))}
-    assert names == {"demo", "sd15_word_8gb"} | expected
+    derived = {f"{base}_character_12gb" for base in ("illustrious", "noobai_vpred", "pony")}
+    assert names == {"demo", "sd15_word_8gb"} | expected | derived
 
 
 @pytest.mark.slow
@@ -27,7 +28,9 @@ def test_the_promised_files_are_there() -> None:
 def test_a_shipped_config_fits_the_card_in_its_name_by_prediction(path: Path) -> None:
     config = toml.load(path)
     assert config.memory.budget_gib == int(path.stem.rpartition("_")[2].removesuffix("gb"))
-    facts = full_size({"sd15": "sd1", "sd21": "sd2"}.get(config.model.base, config.model.base))
+    kinds = {"sd15": "sd1", "sd21": "sd2"}
+    kind = "sdxl" if config.model.base.endswith(".safetensors") else kinds.get(config.model.base, config.model.base)
+    facts = full_size(kind)
     resolved = config.with_values({"data": {"bucket_step": 64}})
     assert budget.choose(resolved, facts, config.memory.budget_gib).too_large == ()
 
@@ -35,7 +38,9 @@ def test_a_shipped_config_fits_the_card_in_its_name_by_prediction(path: Path) ->
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_shipped_config_parses_and_names_its_base(path: Path) -> None:
     config = toml.load(path)
-    assert config.model.base == {"demo": "booth-mini"}.get(path.stem, path.stem.split("_")[0])
+    name = {"demo": "booth-mini"}.get(path.stem, path.stem.split("_")[0])
+    is_file = "_character_" in path.stem
+    assert config.model.base.lower().startswith(name) if is_file else config.model.base == name
     assert tomllib.loads(path.read_text())["data" if path.stem != "demo" else "train"]
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from lora_booth.config.settings import ModelConfig
-from lora_booth.errors import ModelError
+from lora_booth.config.toml import base_named
+from lora_booth.errors import ConfigError, ModelError
 from lora_booth.models import loading
 from lora_booth.models.bases import identify, sources
 from lora_booth.models.bases.architectures import ARCHITECTURES, PredictionType
@@ -316,6 +317,28 @@ def test_a_single_file_says_what_it_predicts(
     facts = identify.identify(file)
     assert (facts.family, facts.prediction_type, facts.native_resolution) == expected
     assert facts.config("scheduler")["prediction_type"] == expected[1]
+
+
+def test_what_the_user_says_goes_before_what_a_file_says(tmp_path: Path, bases: dict[str, Path]) -> None:
+    file = header_file(tmp_path / "x.safetensors", UNET | VAE | SDXL, {"modelspec.prediction_type": "epsilon"})
+    facts = identify.identify(file, said_prediction="v_prediction")
+    assert (facts.prediction_type, facts.config("scheduler")["prediction_type"]) == ("v_prediction", "v_prediction")
+    silent = header_file(tmp_path / "y.safetensors", UNET | VAE | OPEN_CLIP)
+    assert identify.identify(silent, said_prediction="v_prediction").native_resolution == 768
+    folder = loading.facts(ModelConfig(base=str(bases["sdxl"]), prediction_type="v_prediction"))
+    assert folder.prediction_type == folder.config("scheduler")["prediction_type"] == "v_prediction"
+    plain, said = (
+        loading.load(ModelConfig(base=str(bases["sdxl"]), prediction_type=kind), device="cpu", dtype=torch.float32)
+        for kind in ("auto", "v_prediction")
+    )
+    assert (plain.schedule.prediction_type, said.schedule.prediction_type) == ("epsilon", "v_prediction")
+    assert plain.fingerprint != said.fingerprint, "it draws other class images"
+    flow = shutil.copytree(bases["sd1"], tmp_path / "flow")
+    (flow / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    with pytest.raises(ModelError):
+        identify.identify(flow, said_prediction="v_prediction")
+    with pytest.raises(ConfigError, match='--prediction "x" is unknown; use auto or epsilon or v_prediction'):
+        base_named("sd15", prediction_type="x")
 
 
 def test_an_sd2_file_that_says_nothing_is_not_guessed(tmp_path: Path) -> None:

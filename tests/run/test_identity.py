@@ -126,6 +126,7 @@ def test_a_run_is_not_continued_with_another(what: str, again: Path) -> None:
 OTHER: dict[str, Any] = {
     "model.precision": "bf16",
     "model.quantize": "int8",
+    "model.prediction_type": "v_prediction",
     "model.attention": "xformers",
     "subject.prompt": "a drawing of {token} {class}",
     "subject.captions": "off",

@@ -20,6 +20,7 @@ from tests.support import tiny
 OTHER: dict[str, tuple[Any, ...]] = {
     "model.precision": ("bf16", "fp16"),
     "model.quantize": ("int8",),
+    "model.prediction_type": ("v_prediction",),
     "subject.prompt": ("a drawing of {token} {class}", "a {class}"),
     "subject.captions": ("off",),
     "subject.templates": (("a {token} {class}",),),

@@ -86,22 +86,26 @@ class BaseFacts:
         return value
 
 
-def identify(base: Path, *, has_weights: bool = True) -> BaseFacts:
+def identify(base: Path, *, has_weights: bool = True, said_prediction: PredictionType | None = None) -> BaseFacts:
     """The facts of a base; ModelError when it is not one that lora_booth trains.
 
-    `has_weights`: False for a folder of its configs alone.
+    `has_weights`: False for a folder of its configs alone; `said_prediction`: what its denoiser predicts, whatever the
+    base says.
     """
     if base.is_file():
-        (configs, changes), held = _architecture_of_file(base), None
+        (configs, changes), held = _architecture_of_file(base, said_prediction), None
     else:
         _check_folder(base, has_weights=has_weights)
-        configs, changes, held = base, {}, _weights_held(base) if has_weights else None
+        configs, held = base, _weights_held(base) if has_weights else None
+        changes = {} if said_prediction is None else {"prediction_type": said_prediction}
     row = _architecture(base, configs)
     components = [name for name in row.parts if not name.startswith("tokenizer")]
     limits.require(configs, row, held)
     found = {name: read_json(_config_path(configs, name)) for name in components}
     denoiser, scheduler = found[row.denoiser], found["scheduler"] | changes
     prediction_type = _prediction_type(base, row, scheduler)
+    if said_prediction not in (None, prediction_type):
+        raise ModelError(f"{base} predicts {prediction_type}, whatever is said; leave model.prediction_type out.")
     factor = 2 ** (len(found["vae"]["block_out_channels"]) - 1)
     native = _native_resolution(denoiser, factor, row.predictions[prediction_type])
     step = _bucket_step(factor * row.latent_multiple(denoiser), native)
@@ -239,8 +243,9 @@ def _check_class(path: Path, component: str, class_name: Any, allowed: Iterable[
         raise ModelError(f"{path}: {component} is a {named}; {WHAT_WORKS}, whose {component} is never that.")
 
 
-def _architecture_of_file(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Config folder for a single-file checkpoint, and what the file itself says about its schedule."""
+def _architecture_of_file(path: Path, said: PredictionType | None) -> tuple[Path, dict[str, Any]]:
+    """Config folder for a single-file checkpoint, and what the file itself says about its schedule; `said`: what the
+    user says that it predicts."""
     shapes, metadata = read_header(path)
     first = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
     if first is None or len(first) != 4:
@@ -259,12 +264,13 @@ def _architecture_of_file(path: Path) -> tuple[Path, dict[str, Any]]:
         family = "sd2"
     else:
         raise ModelError(f"{path} has no text encoder that is known; use a complete checkpoint or a diffusers folder.")
-    prediction_type = _declared_prediction(path, shapes, metadata)
+    prediction_type = said or _declared_prediction(path, shapes, metadata)
     if prediction_type is None:
         if family == "sd2":
             raise ModelError(
-                f"{path} does not say whether it predicts epsilon (512-pixel bases) or v (768-pixel models). Write "
-                f"'parameterization: v' or 'parameterization: eps' into {path.with_suffix('.yaml')} beside it."
+                f"{path} does not say whether it predicts epsilon (512-pixel bases) or v (768-pixel models). Set "
+                "model.prediction_type, or write 'parameterization: v' or 'parameterization: eps' into "
+                f"{path.with_suffix('.yaml')} beside it."
             )
         prediction_type = "epsilon"  # what SD 1.x and SDXL were released with; v-tunes declare themselves
     changes: dict[str, Any] = {"prediction_type": prediction_type}
