@@ -108,6 +108,10 @@ def contradictions(config: Config) -> list[str]:
             f'optimizer.name is "prodigy" but optimizer.lora_plus_ratio is {config.optimizer.lora_plus_ratio:g}; '
             "prodigy finds one rate for all, so set the ratio to 1."
         )
+    if config.optimizer.name == "schedulefree" and config.optimizer.ema_decay is not None:
+        faults.append(
+            'optimizer.ema_decay is set but optimizer.name is "schedulefree", which averages by itself; leave one out.'
+        )
     if config.optimizer.name == "prodigy" and adapter.text_encoder and rates[0] != rates[1]:
         faults.append(
             f"optimizer.text_encoder_learning_rate is {rates[1]:g} but optimizer.learning_rate is {rates[0]:g}; "

@@ -304,6 +304,13 @@ class OptimizerConfig(Section):
     warmup_steps: int | None = Field(
         None, ge=0, description="Steps of linear warm-up. Default: 5 % of the run, at most 100."
     )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Hand over an exponential average over the last 1 / (1 - this) steps in place of the last step; "
+        "0.99 is usual for some hundred. It takes up as much memory as the adapter. Off.",
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
 
 

@@ -76,7 +76,8 @@ def rows_per_pass(config: Filled) -> int:
 
 
 def _optimizer_figure(config: Filled) -> str:
-    return f"optimizer {chosen_name(config.optimizer, 'cuda')}"
+    averages = "" if config.optimizer.ema_decay is None else " with averages"
+    return f"optimizer {chosen_name(config.optimizer, 'cuda')}{averages}"
 
 
 def _rows_per_step(config: Filled) -> int:

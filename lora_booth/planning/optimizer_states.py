@@ -14,6 +14,8 @@ from lora_booth.training import optimizers
 from lora_booth.training.flat import aligned
 
 SAMPLE_SIZE = 2**20
+AVERAGE_BYTES = 4
+"""Of a number's average."""
 
 
 def state_bytes(shapes: Iterable[Sequence[int]], config: OptimizerConfig, *, device_type: str) -> int:
@@ -25,10 +27,12 @@ def state_bytes(shapes: Iterable[Sequence[int]], config: OptimizerConfig, *, dev
     name = optimizers.chosen_name(config, device_type)
     config = config.model_copy(update={"name": name.removeprefix("paged_")})
     counts = Counter(map(tuple, shapes))
+    total = sum(count * aligned(math.prod(shape)) for shape, count in counts.items())
+    averages = 0 if config.ema_decay is None else rounded(total * AVERAGE_BYTES)
+    config = config.model_copy(update={"ema_decay": None})
     if optimizers.OPTIMIZERS[name].is_elementwise:
-        total = sum(count * aligned(math.prod(shape)) for shape, count in counts.items())
-        return rounded(total * _state_bytes_of_one((SAMPLE_SIZE,), config) // SAMPLE_SIZE)
-    return sum(count * _state_bytes_of_one(shape, config) for shape, count in counts.items())
+        return averages + rounded(total * _state_bytes_of_one((SAMPLE_SIZE,), config) // SAMPLE_SIZE)
+    return averages + sum(count * _state_bytes_of_one(shape, config) for shape, count in counts.items())
 
 
 def _state_bytes_of_one(shape: tuple[int, ...], config: OptimizerConfig) -> int:

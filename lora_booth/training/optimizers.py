@@ -87,7 +87,7 @@ def halves(
 
 
 def make(groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, device_type: str) -> torch.optim.Optimizer:
-    """The optimizer of `config` over parameter groups that carry their own `lr`.
+    """The optimizer of `config` over parameter groups that carry their own `lr`, with averages where it wants them.
 
     Raises ConfigError when its package is not installed.
     """
@@ -104,7 +104,12 @@ def make(groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, device_ty
     settings: dict[str, Any] = {"weight_decay": config.weight_decay, **dict(row.fixed)}
     if row.takes_betas:
         settings["betas"] = config.betas
-    return cls(list(groups), **settings)
+    optimizer: Any = cls(list(groups), **settings)
+    if config.ema_decay is not None:
+        from lora_booth.training.averages import Averaging
+
+        optimizer = Averaging(optimizer, config.ema_decay)
+    return optimizer  # type: ignore[no-any-return]  # all that is asked of one, Averaging has
 
 
 def chosen_name(config: OptimizerConfig, device_type: str) -> str:
@@ -119,7 +124,8 @@ def default_name(device_type: str) -> str:
 
 def set_mode_(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
     """Switch an optimizer that averages weights between the ones to train and the ones to use; no-op for the others."""
-    if any(row.has_modes and type(optimizer).__name__ == row.class_name for row in OPTIMIZERS.values()):
+    names = ["Averaging", *(row.class_name for row in OPTIMIZERS.values() if row.has_modes)]
+    if type(optimizer).__name__ in names:
         optimizer.train() if training else optimizer.eval()  # type: ignore[attr-defined]
 
 

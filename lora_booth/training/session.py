@@ -189,8 +189,10 @@ def save(s: Session, done: int) -> None:
     if s.accelerator.is_main_process:
         drift = _drift(s)
         numbers = {"validation_loss": loss, "prediction_drift": drift, "scaler": s.scaler.state_dict()}
+        set_training_(s, s.config.optimizer.ema_decay is None)  # of averages the adapter is what is handed over
+        tensors = state(s)
         set_training_(s, True)
-        checkpoint = Checkpoint(done, state(s), s.optimizer.state_dict(), numbers)
+        checkpoint = Checkpoint(done, tensors, s.optimizer.state_dict(), numbers)
         broken = [f"{name} of the adapter" for name, t in checkpoint.adapter.items() if not t.isfinite().all()]
         broken += [f"{name} of the optimizer" for name, t in _optimizer_tensors(s) if not t.isfinite().all()]
         if broken:

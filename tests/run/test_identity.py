@@ -150,6 +150,7 @@ OTHER: dict[str, Any] = {
     "objective.timestep_range": (0.0, 0.5),
     "optimizer.name": "adafactor",
     "optimizer.betas": (0.8, 0.99),
+    "optimizer.ema_decay": 0.9,
     "optimizer.schedule": "cosine",
     "optimizer.warmup_steps": 1,
     "preview.prompts": ("a {class}",),

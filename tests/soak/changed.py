@@ -41,6 +41,7 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "objective.dco_beta": (1000.0,),
     "optimizer.name": ("adafactor", "adamw8bit"),
     "optimizer.betas": ((0.8, 0.99),),
+    "optimizer.ema_decay": (0.9,),
     "optimizer.schedule": ("linear", "cosine"),
     "optimizer.warmup_steps": (1, 3),
     "preview.prompts": (("a {class}",),),
