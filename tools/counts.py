@@ -51,11 +51,13 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every config file that ships and the short command of each base, with pictures of every one of `SIDES_PX`."""
+    """Every config file that ships, but those for files of others, and the short command of each base, with pictures of
+    every one of `SIDES_PX`."""
     given = {"subject": {"images": "x", "class_noun": "dog"}}
     configs = {path.stem: toml.load(path) for path in sorted(presets.FOLDER.glob("*.toml")) if path.stem != "demo"}
     configs |= {base: Config.model_validate({"model": {"base": base}, **given}) for base in SHIPPED}
-    for name, config in configs.items():
+    of_shipped = {name: config for name, config in configs.items() if config.model.base in SHIPPED}
+    for name, config in of_shipped.items():
         facts = loading.facts(config.model, needs_weights=False)
         for width, height in SIDES_PX:
             pictures = tuple(Picture(Path(f"{n}.jpg"), str(n), width, height, None) for n in range(6))

@@ -87,6 +87,8 @@ class Arm:
 IMAGES = ("prior.mode=images",)
 MODEL = ("prior.mode=model", f"prior.captions={json.dumps(CAPTIONS)}")
 NONE = ("prior.mode=none",)
+WORD_ALONE = ("adapter.embedding=only", "adapter.rank=16", "adapter.targets=attention")
+"""The latter two are the defaults, as a word alone wants them."""
 FULL_RATE = "optimizer.learning_rate=5e-5"
 """A twentieth of the adapter's, as DreamBooth's usual 5e-6 is of a LoRA's 1e-4."""
 EVERYTHING = (*STRENGTHS, State(50), State(100), AVERAGED)
@@ -114,6 +116,8 @@ PHASES: tuple[tuple[Arm, ...], ...] = (
         Arm("rank-64", (*IMAGES, "adapter.rank=64"), (END,)),
         Arm("full", (*IMAGES, FULL_RATE), STEPWISE, trains="denoiser"),
         Arm("full-none", (*NONE, FULL_RATE), STEPWISE, trains="denoiser"),
+        Arm("word", (*NONE, *WORD_ALONE), STEPWISE),
+        Arm("model+word", (*MODEL, "adapter.embedding=too")),
         Arm("dco", (*NONE, "objective.dco_beta=1000"), WEAKER),
         Arm("model+dco", (*MODEL, "objective.dco_beta=1000")),
     ),

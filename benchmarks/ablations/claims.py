@@ -57,6 +57,9 @@ def claims() -> Iterator[Claim]:
         which = "with class images" if kind == "full" else "without a prior"
         yield at_end("c", f"A full fine-tune {which} drifts more", kind, adapter, "other_change", "+")
         yield on_fronts("c", f"An adapter {which} is better than a full fine-tune", adapter, kind, STEPWISE)
+    yield at_end("c", "An adapter with the model prior is more alike than a word", "model", "word", "likeness", "+")
+    yield at_end("c", "An adapter changes other prompts more than a word", "model", "word", "other_change", "+")
+    yield on_fronts("c", "A word beside the adapter pays", "model+word", "model")
     yield on_fronts("d", "The model prior beats class images", "model", "images")
     yield at_end("d", "The model prior drifts less than class images", "model", "images", "other_change", "-")
     yield at_end("d", "The model prior leaks less than class images", "model", "images", "leak", "-")

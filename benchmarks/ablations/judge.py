@@ -23,6 +23,8 @@ from torch.nn.functional import normalize
 from benchmarks.ablations.arms import COLOURS, PROTOCOL, Run, Subject, digest_of
 from benchmarks.likeness import SIDE_PX, features
 from benchmarks.subjects import NUM_ICONS
+from lora_booth.adapter.attach import words_learnt
+from lora_booth.adapter.files.embedding import Embedding
 from lora_booth.adapter.weights import plain_path
 from lora_booth.config.settings import ModelConfig
 from lora_booth.models import loading
@@ -41,6 +43,14 @@ LEVELS = (0.125, 0.375, 0.625, 0.875)
 
 Update = Mapping[str, Tensor]
 """Name of a parameter of the denoiser to what is added to it at strength 1."""
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a run brought: the update, empty where a word alone was learnt, and the word, where there is one."""
+
+    update: Update
+    word: Embedding | None = None
 
 
 @dataclass(frozen=True)
@@ -84,11 +94,12 @@ class Judge:
         self._conditioning: dict[str, Conditioning] = {}
         cache.mkdir(parents=True, exist_ok=True)
 
-    def figures(self, run: Run, token: str, update: Update, strength: float) -> dict[str, float]:
-        """What `update` at `strength` does to the subject, to its class, and to everything else; see the page."""
+    def figures(self, run: Run, token: str, learnt: Learnt, strength: float) -> dict[str, float]:
+        """What `learnt`, its update at `strength`, does to the subject, to its class, and to everything else; see the
+        page."""
         asked = Asked.of(run, token)
         before = self._base(asked)
-        with self._applied(update, strength):
+        with self._applied(learnt.update, strength), self._read(learnt.word):
             drawn = self._drawn(asked)[0]
             predicted = self._predicted(asked, before["latents"])
         likeness, of_class = self._likeness(run.subject, asked, drawn)
@@ -107,7 +118,7 @@ class Judge:
             "diversity_before": self._diversity(asked, before["features"]),
             "subject_change": float(changes[on_subject].mean()),
             "prediction_change": float(difference),
-            "update_norm": float(torch.stack([t.square().sum() for t in update.values()]).sum().sqrt()) * strength,
+            "update_norm": sum(float(t.square().sum()) for t in learnt.update.values()) ** 0.5 * strength,
         }
 
     def base_likeness(self, subject: Subject, token: str, seed: int) -> tuple[float, float]:
@@ -210,6 +221,17 @@ class Judge:
         if prompt not in self._conditioning:
             self._conditioning[prompt] = self.family.encode_prompts([prompt])
         return self._conditioning[prompt]
+
+    @contextmanager
+    def _read(self, word: Embedding | None) -> Iterator[None]:
+        """Inside, prompts are read with the word."""
+        known = self._conditioning
+        with words_learnt(self.family, [] if word is None else [word]):
+            self._conditioning = known if word is None else {}
+            try:
+                yield
+            finally:
+                self._conditioning = known
 
     @contextmanager
     def _applied(self, update: Update, strength: float) -> Iterator[None]:

@@ -68,8 +68,6 @@ def lines(table: Table, results: Mapping[str, Any], plotted: list[str]) -> Itera
         yield "| claim | difference of | mean | interval | p | runs | verdict |"
         yield "|---|---|---|---|---|---|---|"
         yield from (_claim_row(claim, of) for claim, of in found if claim.question == letter)
-        if letter == "c":
-            yield from ("", "Textual inversion is not measured: this version does not train it.")
         if letter == "f":
             yield from ("", _crossing([of for claim, of in found if claim.question == "f"]))
     for name in plotted:

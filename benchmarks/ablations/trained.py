@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ablations.arms import AVERAGE_DECAY, STEPS, Run, State
-from benchmarks.ablations.judge import Update
+from benchmarks.ablations.judge import Learnt
 from lora_booth.adapter import kept
 from lora_booth.adapter.weights import delta
 from lora_booth.config.config import Config
@@ -26,19 +26,19 @@ from lora_booth.training.order import Row
 from lora_booth.verbs import train
 
 
-def updates(run: Run, out: Path, report: Report) -> Iterator[tuple[State, Update]]:
-    """Train `run`, or continue it, and give each of its states with what is added to the base's weights.
+def updates(run: Run, out: Path, report: Report) -> Iterator[tuple[State, Learnt]]:
+    """Train `run`, or continue it, and give each of its states with what is added to the base's weights, and the word.
 
     Raises Interrupted when a signal asked to stop; the run folder then holds what was done.
     """
     config = run.config(out)
     if run.arm.trains == "denoiser":
         found = whole_denoiser(config)
-        yield from ((state, found[state.step]) for state in run.states)
+        yield from ((state, Learnt(found[state.step])) for state in run.states)
         return
     train.train(config, report=report)
     for state in run.states:
-        yield state, average(config.folder, run) if state.is_averaged else at(config.folder, state.step)
+        yield state, Learnt(average(config.folder, run)) if state.is_averaged else at(config.folder, state.step)
 
 
 def forget(run: Run, out: Path) -> None:
@@ -46,11 +46,12 @@ def forget(run: Run, out: Path) -> None:
     shutil.rmtree(run.config(out).folder, ignore_errors=True)
 
 
-def at(folder: Path, step: int) -> dict[str, Tensor]:
-    """The update that the checkpoint of `step` holds."""
+def at(folder: Path, step: int) -> Learnt:
+    """What the checkpoint of `step` holds."""
     found = kept.find(folder, str(step))
     assert found is not None, f"{folder} is no run folder"
-    return {f"{path}.weight": delta(update) for path, update in found.weights["unet"].items()}
+    layers = found.weights.get("unet", {})
+    return Learnt({f"{path}.weight": delta(update) for path, update in layers.items()}, found.word)
 
 
 def average(folder: Path, run: Run) -> dict[str, Tensor]:
@@ -59,7 +60,7 @@ def average(folder: Path, run: Run) -> dict[str, Tensor]:
     decay = AVERAGE_DECAY**every
     mean: dict[str, Tensor] = {}
     for step in range(every, run.steps + 1, every):
-        for name, change in at(folder, step).items():
+        for name, change in at(folder, step).update.items():
             mean[name] = mean.get(name, torch.zeros_like(change)).mul_(decay).add_(change, alpha=1 - decay)
     return mean
 

@@ -103,7 +103,8 @@ def key_of(config: Filled, facts: BaseFacts) -> str:
         "model": [precision, config.model.quantize],
         "one vector": OPTIMIZERS[chosen_name(config.optimizer, "cuda")].is_elementwise,
         "adapter": config.adapter.model_dump(mode="json", exclude={"continue_from"}),
-        "objective": config.objective.model_dump(mode="json"),
+        "word": config.subject.token if config.adapter.embedding != "none" else None,
+        "objective": config.objective.model_dump(mode="json", exclude={"timestep_range", "background_weight"}),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
