@@ -116,7 +116,7 @@ def write_files(
 def tell_word(path: Path, report: Report, *, has_adapter: bool) -> None:
     """Where the file of a learnt word goes, and how prompts call it."""
     for program, (place, written) in embedding.PLACE.items():
-        report.event("word", f"{program}: {path.name} in {place}, in a prompt {written.format(word=path.stem)}")
+        report.event("word", f"{program}: {path.name} {place}; a prompt says {written.format(word=path.stem)}")
     if has_adapter:
         report.event("word", "both files belong together: without its word the adapter is half of what was trained")
 

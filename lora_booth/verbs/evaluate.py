@@ -123,7 +123,9 @@ def evaluate(path: Path, asked: Asked = NOTHING, method: Method | None = None, r
 def _judged(target: Target, strengths: Sequence[float], setting: Setting) -> Bench:
     """The base and all candidates, drawn and measured."""
     family = setting.family
-    strengths = strengths if any(target.checkpoints.values()) else (1.0,)  # a word alone has none
+    if not any(target.checkpoints.values()):
+        setting.report.event("strengths", "a word alone is judged as it is: it has no strengths")
+        strengths = (1.0,)
     bench = Bench(setting, len(target.checkpoints) * len(strengths))
     weights = {step: attach.fitted(family, target.name, found) for step, found in target.checkpoints.items()}
     pipeline = family.pipeline(setting.sampling.sampler)

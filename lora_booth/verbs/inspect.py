@@ -111,7 +111,7 @@ def _inspect_word(path: Path, report: Report) -> None:
     _tell(facts | {name: _cut(found.header[name]) for name in SHOWN_FIELDS if name in found.header}, report)
     if family is not None:
         for program, (place, written) in embedding.PLACE.items():
-            report.event("program", f"{program}: put it in {place}, and write {written.format(word=path.stem)}")
+            report.event("program", f"{program}: {place}; a prompt says {written.format(word=path.stem)}")
 
 
 def _tell(facts: Mapping[str, str], report: Report) -> None:

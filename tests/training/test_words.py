@@ -53,7 +53,10 @@ def test_a_word_alone_leaves_its_file_and_no_adapter(
     assert ("word", '"yql" is learnt as 1 vector in ' + " and ".join(found.vectors) + ", learning rate 0.001") in (
         recorder.events
     )
-    assert any("ComfyUI: yql.safetensors in models/embeddings/" in text for _, text in recorder.events)
+    assert any(
+        "ComfyUI: yql.safetensors in models/embeddings/; a prompt says embedding:yql" in text
+        for _, text in recorder.events
+    )
     assert summary.num_parameters == sum(rows.numel() for rows in found.vectors.values())
     with Image.open(folder / "before_after.png") as grid:
         assert grid.width > 2 * 32

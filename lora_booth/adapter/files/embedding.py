@@ -37,10 +37,10 @@ BESIDE_FIELD = "lora_booth.embedding"
 MAX_VECTORS = 75
 """Of a word: as many as a prompt has room for."""
 PLACE = {
-    "AUTOMATIC1111": ("embeddings/", "{word}"),
-    "Forge": ("embeddings/", "{word}"),
-    "SD.Next": ("models/embeddings/", "{word}"),
-    "ComfyUI": ("models/embeddings/", "embedding:{word}"),
+    "AUTOMATIC1111": ("in embeddings/", "{word}"),
+    "Forge": ("in embeddings/", "{word}"),
+    "SD.Next": ("in models/embeddings/", "{word}"),
+    "ComfyUI": ("in models/embeddings/", "embedding:{word}"),
     "InvokeAI": ("added in the Model Manager", "<{word}>"),
 }
 """Program to where the file goes, and how a prompt calls it."""

@@ -300,7 +300,7 @@ def _naming_of(path: Path, keys: Sequence[str]) -> str:
         return naming_of(found.spelling)
     raise ModelError(
         f"{path.name} is no LoRA in kohya, diffusers, PEFT or ComfyUI naming; its first key is {shown(keys[0])}. A "
-        "full model, an embedding or a checkpoint of a run is something else."
+        "full model or a checkpoint of a run is something else; a learnt word (an embedding) is used as it is."
     )
 
 
