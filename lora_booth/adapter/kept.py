@@ -17,6 +17,7 @@ from lora_booth.adapter.numbers import weights_of
 from lora_booth.adapter.weights import AdapterWeights, uses_dora
 from lora_booth.config import inputs, toml
 from lora_booth.config.config import Config
+from lora_booth.data import concepts
 from lora_booth.errors import ConfigError, ModelError
 from lora_booth.run import checkpoints, identity
 from lora_booth.run.folder import Run
@@ -61,6 +62,7 @@ def facts_of(
         buckets=buckets or {},
         versions={name: version(name) for name in PACKAGES},
         strength=strength,
+        words=concepts.words_of(given["pictures"]),
     )
 
 

@@ -82,7 +82,10 @@ class ModelConfig(Section):
 class SubjectConfig(Section):
     """[subject] — the instance images and what they show."""
 
-    images: FilePath = Field(description="Folder of 3 or more pictures of the subject. Never written to.")
+    images: FilePath = Field(
+        description="Folder of 3 or more pictures of the subject. Never written to. Several subjects: in "
+        'sub-folders named as "10_yql dog": repeats, token, class noun.'
+    )
     class_noun: str = Field(
         min_length=1,
         description='What the subject is, in one plain noun: "dog". The paper\'s likeness falls from .744 to .303 '

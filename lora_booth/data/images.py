@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lora_booth.data import masks, worker
+from lora_booth.data import concepts, masks, worker
 from lora_booth.data.buckets import Crop
+from lora_booth.data.concepts import Concept
 from lora_booth.data.decode import ENDINGS, TAKEN, Unusable, file_bytes
 from lora_booth.data.duplicates import Look, alike, is_background_shared
 from lora_booth.data.masks import Mask
@@ -40,7 +41,8 @@ _JUNK = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx")
 
 @dataclass(frozen=True)
 class Picture:
-    """One readable picture. `sha256` is of the file's bytes, the size is the upright one, `caption` is one line."""
+    """One readable picture. `sha256` is of the file's bytes, the size is the upright one, `caption` is one line;
+    `concept`: of which subject it is, where there are several."""
 
     path: Path
     sha256: str
@@ -48,6 +50,12 @@ class Picture:
     height_px: int
     caption: str | None
     mask: Mask | None = None
+    concept: Concept | None = None
+
+    @property
+    def name(self) -> str:
+        """By which a run knows it: its file's, with the sub-folder where there are several subjects."""
+        return self.path.name if self.concept is None else f"{self.path.parent.name}/{self.path.name}"
 
 
 @dataclass(frozen=True)
@@ -92,16 +100,19 @@ def find(
     max_megapixels: float,
     captions: bool = True,
     masked_by: MaskedBy = "off",
+    concepts_are_used: bool = False,
     remedy: str = "Put 3 or more pictures there",
 ) -> Found:
-    """All pictures directly in `folder`, each decoded once to prove that it can be. `masked_by`: `subject.masks`.
+    """All pictures directly in `folder`, each decoded once to prove that it can be. `masked_by`: `subject.masks`;
+    `concepts_are_used`: whether sub-folders of subjects are looked at by the caller, and need no remark.
 
     Left out: what cannot be read, has too many pixels, or has a caption file or a mask that cannot be used. Warned
     about: duplicates, long or empty captions, animations, sub-folders with pictures, JPEGs that seem to end early.
     Raises DataError if there is no such folder, and with `remedy` if there is no usable picture in it.
     """
     listing = _list(folder)
-    left_out, remarks = list(listing.strangers), list(listing.folders)
+    used = set(concepts.in_folder(folder)) if concepts_are_used else set()
+    left_out, remarks = list(listing.strangers), [fault for fault in listing.folders if fault.path not in used]
     pictures: list[Picture] = []
     looks: list[Look] = []
     for path in listing.candidates:
@@ -126,8 +137,10 @@ def find(
         looks.append(seen)
         remarks += [Fault(path, note) for note in noted]
         remarks += [Fault(beside or path, note) for note in caption_notes]
-    if not pictures:
+    if not pictures and not used:
         raise DataError(_nothing(folder, left_out + listing.folders, remedy))
+    if not pictures:  # but in sub-folders
+        return Found((), tuple(left_out), tuple(remarks))
     remarks += _duplicates(pictures, looks)
     return Found(tuple(pictures), tuple(left_out), tuple(remarks), is_background_shared(looks))
 

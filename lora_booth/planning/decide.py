@@ -76,7 +76,7 @@ def look(config: Config, report: Report, *, needs_weights: bool = True) -> Input
     home = sources.Found(Path(), pinned.get("repository"), pinned.get("revision"))
     facts = loading.facts(config.model, needs_weights=needs_weights, pinned=home)
     _require_objective(config, facts)
-    tell_token(config, facts, report)
+    tell_token(config, pictures.instances.pictures, facts, report)
     return Inputs(pictures, facts, pinned, continued_adapter(config))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_booth.config.resolved import Resolved
 from lora_booth.data import images
-from lora_booth.data.subject import Pictures
+from lora_booth.data.subject import Pictures, is_own
 from lora_booth.errors import ConfigError, LoraBoothError
 from lora_booth.evaluation import encoders
 from lora_booth.evaluation.bench import Bench, Setting
@@ -80,9 +80,9 @@ def judge(config: Resolved, pictures: Pictures, report: Report) -> Judge | None:
     encoder = _encoder(config, report)
     if encoder is None:
         return None
-    found = (pictures.held_out or pictures.instances).pictures
+    found = [one for one in (pictures.held_out or pictures.instances).pictures if is_own(config, one)]
     opened = [images.read(one.path, sha256=one.sha256) for one in found]
-    real, shown = {one.path.name: one.sha256 for one in found}, opened[:SHOWN_PICTURES]
+    real, shown = {one.name: one.sha256 for one in found}, opened[:SHOWN_PICTURES]
     return Judge(encoder, real, encoder.embed_images(opened), shown, is_in_sample=pictures.held_out is None)
 
 

@@ -90,7 +90,7 @@ def _delivery(s: Session, cover: Image.Image | None = None, chosen: Exported | N
         family=s.family.name,
         header=header,
         dtype=config.export.dtype,
-        trigger=storage.trigger_words(config),
+        trigger=header["modelspec.trigger_phrase"],
         cover=cover if config.export.cover else None,
         word=word,
     )

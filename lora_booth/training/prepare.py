@@ -92,9 +92,7 @@ def sheet(config: Filled, pictures: Pictures, cuts: Cuts) -> Image.Image:
     """The contact sheet: each instance image as the model will see it, with its prompt."""
     found = pictures.instances.pictures
     pairs = zip(found, crops_of(config, found), strict=True)
-    shown = [
-        (f"{picture.path.name}: {prompt_of(config, picture)}", _seen(picture, crop, cuts)) for picture, crop in pairs
-    ]
+    shown = [(f"{picture.name}: {prompt_of(config, picture)}", _seen(picture, crop, cuts)) for picture, crop in pairs]
     return contact_sheet(shown, title="What the model will see")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from lora_booth.config.resolved import Filled
 from lora_booth.data.buckets import Crop, assign
 from lora_booth.data.images import Picture
-from lora_booth.data.subject import Pictures, crops_of, plain_prompt, prompt_of, prompts_in_turn
+from lora_booth.data.subject import Pictures, crops_of, nouns_of, plain_prompt, prompt_of, prompts_in_turn
 from lora_booth.training.cache_keys import latent_key, mask_key
 from lora_booth.training.class_images import ClassImage, wanted
 from lora_booth.training.order import Item, Order, Role, Shape, validation_levels
@@ -36,6 +36,11 @@ class TrainingImage:
     is_flipped: bool = False
     plain_prompt: str | None = None
     in_turn: tuple[tuple[str, str | None], ...] = ()
+
+    @property
+    def repeats(self) -> int:
+        """How often it comes before all come again."""
+        return 1 if self.picture is None or self.picture.concept is None else self.picture.concept.repeats
 
     @property
     def mask_key(self) -> str | None:
@@ -105,8 +110,8 @@ def of(
 
     def of_user(role: Role, picture: Picture, crop: Crop, prompt: str, *, is_flipped: bool = False) -> TrainingImage:
         key = latent_key(fingerprint, picture.sha256, crop, is_flipped=is_flipped)
-        name = picture.path.name + (" (mirrored)" if is_flipped else "")
-        plain = plain_prompt(config, prompt) if role == "instance" else None
+        name = picture.name + (" (mirrored)" if is_flipped else "")
+        plain = plain_prompt(config, picture, prompt) if role == "instance" else None
         in_turn = prompts_in_turn(config, picture) if role == "instance" else ()
         return TrainingImage(role, name, key, crop, prompt, picture, is_flipped, plain, in_turn)
 
@@ -115,10 +120,11 @@ def of(
         return [of_user("instance", p, crop, prompt_of(config, p), is_flipped=is_flipped) for p, crop in pairs]
 
     plain = instances(pictures.instances.pictures)
-    trained = plain + (instances(pictures.instances.pictures, is_flipped=True) if config.data.flip else [])
+    both = plain + (instances(pictures.instances.pictures, is_flipped=True) if config.data.flip else [])
+    trained = [image for image in both for _ in range(image.repeats)]
     classes = [_drawn(image) for image in drawn]
     if pictures.classes is not None:
-        available, templates = sorted({image.crop.bucket for image in plain}), _class_prompts(config)
+        available, templates = sorted({image.crop.bucket for image in plain}), _class_prompts(config, pictures)
         for number, picture in enumerate(pictures.classes.pictures):
             prompt = config.fill(picture.caption) if picture.caption else templates[number % len(templates)]
             crop = assign(picture.width_px, picture.height_px, available)
@@ -130,7 +136,9 @@ def of(
         shapes = [latent_shape(bucket.width_px, bucket.height_px) for bucket in buckets]
         return tuple(image.item(shape) for image, shape in zip(images, shapes, strict=True))
 
-    captions = tuple(map(config.fill, config.prior.captions)) if config.has_model_prior else ()
+    nouns = nouns_of(config, pictures.instances.pictures)
+    filled = (caption.replace("{class}", noun) for caption in config.prior.captions for noun in nouns)
+    captions = tuple(dict.fromkeys(filled)) if config.has_model_prior else ()
     weight, train = config.prior.loss_weight, config.train
     dropout = config.subject.caption_dropout
     order = Order(items(trained), items(classes), train.images_per_step, weight, train.seed, captions, dropout)
@@ -156,11 +164,13 @@ def class_images_of(
         return []
     sizes = [crop.bucket for crop in crops_of(config, pictures.instances.pictures)]
     made: dict[str, Any] = {"fingerprint": fingerprint, "made_by": made_by, "root": root, "about": about}
-    return wanted(config.prior, _class_prompts(config), sizes, **made)
+    return wanted(config.prior, _class_prompts(config, pictures), sizes, **made)
 
 
-def _class_prompts(config: Filled) -> list[str]:
-    return [config.fill(template) for template in config.prior.prompts]
+def _class_prompts(config: Filled, pictures: Pictures) -> list[str]:
+    """Those of the class images, in turn for all class nouns."""
+    nouns = nouns_of(config, pictures.instances.pictures)
+    return [template.replace("{class}", noun) for template in config.prior.prompts for noun in nouns]
 
 
 def _drawn(image: ClassImage) -> TrainingImage:

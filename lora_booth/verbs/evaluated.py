@@ -16,6 +16,7 @@ from lora_booth.adapter.weights import AdapterWeights
 from lora_booth.config import inputs, toml
 from lora_booth.config.config import Config
 from lora_booth.config.settings import BASE_ALIASES, ModelConfig
+from lora_booth.data import concepts
 from lora_booth.errors import ConfigError, DiskError
 from lora_booth.models.bases.sources import is_hub_id
 from lora_booth.run import identity
@@ -121,7 +122,7 @@ def _pictures_of(config: Config, asked: Asked, report: Report) -> Path | None:
     if subject.held_out is not None and os.path.isdir(subject.held_out):
         return subject.held_out
     if os.path.isdir(subject.images):
-        return subject.images
+        return concepts.folder_of(subject.images, subject.token, subject.class_noun)
     report.warn(
         f"the pictures of the run, {subject.images}, are gone, so likeness is not measured; name others with --subject."
     )

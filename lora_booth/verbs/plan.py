@@ -61,8 +61,8 @@ def show(wished: Config, report: Report, card: Card | None = None) -> None:
     for picture, crop in zip(pictures.instances.pictures, crops, strict=True):
         size = f"{picture.width_px}×{picture.height_px}"
         note = (", enlarged" if crop.enlargement > 1 else "") + (", masked" if picture.mask is not None else "")
-        text = f"         {picture.path.name}: {size} to {crop.bucket}, {crop.lost_fraction:.0%} cut off{note}"
-        report.event("picture", text, name=picture.path.name)
+        text = f"         {picture.name}: {size} to {crop.bucket}, {crop.lost_fraction:.0%} cut off{note}"
+        report.event("picture", text, name=picture.name)
     try:
         _show_prediction(wished, config, inputs, report, card)
     except LoraBoothError:

@@ -71,6 +71,13 @@ class Facts:
     """Package to version, lora_booth's first."""
     strength: float = 1.0
     """By which the trained update was multiplied; it is in the tensors."""
+    words: Sequence[str] = ()
+    """What prompts say to call each of several subjects; none where there is one."""
+
+    @property
+    def trigger(self) -> str:
+        """What prompts say, of several subjects one or the other."""
+        return ", ".join(self.words) or trigger_words(self.config)
 
 
 def metadata(facts: Facts) -> dict[str, str]:
@@ -163,7 +170,7 @@ def base_name(base: str) -> str:
 
 
 def _modelspec(facts: Facts) -> dict[str, str]:
-    config, words = facts.config, trigger_words(facts.config)
+    config, words = facts.config, facts.trigger
     started = datetime.fromtimestamp(int(facts.started_at), UTC)
     fields = {
         "resolution": f"{facts.resolution_px}x{facts.resolution_px}",
