@@ -51,7 +51,7 @@ CAMPAIGNS = {
     "clocks": Campaign(sabotage.clocks, 4, 24),
     "damaged_checkpoints": Campaign(kills.damaged_checkpoints, 200, 5_000),
     "same_result": Campaign(same.same_result, 1, 10),
-    "resume_matrix": Campaign(kills.resume_matrix, 4, 192),
+    "resume_matrix": Campaign(kills.resume_matrix, 4, 280),
     "changed_inputs": Campaign(changed.changed_inputs, 6, 300),
     "lost_processes": Campaign(kills.lost_processes, 2, 25),
     "leaks": Campaign(kills.leaks, 200, 20_000),

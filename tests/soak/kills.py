@@ -166,29 +166,32 @@ def _damaged(data: bytes, rng: random.Random) -> bytes:
     return data[:at] if kind == "cut" else data + rng.randbytes(1 + at)
 
 
-MATRIX = list(
-    itertools.product(
-        ("adamw", "adamw8bit", "lion8bit", "adafactor", "prodigy", "schedulefree"),
-        ("constant", "cosine"),
-        ("fp32", "bf16"),
-        ("images", "model", "weights", "none"),
-        (True, False),
-    )
-)
-"""Optimizer, schedule, precision, what keeps the base, with text encoders: what must resume exactly."""
+OPTIMIZERS = ("adamw", "adamw8bit", "lion8bit", "adafactor", "prodigy", "schedulefree")
+PRECISIONS, PRIORS = ("fp32", "bf16"), ("images", "model", "weights", "none")
+SCHEDULES = ("constant", "cosine")
+LAYERS, TEXT, WORD, AVERAGES = "layers", "layers of the text encoders too", "a word too", "averages of layers"
+MATRIX = [
+    *itertools.product(OPTIMIZERS, SCHEDULES, PRECISIONS, PRIORS, (LAYERS, TEXT)),
+    *itertools.product(OPTIMIZERS, SCHEDULES[:1], PRECISIONS, PRIORS, (WORD,)),
+    *itertools.product(OPTIMIZERS[:-1], SCHEDULES[:1], PRECISIONS, PRIORS, (AVERAGES,)),
+]
+"""Optimizer, schedule, precision, what keeps the base, what is trained: what must resume exactly."""
 
 
 def resume_matrix(count: int, folder: Path, seed: int = 0) -> Result:
     """Stopped at step 1 and killed at step 3 under every kind of run; then the same bytes as the straight run."""
     failures, read = [], materials(folder)
     rows = MATRIX if count >= len(MATRIX) else random.Random(seed).sample(MATRIX, count)
-    for i, (optimizer, schedule, precision, prior, trains_text) in enumerate(rows):
+    for i, (optimizer, schedule, precision, prior, trained) in enumerate(rows):
+        rates = {"text_encoder_learning_rate": 1e-2, "embedding_learning_rate": 1e-2}
         bench = Bench(
             folder / str(i),
             read,
             model={"precision": precision},
-            optimizer={"name": optimizer, "schedule": schedule, "text_encoder_learning_rate": 1e-2},
-            adapter={"rank": 64, "text_encoder": trains_text, "dropout": 0.1},
+            optimizer={"name": optimizer, "schedule": schedule, **rates}
+            | ({"ema_decay": 0.5} if trained == AVERAGES else {}),
+            adapter={"rank": 64, "text_encoder": trained == TEXT, "dropout": 0.1}
+            | ({"embedding": "too"} if trained == WORD else {}),
             prior={"mode": prior, "norm_weight": 1e-3 if prior == "weights" else 0.0, "captions": ["a cat", "a tree"]},
             train={"save_every_steps": 1},
             preview={"images_per_prompt": 0},
@@ -202,7 +205,7 @@ def resume_matrix(count: int, folder: Path, seed: int = 0) -> Result:
         fault = "" if (stopped.code, killed.code) == (143, -9) else f"ended with {stopped.code}, {killed.code}"
         fault = fault or bench.finish(config)
         if fault:
-            failures.append(f"{optimizer}, {schedule}, {precision}, prior {prior}, text {trains_text}: {fault}")
+            failures.append(f"{optimizer}, {schedule}, {precision}, prior {prior}, {trained}: {fault}")
         shutil.rmtree(folder / str(i))
     return Result(len(rows), tuple(failures), f"of {len(MATRIX)} combinations")
 
