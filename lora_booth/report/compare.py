@@ -65,7 +65,7 @@ def rows(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
         "time": lambda record: None if record.summary is None else verdict.clock(record.summary.seconds),
         "most memory": lambda record: None if record.summary is None else f"{record.summary.peak_gib:.1f} GiB",
         "parameters": lambda record: None if record.summary is None else f"{record.summary.num_parameters:,}",
-        "file": lambda record: next((f"{file.megabytes:.1f} MB" for file in usage.files(record)), None),
+        "file": lambda record: next((file.size for file in usage.files(record)), None),
         "device": lambda record: record.notes.device if record.notes else None,
     }
     found = [(name, [ask(record) for record in records]) for name, ask in asked.items()]

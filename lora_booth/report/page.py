@@ -15,7 +15,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lora_booth.adapter.files.metadata import trigger_words
 from lora_booth.config.config import Config
 from lora_booth.config.section import Section
 from lora_booth.evaluation.scores import SHORT
@@ -68,7 +67,8 @@ def page(record: Record) -> str:
     return render(
         "run.html.j2",
         {
-            "title": trigger_words(config),
+            "title": record.words,
+            "kind": kind(config),
             "facts": facts(record),
             "verdict": verdict.of(record),
             "real": None if real is None or not before_after else pictures.shown(real),
@@ -83,7 +83,8 @@ def page(record: Record) -> str:
             "notes": record.notes,
             "uses": usage.uses(record),
             "files": usage.files(record),
-            "words": trigger_words(config),
+            "words": record.words,
+            "warnings": record.warnings,
             "choices": choices(record),
             "exported": None if record.summary is None else (pictures.exported(record), record.summary.reason),
             "parts_of_run": parts(record),
@@ -97,6 +98,18 @@ def page(record: Record) -> str:
     )
 
 
+def kind(config: Config) -> str:
+    """What was made, in two or three words."""
+    made = {"none": "A LoRA adapter", "only": "A learnt word", "too": "A LoRA adapter and a learnt word"}
+    return made[config.adapter.embedding]
+
+
+def learnt(config: Config) -> list[str]:
+    """What is trained, in a few words."""
+    layers = [] if config.adapter.embedding == "only" else [f"rank {config.adapter.rank}", config.adapter.targets]
+    return layers + ([] if config.adapter.embedding == "none" else [f'the word "{config.subject.token}"'])
+
+
 def facts(record: Record) -> list[tuple[str, str]]:
     """What kind of run it is, in a few words each."""
     config, summary = record.config, record.summary
@@ -107,7 +120,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
         "base": base_name(config),
         "pictures": str(len(given["pictures"])) if given.get("pictures") else None,
         "steps": f"{record.steps_done} of {config.train.steps}" if summary is None else str(summary.steps),
-        "adapter": f"rank {config.adapter.rank}, {config.adapter.targets}" + (f", {trained}" if trained else ""),
+        "adapter": ", ".join([*learnt(config), *([trained] if trained else [])]),
         "prior": config.prior.mode,
         "took": None if summary is None else verdict.clock(summary.seconds),
         "begun": begun,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from lora_booth.config import inputs, toml
 from lora_booth.config.config import Config
 from lora_booth.config.inputs import shown_path
+from lora_booth.data import concepts
 from lora_booth.errors import ConfigError, LoraBoothError
 from lora_booth.evaluation import scores
 from lora_booth.evaluation.scores import Scores
@@ -30,8 +31,8 @@ Points = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its folder tells it. `stored`: its inputs.json; `metrics` and `saves`: their lines by step; `faults`: a
-    sentence for each file that could not be read, or not wholly."""
+    """A run as its folder tells it. `stored`: its inputs.json; `metrics` and `saves`: their lines by step; `warnings`:
+    what was warned of; `faults`: a sentence for each file that could not be read, or not wholly."""
 
     folder: Path
     config: Config
@@ -41,6 +42,7 @@ class Record:
     summary: Summary | None
     scores: Scores | None
     notes: Notes | None
+    warnings: tuple[str, ...]
     faults: tuple[str, ...]
 
     @property
@@ -49,6 +51,12 @@ class Record:
         if self.summary is not None:
             return self.summary.steps
         return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    @property
+    def words(self) -> str:
+        """What a prompt says to call the subject, or one of several."""
+        given = {} if self.stored is None else self.stored["inputs"].get("pictures", {})
+        return ", ".join(concepts.words_of(given)) or self.config.fill("{token} {class}")
 
     @property
     def shown_folder(self) -> str:
@@ -94,5 +102,6 @@ def read(folder: Path) -> Record:
         summary=tried(run.summary),
         scores=tried(scores_found),
         notes=tried(lambda: notes.read(folder)),
+        warnings=tuple(tried(run.warnings) or ()),
         faults=tuple(faults),
     )

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_booth.adapter.files import embedding
-from lora_booth.adapter.files.metadata import trigger_words
 from lora_booth.adapter.programs.verdicts import Verdict, verdicts_of_file
 from lora_booth.config import inputs
 from lora_booth.errors import ModelError
@@ -45,8 +44,14 @@ class File:
     """A file of the adapter that was handed over."""
 
     name: str
-    megabytes: float
+    num_bytes: int
     kind: str
+
+    @property
+    def size(self) -> str:
+        """As people say it."""
+        size = self.num_bytes / 1e6
+        return f"{size:.1f} MB" if size >= 0.1 else f"{1e3 * size:.1f} kB"
 
 
 def files(record: Record) -> list[File]:
@@ -59,9 +64,7 @@ def files(record: Record) -> list[File]:
     }
     there = {kind: record.folder / Path(made[kind]).name for kind in kinds if kind in made}
     return [
-        File(path.name, path.stat().st_size / 1e6, kinds[kind])
-        for kind, path in there.items()
-        if inputs.is_plain_file(path)
+        File(path.name, path.stat().st_size, kinds[kind]) for kind, path in there.items() if inputs.is_plain_file(path)
     ]
 
 
@@ -73,7 +76,7 @@ def uses(record: Record) -> list[Use]:
         return []
     file, config = found[0], record.config
     base = config.model.base if not Path(config.model.base).is_absolute() else Path(config.model.base).name
-    words = trigger_words(config)
+    words = record.words
     prompt = config.fill(config.subject.prompt)
     command = [OWN, "generate", "--base", base, "--adapter", file.name, "--prompt", prompt]
     own = Use(OWN, "any", systems.command_line(command), "in the file's folder; FILE:0.8 is a strength of 0.8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ class Refreshing:
             self.refresh()
 
     def warn(self, text: str) -> None:
-        """Handed on."""
+        """Handed on, and kept for the page."""
         self._listener.warn(text)
+        with suppress(Exception):  # where the page cannot be written either, which is told
+            self._run.append_warning(text)
 
     def progress(self, task: str, done: int, total: int, **values: Any) -> None:
         """Handed on."""

@@ -5,6 +5,7 @@ config.toml            the resolved config
 inputs.json            digests of all that was read, and what was found when the run began (`identity.py`)
 notes.json             what was chosen and left out, and by which versions (`notes.py`)
 metrics.jsonl          one line per step
+warnings.txt           one line per warning of this run, each once
 saves.jsonl            one line per checkpoint, also of those that were dropped: what was measured then
 checkpoints/step-000400/   adapter.safetensors, optimizer.safetensors, state.json, manifest.json (written last)
 previews/step-000400.png
@@ -97,6 +98,11 @@ class Run:
         return self.folder / "saves.jsonl"
 
     @property
+    def warnings_path(self) -> Path:
+        """One line per warning, each once."""
+        return self.folder / "warnings.txt"
+
+    @property
     def sheet_path(self) -> Path:
         """The contact sheet of the instance images as the model sees them."""
         return self.folder / "contact_sheet.png"
@@ -157,6 +163,22 @@ class Run:
         """Add one line to saves.jsonl, before its checkpoint is written. Raises DiskError as `append_metrics`."""
         self.require_taken()
         lines.append(self.saves_path, values)
+
+    def warnings(self) -> list[str]:
+        """What was warned of so far. Raises DiskError where the file cannot be read."""
+        path = self.warnings_path
+        if inputs.why_unreadable(path) == inputs.MISSING:
+            return []
+        return inputs.read_text(path, "remove it; only the report misses it", DiskError).splitlines()
+
+    def append_warning(self, text: str) -> None:
+        """Keep a warning for those who look at the run later, without the names of its folder and the user's home.
+        Raises DiskError as `append_metrics`."""
+        self.require_taken()
+        text = " ".join(text.replace(f"{self.folder}{os.sep}", "").replace(str(Path.home()), "~").split())
+        known = self.warnings()
+        if text not in known:
+            disk.write_text(self.warnings_path, "\n".join([*known, text]) + "\n")
 
     def forget_metrics_after(self, step: int) -> int:
         """Drop the lines of steps after the checkpoint that is continued from; returns how many before it are lost.

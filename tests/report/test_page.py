@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -17,6 +18,7 @@ from lora_booth.errors import ConfigError
 from lora_booth.evaluation.intervals import Interval
 from lora_booth.evaluation.scores import ByEncoder, Scored
 from lora_booth.report import page, pictures, record, usage, verdict
+from lora_booth.run.folder import Run
 from tests.report.conftest import STEPS, STRANGE
 from tests.report.reading import Page
 
@@ -47,6 +49,7 @@ class TestWhatItSays:
             "What was compared",
             "What the model saw",
             "How to use it",
+            "Warnings",
             "Choices, and why",
             "Time and memory",
             "Make it again",
@@ -172,7 +175,16 @@ class TestRunsThatAreNotWhole:
 
     def test_a_run_before_its_first_step_is_no_fault(self, copied: Copied) -> None:
         folder = copied(
-            without=("summary.json", "scores.*", "*.png", "yql_dog*", "*.jsonl", "notes.json", "checkpoints")
+            without=(
+                "summary.json",
+                "scores.*",
+                "*.png",
+                "yql_dog*",
+                "*.jsonl",
+                "notes.json",
+                "warnings.txt",
+                "checkpoints",
+            )
         )
         found = read(folder)
         assert "Not a step is done yet." in found.under[""]
@@ -206,6 +218,19 @@ class TestRunsThatAreNotWhole:
         found = read(folder)
         assert name in found.under["Not all files could be read"] and "Before and after" in found.under
         assert str(folder) not in found.under["Not all files could be read"]
+
+    def test_warnings_of_the_run_are_shown_each_once_without_the_name_of_its_folder(self, copied: Copied) -> None:
+        folder = copied()
+        kept = Run(folder)
+        (folder / "warnings.txt").unlink(missing_ok=True)
+        with patch.object(Run, "require_taken"):
+            for text in ("it is <b>odd</b>", f"{folder}/cache/x was\ndamaged", "it is <b>odd</b>"):
+                kept.append_warning(text)
+        assert kept.warnings() == ["it is <b>odd</b>", "cache/x was damaged"]
+        found = read(folder)
+        assert found.under["Warnings"].split() == ["it", "is", "<b>odd</b>", "cache/x", "was", "damaged"]
+        (folder / "warnings.txt").write_bytes(b"\xff\xfe")
+        assert "warnings.txt" in read(folder).under["Not all files could be read"]
 
     def test_pictures_that_are_damaged_or_gone_are_left_out(self, copied: Copied) -> None:
         folder = copied()

@@ -20,7 +20,7 @@ from tests.soak.pipes import job
 FILES = (
     "summary.json", "inputs.json", "config.toml", "metrics.jsonl", "contact_sheet.png", ".owner.json", ".lock",
     "previews/step-000000.png", "previews/step-000001.png", "before_after.png", "yql_dog.safetensors", "yql_dog.json",
-    "saves.jsonl", "notes.json", "report.html",
+    "saves.jsonl", "notes.json", "report.html", "warnings.txt",
 )  # fmt: skip
 VALUES = (None, True, 0, -1, 1.5, 1e308, 10**400, "", "x", "x" * 5000, [], [1], {}, {"a": None}, {"a": {"b": []}})
 
