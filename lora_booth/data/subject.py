@@ -79,12 +79,17 @@ def find_pictures(config: Config, report: Report) -> Pictures:
 
     found = found_in(config.subject.images, more, concepts_are_used=True)
     assert found is not None
-    parts = [found]
+    parts, has_plain = [found], bool(found.pictures)
     for path, concept in concepts.in_folder(config.subject.images).items():
         found = found_in(path, more)
         assert found is not None
         parts.append(replace(found, pictures=tuple(replace(picture, concept=concept) for picture in found.pictures)))
         report.event("concept", f"{shown(path)}: {len(found.pictures)} pictures of {concept.fill(WORDS)}")
+        if has_plain:
+            report.warn(
+                f"sub-folder {shown(path)} beside the pictures in {config.subject.images} is taken for another subject, "
+                f'"{concept.fill(WORDS)}"; rename it if it is none.'
+            )
     instances = _together(parts)
     _require_named(config, instances)
     if len(instances.pictures) < MIN_PICTURES:

@@ -125,7 +125,9 @@ def test_plan_shows_each_subject_and_its_pictures(pets: Path, make_config: MakeC
 
 def test_plain_pictures_beside_folders_are_those_of_subject(pets: Path, make_config: MakeConfig) -> None:
     tiny_pictures(pets, 1)
-    found = subject.find_pictures(make_config(subject={"images": pets, "token": "zzz"}), Silent())
+    recorder = Recorder()
+    found = subject.find_pictures(make_config(subject={"images": pets, "token": "zzz"}), recorder)
+    assert sum('is taken for another subject, "' in text for text in recorder.warnings) == 2
     assert len(found.instances.pictures) == 6
     assert found.instances.pictures[0].concept is None and "picture_00.png" in found.hashes()["pictures"]
 
