@@ -87,8 +87,8 @@ def find_pictures(config: Config, report: Report) -> Pictures:
         report.event("concept", f"{shown(path)}: {len(found.pictures)} pictures of {concept.fill(WORDS)}")
         if has_plain:
             report.warn(
-                f"sub-folder {shown(path)} beside the pictures in {config.subject.images} is taken for another subject, "
-                f'"{concept.fill(WORDS)}"; rename it if it is none.'
+                f"sub-folder {shown(path)} beside the pictures in {config.subject.images} is taken for another "
+                f'subject, "{concept.fill(WORDS)}"; rename it if it is none.'
             )
     instances = _together(parts)
     _require_named(config, instances)

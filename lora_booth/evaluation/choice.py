@@ -63,7 +63,7 @@ def choose(candidates: Sequence[Candidate], *, is_in_sample: bool = False, seed:
         bounds = f"a leak under {MAX_LEAK:g} and a drift under {MAX_DRIFT_SHARE:g} of the subject's change"
         return Choice(
             least,
-            f"{least.told} has the least drift, {_drift(least):.3f}, and none of {len(candidates)} keeps to {bounds}",
+            f"{least.told} has the least drift, {_drift(least):z.3f}, and none of {len(candidates)} keeps to {bounds}",
             False,
         )
     if not all(candidate.likeness for candidate in candidates):
@@ -71,8 +71,8 @@ def choose(candidates: Sequence[Candidate], *, is_in_sample: bool = False, seed:
         change = _mean(strongest.subject_change)
         return Choice(
             strongest,
-            f"{strongest.told} changes the subject's pictures most, by {change:.3f}, at a drift of "
-            f"{_drift(strongest):.3f}, among {count} that keep to the bounds; without pictures of the subject its "
+            f"{strongest.told} changes the subject's pictures most, by {change:z.3f}, at a drift of "
+            f"{_drift(strongest):z.3f}, among {count} that keep to the bounds; without pictures of the subject its "
             "likeness is unknown",
             True,
         )
@@ -89,12 +89,12 @@ def is_feasible(candidate: Candidate, *, seed: int = 0) -> bool:
 
 
 def _reason(best: Candidate, top: Candidate, count: str, likeness: str) -> str:
-    figures = f"{likeness} {_mean(best.likeness):.3f} and drift {_drift(best):.3f}"
+    figures = f"{likeness} {_mean(best.likeness):z.3f} and drift {_drift(best):z.3f}"
     if best is top:
         return f"{best.told} has the largest {likeness}, with {figures}, among {count} that keep to the bounds"
     return (
         f"{best.told} has the least drift, with {figures}, among those of {count} within the bounds that cannot be "
-        f"told from the largest {likeness}, {_mean(top.likeness):.3f} of {top.told}"
+        f"told from the largest {likeness}, {_mean(top.likeness):z.3f} of {top.told}"
     )
 
 

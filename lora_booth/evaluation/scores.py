@@ -197,4 +197,4 @@ def _cell(interval: Interval | None) -> str:
     if interval is None:
         return "-"
     half = (interval.high - interval.low) / 2
-    return f"{interval.mean:.3f} ±{half:.3f}" if half else f"{interval.mean:.3f}"
+    return f"{interval.mean:z.3f} ±{half:.3f}" if half else f"{interval.mean:z.3f}"

@@ -33,7 +33,7 @@ def sheet(
     those of `found`, over all prompts, and so the same in each row of a checkpoint. What was not drawn stays white.
     """
     side = min(MAX_SIDE_PX, *base[0].size)
-    ceiling = "" if found.ceiling is None else f"to each other {found.ceiling.mean:.3f}"
+    ceiling = "" if found.ceiling is None else f"to each other {found.ceiling.mean:z.3f}"
     strengths = sorted({scored.strength for scored, _ in candidates})
     rows: list[tuple[str, list[Cell]]] = []
     for step in dict.fromkeys(scored.step for scored, _ in candidates):
@@ -68,5 +68,5 @@ def _fitted(picture: Image.Image, side_px: int) -> Image.Image:
 
 
 def _caption(metrics: Mapping[str, Interval]) -> str:
-    lines = ["  ".join(f"{SHORT[m]} {metrics[m].mean:.3f}" for m in line if m in metrics) for line in UNDER]
+    lines = ["  ".join(f"{SHORT[m]} {metrics[m].mean:z.3f}" for m in line if m in metrics) for line in UNDER]
     return "\n".join(lines)

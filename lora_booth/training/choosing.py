@@ -215,5 +215,5 @@ def _line(found: ByEncoder) -> str:
         others += [] if found.ceiling is None else [f"your pictures to each other {found.ceiling.mean:.2f}"]
         parts.append(f"likeness {best['subject_fidelity'].mean:.2f} ({', '.join(others)})")
     parts += [f"leak into the class {best['leak'].mean:+.2f}"] if "leak" in best else []
-    parts.append(f"other prompts changed by {best['drift'].mean:.2f}, yours by {best['subject_change'].mean:.2f}")
+    parts.append(f"other prompts changed by {best['drift'].mean:z.2f}, yours by {best['subject_change'].mean:.2f}")
     return f"{', '.join(parts)}; by {found.record.name}"
