@@ -174,7 +174,10 @@ def _components(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str,
     else:
         if len(tensors) != 1:
             return None
-        found = {"text_encoder": next(iter(tensors))}
+        (key,) = tensors
+        if "." in key:  # which names a layer, and no word
+            return None
+        found = {"text_encoder": key}
     for dtype, shape in tensors.values():
         if dtype not in storage.STORED or len(shape) not in (1, 2) or not 0 < shape[-1] <= 4096:
             return None
