@@ -88,7 +88,7 @@ def test_every_preset_is_run_within_every_budget_what_it_is_made_for_first(tmp_p
     cases = memory.cases(kit_of(tmp_path))
     of_families = {path for path in presets.FOLDER.glob("*.toml") if path.name.startswith("sd")}
     assert len(of_families) == 12 and {path for case in cases for path in case.presets} == of_families
-    assert len(cases) == 6 * len(kit.REHEARSAL.budgets_gib)
+    assert len(cases) == 7 * len(kit.REHEARSAL.budgets_gib)
     assert [case.is_own for case in cases] == sorted((case.is_own for case in cases), reverse=True)
     assert len({case.name for case in cases}) == len(cases)
 
