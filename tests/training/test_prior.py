@@ -117,7 +117,7 @@ def test_captions_of_files_lose_the_token_too_and_all_prompts_are_reached(
     second.with_suffix(".txt").write_text("only snow")
     config = make_config(prior=MODEL, subject={"images": folder}, train={"steps": 100})
     inputs = decide.look(config, Silent())
-    plain = [plain_prompt(config, prompt_of(config, picture)) for picture in inputs.pictures.instances.pictures]
+    plain = [plain_prompt(config, item, prompt_of(config, item)) for item in inputs.pictures.instances.pictures]
     assert plain[:3] == ["dog in the snow", None, "a photo of dog"]
     shape = {"fingerprint": "", "latent_shape": lambda width, height: (4, height, width), "validation_rows": 4}
     found = reach.of(decide.filled(config, inputs), inputs.pictures, [], **shape)
