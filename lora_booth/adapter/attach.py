@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_booth.adapter import peft_layers
 from lora_booth.adapter.embeddings import LearntWord
@@ -20,6 +21,10 @@ from lora_booth.adapter.files.embedding import Embedding
 from lora_booth.adapter.weights import AdapterWeights, find_module, misfit
 from lora_booth.errors import ModelError
 from lora_booth.models.families.family import Family
+from lora_booth.run import imports
+
+with imports.sparing():
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 def load_into_(pipeline: Any, name: str, weights: AdapterWeights, family: str) -> list[str]:
@@ -32,6 +37,18 @@ def load_into_(pipeline: Any, name: str, weights: AdapterWeights, family: str) -
             pipeline.load_lora_weights(to_tensors(part, family, torch.float32), adapter_name=f"{name}_{kind}")
         names.append(f"{name}_{kind}")
     return names
+
+
+def detach_(module: nn.Module) -> None:
+    """Take every adapter out of `module` again, whose layers are then those of the base, the very same."""
+    adapted = [(path, child) for path, child in module.named_modules() if isinstance(child, BaseTunerLayer)]
+    for path, layer in adapted:
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, layer.get_base_layer())
+    for mark in ("peft_config", "_hf_peft_config_loaded"):
+        if mark in vars(module):
+            delattr(module, mark)
+    module.requires_grad_(False)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_booth.cli import adapters, evaluation, parsing, tokens
+from lora_booth.cli import adapters, evaluation, many, parsing, tokens
 from lora_booth.cli import report as report_command
 from lora_booth.cli.adapters import Json, LeaveOut, Quiet
 from lora_booth.run import imports, systems
@@ -280,6 +280,7 @@ def cache(
 
 
 for _command in (
+    many.train_many,
     adapters.inspect,
     adapters.export,
     adapters.merge,

@@ -143,7 +143,7 @@ class Meter:
 
     def update(self, done: int, values: dict[str, Any]) -> None:
         """Take note of a step. Losses are smoothed, everything else is shown as it is."""
-        if self._first is None:
+        if self._first is None or done < self._done:  # or the task has begun anew, as with the next of many runs
             self._first, self._began = done, time.monotonic()
         self._done = done
         for name, value in values.items():

@@ -27,13 +27,18 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError listing every fault at once. Relative paths mean: relative to the current folder.
     """
-    values = _read_toml(path) if path is not None else {}
+    values = tables(path)
     faults = _apply_(values, overrides)
     if path is not None and path.name == "config.toml" and inputs.is_plain_file(path.parent / "inputs.json"):
         run = values.setdefault("run", {})  # of a run, which lies where it lies
         if isinstance(run, dict):
             run.setdefault("folder", str(path.parent))
     return build(values, source=str(path) if path is not None else "the command line", faults=faults)
+
+
+def tables(path: Path | None) -> Values:
+    """The tables of a TOML file, unchecked; of none, no tables. Raises ConfigError where it cannot be read."""
+    return {} if path is None else _read_toml(path)
 
 
 def build(values: Values, *, source: str, faults: Sequence[str] = ()) -> Config:
@@ -97,6 +102,15 @@ def from_home(path: Path) -> str:
         return f"~/{path.relative_to(Path.home()).as_posix()}"
     except (ValueError, RuntimeError):  # it lies elsewhere, or nobody's home is known
         return str(path)
+
+
+def overridden(values: Values, overrides: Sequence[str], source: str) -> Values:
+    """`values[section][key]` with `overrides` on top, as `load` has them. Raises ConfigError for one that is none."""
+    found = {section: dict(pairs) if isinstance(pairs, dict) else pairs for section, pairs in values.items()}
+    faults = _apply_(found, overrides)
+    if faults:
+        raise ConfigError(f"{source}: " + "\n".join(faults))
+    return found
 
 
 def differing_keys(one: Config, other: Config, *, ignore: Iterable[str] = ()) -> list[str]:

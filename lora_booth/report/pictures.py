@@ -89,6 +89,12 @@ def before_and_after(record: Record) -> list[Gallery]:
     return found
 
 
+def first_pair(record: Record) -> Row:
+    """The first preview prompt without and with the adapter, by its first seed; empty where it was not drawn."""
+    rows = _cut(record, "before_after.png", len(_prompts(record)), 2 * record.config.preview.images_per_prompt)
+    return rows[0][:2] if rows else []
+
+
 def by_step(record: Record) -> list[Gallery]:
     """For each prompt the first seed's picture at steps of the run, beginning with the base: those that were drawn on
     the way, else those of the checkpoints that were compared in the end; empty where there are neither."""

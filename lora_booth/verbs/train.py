@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -25,6 +25,7 @@ from lora_booth.errors import (
     lacks_memory,
 )
 from lora_booth.models import abilities, devices, loading
+from lora_booth.models.bases import sources
 from lora_booth.models.bases.identify import BaseFacts
 from lora_booth.models.devices import dtype_for
 from lora_booth.models.families.family import Family
@@ -54,6 +55,7 @@ from lora_booth.training import (
 )
 from lora_booth.training.adapting import Adapted
 from lora_booth.training.objective import objective_for
+from lora_booth.training.shared import SharedBase
 
 PATIENCE = timedelta(hours=12)
 """How long a process waits for another that is alive: the first draws all class images while the others wait."""
@@ -67,11 +69,12 @@ def train(
     inputs: decide.Inputs | None = None,
     report: Report | None = None,
     continue_command: str = "the same command",
+    shared: SharedBase | None = None,
 ) -> Summary:
     """Train the run of `config`, or continue it, and export its adapter; a finished run is returned as it is.
 
-    `inputs`: what `decide.look` gave for the same config, if it was asked already. Raises Interrupted when a signal
-    asked to stop, after everything was saved.
+    `inputs`: what `decide.look` gave for the same config, if it was asked already; `shared`: keeps the base for the
+    next run of this process. Raises Interrupted when a signal asked to stop, after everything was saved.
     """
     report, stopwatch = report or Silent(), Stopwatch()
     inputs = inputs or decide.look(config, report)
@@ -89,7 +92,7 @@ def train(
         cuts = _drawn_sheet(config, inputs, run, accelerator)
         dtype = dtype_for(config.model.precision, device)
         judge = choosing.judge(config, inputs.pictures, report) if accelerator.is_main_process else None
-        family = _load(config, inputs.facts, device, dtype, report)
+        family = _load(config, inputs.facts, device, dtype, report, shared)
         listeners: dict[str, Any] = {"report": report, "stop": stop}
         stopwatch.lap("loading")
         newest = run.latest(report.warn)
@@ -118,18 +121,27 @@ def train(
         trackers.begin(accelerator, config)
         start = session.restore(s, newest)
         del cuts, newest  # nothing needs them any more
-        summary = _trained(s, start, stopwatch, judge)
-        refresh()
-        return summary
+        after: list[Callable[[], None]] = [refresh]
+        after += [] if shared is None else [partial(shared.give_back_, adapted)]
+        return _trained(s, start, stopwatch, judge, after)
 
 
-def _trained(s: session.Session, start: int, stopwatch: Stopwatch, judge: choosing.Judge | None) -> Summary:
-    """The steps from `start` on, and the end."""
+def _trained(
+    s: session.Session,
+    start: int,
+    stopwatch: Stopwatch,
+    judge: choosing.Judge | None,
+    after: Sequence[Callable[[], None]],
+) -> Summary:
+    """The steps from `start` on, the end, and what comes `after` it."""
     session.draw_preview(s, start)  # of a run killed between a checkpoint and its pictures
     with compiling.where_it_pays(s, start) as run_pass:
         loop.optimize(s, start, run_pass)
     stopwatch.lap("steps and previews")
-    return ending.finish(s, stopwatch, judge)
+    summary = ending.finish(s, stopwatch, judge)
+    for finishing in after:
+        finishing()
+    return summary
 
 
 def _allowed(config: Config, device: torch.device) -> Config:
@@ -178,18 +190,31 @@ def _accelerator(config: Config, report: Report) -> Accelerator:
     )
 
 
-def _load(config: Resolved, facts: BaseFacts, device: torch.device, dtype: torch.dtype, report: Report) -> Family:
-    kind = decide.described(config, facts)
-    report.event("base", f"base {kind}, in {dtype} on {device}".replace("torch.", ""))
-    family = loading.load(
+def _load(
+    config: Resolved,
+    facts: BaseFacts,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Report,
+    shared: SharedBase | None,
+) -> Family:
+    is_offloaded = config.memory.offload_denoiser
+    load = partial(
+        loading.load,
         config.model,
         device=device,
         dtype=dtype,
         base=facts,
         does_vae_wait=not memory.draws(config),
         do_text_encoders_wait=not config.adapter.is_text_trained,
-        is_denoiser_offloaded=config.memory.offload_denoiser,
+        is_denoiser_offloaded=is_offloaded,
     )
+    files = sources.fingerprint(facts.path)
+    key = (files, config.model, str(device), dtype, is_offloaded, config.train.compile)
+    is_here = shared is not None and shared.has(key)
+    told = f"base {decide.described(config, facts)}, in {dtype} on {device}".replace("torch.", "")
+    report.event("base", f"{told}, is here already" if is_here else told)
+    family = load() if shared is None else shared.take(key, load, is_denoiser_offloaded=is_offloaded)
     if config.objective.zero_terminal_snr:
         assert isinstance(family.schedule, Diffusion), "refused before for all others"
         family.schedule = family.schedule.rescaled_to_zero_terminal_snr()

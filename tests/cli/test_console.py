@@ -82,3 +82,13 @@ def test_losses_are_smoothed_and_the_rest_is_not() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(None, "?"), (5, "0:05"), (65, "1:05"), (3723, "1:02:03")])
 def test_a_clock_reads_as_people_write_it(seconds: float | None, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_a_task_that_begins_anew_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    meter = Meter()
+    for moment, done in ((1.0, 1), (11.0, 11), (111.0, 1), (113.0, 5)):
+        now[0] = moment
+        meter.update(done, STEP)
+    assert meter.per_second() == pytest.approx(2.0)

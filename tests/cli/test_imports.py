@@ -52,6 +52,7 @@ def imported(*words: str | Path) -> tuple[str, set[str]]:
     [
         "-",
         "train",
+        "train-many",
         "plan",
         "generate",
         "doctor",

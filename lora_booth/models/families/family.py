@@ -54,6 +54,8 @@ class Family(ABC):
     """Component name of each text encoder to the number of its layers that reach the conditioning."""
     when_read: Callable[[Family, str], None]
     """Told "vae" or "text encoders" as soon as these, having waited, are read."""
+    is_shared: bool
+    """Whether later runs need it too: then text encoders that are released wait in main memory, and come back."""
 
     def __init__(self, facts: BaseFacts, parts: Components) -> None:
         self.name = facts.family
@@ -65,6 +67,7 @@ class Family(ABC):
         self._parts_vae, self._encoders, self._tokens = parts.vae, dict(parts.text_encoders), parts.tokens
         self._read_vae, self._read_text_encoders = parts.read_vae, parts.read_text_encoders
         self._vae_config, self.when_read = facts.config("vae"), lambda family, part: None
+        self.is_shared, self._waiting = False, dict[str, nn.Module]()
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -103,6 +106,9 @@ class Family(ABC):
             read, self._read_text_encoders = self._read_text_encoders, None
             self._encoders = read()
             self.when_read(self, "text encoders")
+        for name, encoder in self._waiting.items():
+            self._encoders[name] = encoder.to(self.device)
+        self._waiting = {}
         assert self._encoders, "the text encoders were released, or never loaded"
         return dict(self._encoders)
 
@@ -146,9 +152,19 @@ class Family(ABC):
         move_frozen_(self.denoiser, device)
 
     def release_text_encoders(self) -> None:
-        """Drop the text encoders, so that their memory is free. Prompts can no longer be encoded."""
+        """Drop the text encoders, so that their memory is free. Prompts can no longer be encoded, but where the family
+        `is_shared`."""
+        if self.is_shared:
+            self._waiting |= {name: encoder.to("cpu") for name, encoder in self._encoders.items()}
+        else:
+            self._read_text_encoders = None
         self._encoders.clear()
-        self._read_text_encoders = None
+
+    def renew_(self, *, is_denoiser_offloaded: bool) -> None:
+        """Put all parts where they are after loading, for the next run that shares the family."""
+        self.move_vae(self.device)
+        self.denoiser.eval()
+        self.move_denoiser("cpu" if is_denoiser_offloaded else self.device)
 
     def prepare_denoiser_(self, *, gradient_checkpointing: float, attention: str, is_offloading: bool = False) -> None:
         """Switch recomputation of the activations of a share of the blocks, from the first on, whose inputs wait in
