@@ -70,7 +70,6 @@ def test_words_of_the_command_win_over_all_and_usual_ones_over_nothing(tmp_path:
         (HEAD + REX + "[subject.train]\nsteps = []\n", "train.steps is an empty list"),
         (HEAD + REX + REX, 'another run is called "rex" too'),
         (HEAD + REX + "[subject.run]\nfolder = 'x'\n", "run.folder is set, but each run has its own in --out"),
-        ("holds '/', which some system refuses",),
         (HEAD + REX.replace("images", 'name = "CON"\nimages'), "is the device CON on Windows"),
         (HEAD + REX + "[subject.optimzer]\nlearning_rate = 1e-4\n", 'did you mean "optimizer"?'),
     ],
