@@ -121,9 +121,8 @@ def train(
         trackers.begin(accelerator, config)
         start = session.restore(s, newest)
         del cuts, newest  # nothing needs them any more
-        after: list[Callable[[], None]] = [refresh]
-        after += [] if shared is None else [partial(shared.give_back_, adapted)]
-        return _trained(s, start, stopwatch, judge, after)
+        given_back = () if shared is None else (partial(shared.give_back_, adapted),)
+        return _trained(s, start, stopwatch, judge, (refresh, *given_back))
 
 
 def _trained(

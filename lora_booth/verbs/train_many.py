@@ -1,4 +1,4 @@
-"""Many subjects one after the other: what they share is loaded once, and each is a run of its own."""
+"""Many subjects one after the other: what they share is loaded once."""
 
 from __future__ import annotations
 
