@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -48,20 +49,22 @@ def train_many(
     from lora_booth.cli.console import listening
     from lora_booth.cli.crash import told
     from lora_booth.config import presets, toml
+    from lora_booth.config.inputs import shown
+    from lora_booth.data import many
     from lora_booth.errors import ConfigError
 
     given = [] if base is None else [toml.override("model.base", base)]
     given += [] if vram is None else [toml.override("memory.budget_gib", vram)]
     unnamed = [word for word in settings or [] if "=" not in word]
     if unnamed:
-        raise ConfigError(f"{unnamed[0]} is no setting; write section.key=value, or all subjects into one file.")
+        raise ConfigError(f"{shown(unnamed[0])} is no setting; write section.key=value, or all subjects into one file.")
+    usual = toml.tables(presets.for_base(base)) if os.path.isdir(subjects) else {}
+    words_of_all = {key: word for key, word in {"class_noun": class_noun, "token": token}.items() if word is not None}
+    usual["subject"] = usual.get("subject", {}) | words_of_all
+    runs = many.read(subjects, usual, out, [*(settings or []), *given])
     with imports.sparing():
         from lora_booth.verbs import train_many as verb
 
-    usual = toml.tables(presets.for_base(base)) if subjects.is_dir() else {}
-    words_of_all = {key: word for key, word in {"class_noun": class_noun, "token": token}.items() if word is not None}
-    usual["subject"] = usual.get("subject", {}) | words_of_all
-    runs = verb.read(subjects, usual, out, [*(settings or []), *given])
     words = sys.argv[1:]
     with listening(as_json=as_json, quiet=quiet) as report:
         ended = verb.train_many(

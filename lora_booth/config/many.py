@@ -1,7 +1,7 @@
 """Many runs in one file: what they share, a table for each subject, lists as a grid.
 
 What lives here: from a file's tables to a checked config for each run. What does not: folders of pictures
-(`verbs/train_many.py`).
+(`data/many.py`).
 """
 
 from __future__ import annotations
@@ -94,6 +94,9 @@ def _laid(table: Tables, defaults: Tables, where: str) -> tuple[str, Tables]:
             if isinstance(section, dict):
                 section.update(value)
         elif isinstance(subject, dict):
+            if key in Config.model_fields:
+                how = "write its keys without it" if key == "subject" else f"write a table [subject.{key}]"
+                raise ConfigError(f"{where}: {key} is a section; {how}.")
             if key not in SubjectConfig.model_fields:
                 known = [*SubjectConfig.model_fields, "name", *Config.model_fields]
                 raise ConfigError(f"{where}: {_unknown(key, known)}")

@@ -6,11 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import quote
 
-from lora_booth.config.config import Config
 from lora_booth.config.inputs import reason, shown
+from lora_booth.config.many import NamedRun
 from lora_booth.errors import LoraBoothError
 from lora_booth.evaluation.scores import SHORT
 from lora_booth.report import page, pictures, record, verdict
@@ -23,18 +22,6 @@ NAME = "overview.html"
 CARD_PX = 160
 """Side of a card's picture: some kB, so that a thousand of them can be on one page."""
 METRICS = ("subject_fidelity", "drift")
-
-
-class Named(Protocol):
-    """A run of many, as the overview knows it."""
-
-    @property
-    def name(self) -> str:
-        """Which its folder has too."""
-
-    @property
-    def config(self) -> Config:
-        """Its settings."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +42,12 @@ class Card:
 class Overview:
     """overview.html in `folder`, made anew when a run has ended, and in the end."""
 
-    def __init__(self, folder: Path, runs: Sequence[Named]) -> None:
+    def __init__(self, folder: Path, runs: Sequence[NamedRun]) -> None:
         self.path = folder / NAME
         self._cards = {run.name: _waiting(run) for run in runs}
         self._seconds, self._made_at, self._is_told = 0.0, float("-inf"), False
 
-    def add(self, run: Named, error: LoraBoothError | None, report: Report) -> None:
+    def add(self, run: NamedRun, error: LoraBoothError | None, report: Report) -> None:
         """Take note of how `run` ended; then the page, where it is its time: each run makes all of it anew."""
         self._cards[run.name] = _card(run, error)
         if time.monotonic() - self._made_at > self._seconds / MAX_SHARE:
@@ -84,15 +71,15 @@ class Overview:
 def text(cards: Sequence[Card]) -> str:
     """The page of all `cards`, as one HTML file that loads nothing."""
     counts = {mark: sum(card.mark == mark for card in cards) for mark in ("good", "bad", "open")}
-    done = sum(card.link is not None for card in cards)
+    done = sum(card.took is not None for card in cards)  # also where run.report is false, so that there is no link
     return page.render("overview.html.j2", {"title": f"{done} of {len(cards)} subjects", "cards": cards} | counts)
 
 
-def _waiting(run: Named) -> Card:
+def _waiting(run: NamedRun) -> Card:
     return Card(run.name, run.config.fill("{token} {class}"), "Waits for its turn.", "open", None, [], {}, None)
 
 
-def _card(run: Named, error: LoraBoothError | None) -> Card:
+def _card(run: NamedRun, error: LoraBoothError | None) -> Card:
     folder, words = run.config.folder, run.config.fill("{token} {class}")
     link = f"{quote(folder.name)}/{FILE_NAME}" if (folder / FILE_NAME).is_file() else None
     if error is not None:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_booth.config import many
-from lora_booth.config.inputs import shown_path
 from lora_booth.config.many import NamedRun
-from lora_booth.data import concepts
-from lora_booth.errors import ConfigError, DeviceMemoryError, Interrupted, LoraBoothError, lacks_memory
+from lora_booth.errors import DeviceMemoryError, Interrupted, LoraBoothError, lacks_memory
 from lora_booth.report.overview import Overview
 from lora_booth.report.verdict import clock
 from lora_booth.run.report import Report
@@ -37,8 +32,8 @@ class Ended:
 class Numbered:
     """A listener that says of which run of many each line is."""
 
-    def __init__(self, listener: Report, label: str) -> None:
-        self._listener, self._label = listener, label
+    def __init__(self, listener: Report, name: str, place: str) -> None:
+        self._listener, self._name, self._label = listener, name, f"[{place} {name}]"
 
     def event(self, kind: str, text: str, **values: Any) -> None:
         """Handed on, with the run."""
@@ -49,29 +44,8 @@ class Numbered:
         self._listener.warn(f"{self._label} {text}")
 
     def progress(self, task: str, done: int, total: int, **values: Any) -> None:
-        """Handed on, with the run."""
-        self._listener.progress(f"{self._label} {task}", done, total, **values)
-
-
-def read(source: Path, usual: many.Tables, out: Path, overrides: Sequence[str] = ()) -> list[NamedRun]:
-    """The runs that `source` describes: a TOML file of subjects (`config/many.py`), or a folder with a folder of
-    pictures for each subject, whose name may be "10_yql dog", with token and class noun of its own.
-    `usual`: sections whose settings hold where neither the file nor `overrides` say anything.
-
-    Raises ConfigError that tells the faults of all runs.
-    """
-    if not source.is_dir():
-        return many.load(source, usual, out, overrides)
-    subjects = []
-    for folder in _folders(source):
-        named = concepts.of_name(folder.name)
-        words = {} if named is None else {"token": named.token, "class_noun": named.class_noun}
-        subjects.append({"name": folder.name, "images": str(folder), **words})
-    if not subjects:
-        raise ConfigError(
-            f"{shown_path(source)} holds no folders; put the pictures of each subject into one of its own."
-        )
-    return many.runs(subjects, usual, out, source=shown_path(source), overrides=overrides)
+        """Handed on under the task's own name: the next run goes on with a bar that a failed one has left."""
+        self._listener.progress(task, done, total, run=self._name, **values)
 
 
 def train_many(
@@ -89,13 +63,15 @@ def train_many(
     """
     shared, ended = SharedBase(), list[Ended]()
     overview = Overview(out, runs)
-    for number, run in enumerate(runs, start=1):
-        report.progress("subjects", number - 1, len(runs))
-        label = f"[{number}/{len(runs)} {run.name}]"
-        ended.append(_ended(run, shared, Numbered(report, label), continue_command, tell_fault))
-        overview.add(run, ended[-1].error, report)
-    report.progress("subjects", len(runs), len(runs))
-    overview.write(report)
+    try:
+        for number, run in enumerate(runs, start=1):
+            report.progress("subjects", number - 1, len(runs))
+            listener = Numbered(report, run.name, f"{number}/{len(runs)}")
+            ended.append(_ended(run, shared, listener, continue_command, tell_fault))
+            overview.add(run, ended[-1].error, report)
+        report.progress("subjects", len(runs), len(runs))
+    finally:
+        overview.write(report)
     _tell(ended, overview.path, report)
     return ended
 
@@ -111,6 +87,7 @@ def _ended(
         found = error
     except Exception as error:  # of one subject, which must not keep the others from being trained
         found = DeviceMemoryError(str(error)) if lacks_memory(error) else LoraBoothError(tell_fault(error))
+    found.__traceback__ = found.__cause__ = found.__context__ = None  # whose frames would hold the failed run's base
     report.warn(f"{found} The other subjects go on.")
     return Ended(run, None, found)
 
@@ -121,6 +98,7 @@ def _tell(ended: Sequence[Ended], overview: Path, report: Report) -> None:
     for one in ended:
         if one.summary is not None:
             words = [f"{one.summary.steps} steps in {clock(one.summary.seconds)}", *filter(None, [one.summary.scores])]
+            words += list(one.summary.files.values())[:1]
             report.event("run", f"{one.run.name:<{width}}  {', '.join(words)}", name=one.run.name, is_done=True)
     failed = [one for one in ended if one.error is not None]
     for one in failed[:MAX_TOLD]:
@@ -129,11 +107,3 @@ def _tell(ended: Sequence[Ended], overview: Path, report: Report) -> None:
     count = f"{len(ended) - len(failed)} of {len(ended)} subjects are trained"
     more = f"; {len(failed)} failed, which the same command tries again" if failed else ""
     report.event("summary", f"{count}{more}; overview: {overview}", overview=str(overview))
-
-
-def _folders(source: Path) -> list[Path]:
-    """Sub-folders in their order, hidden ones left out."""
-    found: list[Path] = []
-    with suppress(OSError):
-        found = sorted(Path(entry.path) for entry in os.scandir(source) if entry.is_dir() and entry.name[0] != ".")
-    return found

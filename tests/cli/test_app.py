@@ -17,6 +17,7 @@ from lora_booth.cli import app
 from lora_booth.config import names
 from lora_booth.errors import LoraBoothError
 from lora_booth.run.interrupts import SIGNALS
+from tests.support import tiny
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -303,3 +304,18 @@ def test_a_signal_saves_prints_the_command_that_continues_and_exits_by_its_numbe
     assert process.wait(timeout=120) == 128 + number
     assert "everything is saved; continue with: lora-booth train" in message
     assert len(list((tmp_path / "runs" / "yql_dog" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_of_many_subjects_the_first_failure_gives_the_exit_code(tmp_path: Path, bases: dict[str, Path]) -> None:
+    for name in ("one", "two"):
+        tiny.tiny_pictures(tmp_path / "photos" / name, 3)
+    (tmp_path / "photos" / "none").mkdir()
+    words = ["data.resolution=32", "data.bucket_step=16", "prior.mode=none", "train.steps=1"]
+    words += ["preview.images_per_prompt=0", "evaluate.choose=last", "train.seed=[1,2]"]
+    command = ["train-many", "photos", *words, "--class-noun", "dog", "--base", bases["ends"], "--out", "out"]
+    done = lora_booth(*command, folder=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "4 of 6 subjects are trained; 2 failed, which the same command tries again" in done.stdout
+    assert "[1/6 none-seed_1] no usable picture in" in done.stdout
+    assert (tmp_path / "out" / "two-seed_2" / "summary.json").is_file()
+    assert (tmp_path / "out" / "overview.html").is_file()

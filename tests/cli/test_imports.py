@@ -78,6 +78,7 @@ def test_errors_and_facts_that_need_none(pictures: Path, tmp_path: Path) -> None
     cases = {
         "there is no folder": ["train", "--subject", "nowhere", *words],
         "model.base": ["plan", "--subject", pictures, "--class-noun", "dog", "--base", "./nowhere"],
+        "name a file of subjects": ["train-many", "nowhere"],
         "train.steps": ["train", "--subject", pictures, *words, "train.steps=-1"],
         "resolution": ["config", "--schema"],
         "MiB": ["cache", "--folder", tmp_path],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,9 @@ def test_words_of_the_command_win_over_all_and_usual_ones_over_nothing(tmp_path:
         (HEAD + REX + "[subject.train]\nsteps = []\n", "train.steps is an empty list"),
         (HEAD + REX + REX, 'another run is called "rex" too'),
         (HEAD + REX + "[subject.run]\nfolder = 'x'\n", "run.folder is set, but each run has its own in --out"),
+        (HEAD + REX.replace("images", 'name = "a/b"\nimages'), "holds '/', which some system refuses in names; rename"),
+        (HEAD + REX + "train = 5\n", "subject 1: train is a section; write a table [subject.train]."),
+        (HEAD + REX + "subject = 5\n", "subject 1: subject is a section; write its keys without it."),
         (HEAD + REX.replace("images", 'name = "CON"\nimages'), "is the device CON on Windows"),
         (HEAD + REX + "[subject.optimzer]\nlearning_rate = 1e-4\n", 'did you mean "optimizer"?'),
     ],
@@ -91,3 +95,10 @@ def test_faults_of_all_subjects_are_told_at_once_up_to_a_few(tmp_path: Path) -> 
 def test_an_override_that_is_none_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='"steps" is not an override'):
         read(tmp_path, HEAD + REX, "steps")
+
+
+def test_the_file_of_the_readme_is_three_runs(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (text,) = (block for block in re.findall(r"```toml\n(.*?)```", readme, re.S) if "[[subject]]" in block)
+    names = [run.name for run in read(tmp_path, text)]
+    assert names == ["rex", "mia-learning_rate_0.0001", "mia-learning_rate_0.0002"]

@@ -70,6 +70,7 @@ def _sound_commands(folder: Path) -> dict[str, list[tuple[str, str]]]:
     subject = [("--subject", str(folder / "pictures")), ("--class-noun", "dog"), ("--base", base)]
     return {
         "train": [*job, *subject],
+        "train-many": [("", str(_subjects_file(folder, base))), *job, ("--out", "many")],
         "plan": [*job, *subject],
         "config": [("", f"model.base={base}"), ("", "subject.images=x"), ("", "subject.class_noun=dog"), *job],
         "generate": [("--base", base), ("--prompt", "x"), ("--steps", "1"), ("--adapter", adapter)],
@@ -79,6 +80,13 @@ def _sound_commands(folder: Path) -> dict[str, list[tuple[str, str]]]:
         "resize": [("", adapter), ("--rank", "1"), ("--out", "small.safetensors")],
         "extract": [("--base", base), ("--tuned", base), ("--rank", "1"), ("--out", "out.safetensors")],
     }
+
+
+def _subjects_file(folder: Path, base: str) -> Path:
+    """A file of one subject."""
+    lines = ["[defaults.model]", f'base = "{base}"', "[[subject]]", f'images = "{folder / "pictures"}"']
+    (folder / "subjects.toml").write_text("\n".join([*lines, 'class_noun = "dog"']))
+    return folder / "subjects.toml"
 
 
 def _typed(
@@ -97,7 +105,7 @@ def _typed(
             pairs[at] = (pairs[at][0], value)
         elif kind == 1 and options:
             pairs.append((rng.choice(options), value))
-        elif kind == 2 and verb in ("train", "plan", "config"):
+        elif kind == 2 and verb in ("train", "train-many", "plan", "config"):
             pairs.append(("", f"{rng.choice(SETTINGS)}={value}"))
         else:
             pairs.append(("", value))

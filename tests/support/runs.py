@@ -37,8 +37,12 @@ class Recorder(Silent):
 def trained(config: Config, report: Any = None) -> dict[str, torch.Tensor]:
     """The adapter, exactly, after a whole run of `config`."""
     train.train(config, report=report)
-    assert config.run.folder is not None
-    newest = max((config.run.folder / "checkpoints").iterdir())
+    return adapter_of(config)
+
+
+def adapter_of(config: Config) -> dict[str, torch.Tensor]:
+    """The adapter of the newest checkpoint of the run of `config`, exactly."""
+    newest = max((config.folder / "checkpoints").iterdir())
     return load_file(newest / "adapter.safetensors")
 
 

@@ -107,7 +107,8 @@ class Family(ABC):
             self._encoders = read()
             self.when_read(self, "text encoders")
         for name, encoder in self._waiting.items():
-            self._encoders[name] = encoder.to(self.device)
+            move_frozen_(encoder, self.device)
+            self._encoders[name] = encoder
         self._waiting = {}
         assert self._encoders, "the text encoders were released, or never loaded"
         return dict(self._encoders)
@@ -155,7 +156,9 @@ class Family(ABC):
         """Drop the text encoders, so that their memory is free. Prompts can no longer be encoded, but where the family
         `is_shared`."""
         if self.is_shared:
-            self._waiting |= {name: encoder.to("cpu") for name, encoder in self._encoders.items()}
+            for encoder in self._encoders.values():
+                move_frozen_(encoder, "cpu")
+            self._waiting |= self._encoders
         else:
             self._read_text_encoders = None
         self._encoders.clear()
