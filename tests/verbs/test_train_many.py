@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lora_booth.config.many import NamedRun
-from lora_booth.errors import DataError, Interrupted
+from lora_booth.errors import DataError, Interrupted, NumericError
 from lora_booth.models import loading
 from lora_booth.training import loop
 from lora_booth.verbs.train_many import Numbered, train_many
@@ -24,10 +24,10 @@ def test_each_subject_ends_as_its_single_run_and_the_base_is_loaded_once(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = {
+        "word": {"adapter": {"rank": 2, "embedding": "too"}, "export": {"name": "adapter"}},
         "texts": {"adapter": {"rank": 2, "text_encoder": True}},
         "plain": {"adapter": {"rank": 2}},  # which releases the text encoders that the next one needs
-        "word": {"adapter": {"rank": 2, "embedding": "too"}, "export": {"name": "adapter"}},
-        "again": {"adapter": {"rank": 2, "dora": True}},
+        "again": {"adapter": {"rank": 2, "dora": True, "text_encoder": True}},
     }
     alone = {name: trained(make_config(name=f"alone-{name}", **sections)) for name, sections in kinds.items()}
     runs = [NamedRun(name, make_config(name=name, **sections)) for name, sections in kinds.items()]
@@ -49,6 +49,7 @@ def test_a_subject_that_fails_is_passed_over_and_the_same_runs_go_on(
         NamedRun("first", make_config(name="first")),
         NamedRun("empty", make_config(name="none", subject={"images": empty})),
         NamedRun("odd", make_config(name="odd")),
+        NamedRun("infinite", make_config(name="infinite")),
         NamedRun("last", make_config(name="last", train={"seed": 3})),
     ]
     expected, optimize = trained(make_config(name="alone", train={"seed": 3})), loop.optimize
@@ -59,21 +60,26 @@ def test_a_subject_that_fails_is_passed_over_and_the_same_runs_go_on(
         if s.run.folder.name == "odd":
             lost.append(weakref.ref(s.family))
             raise ZeroDivisionError("of nobody's making")
+        if s.run.folder.name == "infinite":
+            lost.append(weakref.ref(s.family))
+            raise NumericError("a loss is infinite")
         optimize(s, *rest)  # type: ignore[arg-type]
 
     recorder = Recorder()
     with monkeypatch.context() as patch:
         patch.setattr(loop, "optimize", fail)
         ended = train_many(runs, tmp_path, recorder, tell_fault=lambda error: f"told: {error}")
-    assert [type(one.error).__name__ for one in ended] == ["NoneType", "DataError", "LoraBoothError", "NoneType"]
+    assert [type(one.error).__name__ for one in ended] == [
+        *("NoneType", "DataError", "LoraBoothError", "NumericError", "NoneType")
+    ]
     assert isinstance(ended[1].error, DataError) and str(ended[2].error) == "told: of nobody's making"
-    assert_equal(adapter_of(runs[3].config), expected)
+    assert_equal(adapter_of(runs[4].config), expected)
     gc.collect()
-    assert lost[0]() is None, "the base of a run that failed is kept by nothing, its error included"
+    assert [base() for base in lost] == [None, None], "nothing keeps the base of a run that failed, nor does its error"
     page = (tmp_path / "overview.html").read_text()
-    assert "2 of 4 subjects" in recorder.events[-1][1] and page.count("Failed: ") == 2
+    assert "2 of 5 subjects" in recorder.events[-1][1] and page.count("Failed: ") == 3
     ended = train_many(runs, tmp_path, Recorder())
-    assert [one.error is None for one in ended] == [True, False, True, True]
+    assert [one.error is None for one in ended] == [True, False, True, True, True]
 
 
 def test_what_a_run_changed_in_the_noise_schedule_ends_with_it(make_config: MakeConfig, tmp_path: Path) -> None:
