@@ -6,6 +6,7 @@ pictures (`pictures.py`) and what is said of it all (`page.py`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,9 @@ class Record:
 
 def read(folder: Path) -> Record:
     """The run in `folder`. Raises ConfigError where there is none, or its config.toml cannot be read."""
-    if not folder.is_dir() or not is_begun(folder):
-        what = "is no folder" if not folder.is_dir() else "holds no run: it has no config.toml"
+    is_folder = os.path.isdir(folder)  # which, unlike Path.is_dir, has an answer for names that are too long
+    if not is_folder or not is_begun(folder):
+        what = "is no folder" if not is_folder else "holds no run: it has no config.toml"
         raise ConfigError(f"{shown_path(folder)} {what}; name the folder of a run, as `lora-booth train` makes it.")
     config, faults, run = toml.load(folder / "config.toml"), list[str](), Run(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -258,4 +259,4 @@ def _tell_difference(found: Scores, other: Scores, report: Report) -> None:
 
 
 def _scores_file(path: Path) -> Path:
-    return path / scores.FILE_NAME if path.is_dir() else path
+    return path / scores.FILE_NAME if os.path.isdir(path) else path

@@ -58,6 +58,7 @@ def test_bad_input_is_one_message_and_writes_nothing(
     copied("two")
     cases: list[tuple[tuple[str, ...], str]] = [
         (("nowhere",), "nowhere is no folder; name the folder of a run"),
+        (("x" * 300,), "x is no folder"),
         (("empty",), "empty holds no run"),
         (("mine.html",), "mine.html is no folder"),
         (("one", "nowhere"), "nowhere is no folder"),
