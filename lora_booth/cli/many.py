@@ -74,6 +74,10 @@ def train_many(
             continue_command=systems.command_line(["lora-booth", *words]),
             tell_fault=lambda error: told(error, words),
         )
-    failed = [one.error for one in ended if one.error is not None]
+    failed = [(one.run.name, one.error) for one in ended if one.error is not None]
     if failed:
-        raise typer.Exit(failed[0].exit_code)
+        name, error = failed[0]
+        told_last = f"{len(failed)} of {len(ended)} subjects failed, {name} first: {error}"
+        raise type(error)(
+            f"{told_last}\nThe same command tries them again, and leaves those that are trained as they are."
+        )

@@ -315,6 +315,8 @@ def test_of_many_subjects_the_first_failure_gives_the_exit_code(tmp_path: Path, 
     command = ["train-many", "photos", *words, "--class-noun", "dog", "--base", bases["ends"], "--out", "out"]
     done = lora_booth(*command, folder=tmp_path)
     assert done.returncode == 3, done.stderr
+    assert done.stderr.startswith("lora-booth: 2 of 6 subjects failed, none-seed_1 first: no usable picture in")
+    assert "The same command tries them again" in done.stderr
     assert "4 of 6 subjects are trained; 2 failed, which the same command tries again" in done.stdout
     assert "[1/6 none-seed_1] no usable picture in" in done.stdout
     assert (tmp_path / "out" / "two-seed_2" / "summary.json").is_file()
